@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A device of a context: its limits, and the programs that were built for it. */
+#ifndef LOGLIN_RUNTIME_DEVICE_H
+#define LOGLIN_RUNTIME_DEVICE_H
+
+#include "loglin.h"
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <threads.h>
+
+struct loglin_program; /* program.c */
+
+struct loglin_device {
+    atomic_uint references;
+    cl_context context;
+    cl_device_id id;
+    loglin_device_info info;
+    bool is_cpu;
+    char *cache_directory; /* NULL: no cache on disk */
+    char *build_options;   /* LOGLIN_BUILD_OPTIONS, never NULL */
+    mtx_t lock;            /* of all below */
+    struct loglin_program *programs;
+    bool gemm_ready; /* engine/gemm.c has set CLBlast up for this device */
+};
+
+/* A plan keeps its device alive with these. */
+void loglin_device_retain(loglin_device *device);
+void loglin_device_release(loglin_device *device);
+
+#endif

@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Compiled programs: looked up in the device's memory, then in the cache directory, then built from source. */
+#ifndef LOGLIN_RUNTIME_PROGRAM_H
+#define LOGLIN_RUNTIME_PROGRAM_H
+
+#include "loglin.h"
+
+/*
+ * The program of the embedded files `names` (file names in cl/, without folder, the list ended by NULL, concatenated in
+ * this order) with these build options ("" for none; LOGLIN_BUILD_OPTIONS and what the device needs are added).  It
+ * belongs to the device: do not release it.  Safe to call from several threads.
+ * LOGLIN_BUILD_FAILED: loglin_last_error() holds the first error of the build log.
+ */
+loglin_status loglin_program_get(loglin_device *device, const char *const *names, const char *options,
+                                 cl_program *program);
+
+#endif
