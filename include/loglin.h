@@ -211,8 +211,8 @@ typedef struct loglin_problem {
                                   gradient is 0 */
     float scale;               /* multiplies q; 0 means 1 */
     int normalize_qk;          /* not 0: q and k are first divided by sqrt(sum of squares + 1e-6), per head */
-    size_t sequences;          /* N of packed sequences of any lengths, 0 included: batch must be 1, length is the total,
-                                  and inputs.cu_seqlens gives the bounds [0, ..., T]; 0: no packing */
+    size_t sequences;          /* N of packed sequences of any lengths, 0 included: batch must be 1, length is the
+                                  total, inputs.cu_seqlens gives the bounds [0, ..., T]; 0: no packing */
     size_t max_length;         /* longest packed sequence; 0: length */
     size_t max_position;       /* largest position that an initial state may stand at; 0: no initial states */
     unsigned phases;           /* loglin_phase bits; 0: LOGLIN_FORWARD */
@@ -289,10 +289,10 @@ typedef struct loglin_state {
 
 typedef struct loglin_gradients {
     loglin_buffer dq, dk, dv;
-    loglin_buffer dg;             /* optional */
-    loglin_buffer dlevel_scales;  /* optional */
-    loglin_buffer dbeta;          /* optional; LOGLIN_GATED_DELTA only */
-    loglin_buffer dinitial_states; /* optional, [N,H,L,K,V]: to exp(log_decay) * values; 0 in levels that do not exist */
+    loglin_buffer dg;              /* optional */
+    loglin_buffer dlevel_scales;   /* optional */
+    loglin_buffer dbeta;           /* optional; LOGLIN_GATED_DELTA only */
+    loglin_buffer dinitial_states; /* optional, [N,H,L,K,V]: to exp(log_decay) * values; 0 where no level exists */
 } loglin_gradients;
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------ */

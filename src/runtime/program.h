@@ -5,6 +5,8 @@
 
 #include "loglin.h"
 
+struct loglin_program;
+
 /*
  * The program of the embedded files `names` (file names in cl/, without folder, the list ended by NULL, concatenated in
  * this order) with these build options ("" for none; LOGLIN_BUILD_OPTIONS and what the device needs are added).  It
@@ -13,5 +15,8 @@
  */
 loglin_status loglin_program_get(loglin_device *device, const char *const *names, const char *options,
                                  cl_program *program);
+
+/* For the end of a device: releases its programs. */
+void loglin_programs_release(struct loglin_program *programs);
 
 #endif

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The command: chooses the subcommand. */
+#include "cli/commands.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const struct {
+    const char *name;
+    loglin_cli_status (*run)(int argc, char **argv);
+    const char *summary;
+} commands[] = {
+    {"devices", loglin_cli_devices, "list the OpenCL devices"},
+    {"forward", loglin_cli_forward, "compute the output and the final states of a file's sequences"},
+    {"backward", loglin_cli_backward, "compute the gradients"},
+    {"decode", loglin_cli_decode, "compute what forward does, token by token"},
+};
+
+enum { COMMAND_COUNT = sizeof commands / sizeof commands[0] };
+
+static loglin_cli_status print_help(FILE *stream) {
+    (void)fprintf(stream, "usage: loglin COMMAND [ARGUMENTS]\n"
+                          "       loglin COMMAND --help\n"
+                          "       loglin --version\n"
+                          "\n"
+                          "Log-linear attention on OpenCL devices.\n"
+                          "\n"
+                          "commands:\n");
+    for (size_t i = 0; i < COMMAND_COUNT; ++i) {
+        (void)fprintf(stream, "  %-10s%s\n", commands[i].name, commands[i].summary);
+    }
+    return LOGLIN_CLI_OK;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2) {
+        (void)print_help(stderr);
+        return LOGLIN_CLI_BAD_INPUT;
+    }
+    const char *name = argv[1];
+    if (strcmp(name, "help") == 0 || strcmp(name, "--help") == 0) {
+        return (int)print_help(stdout);
+    }
+    if (strcmp(name, "--version") == 0) {
+        (void)printf("loglin %s\n", loglin_version());
+        return LOGLIN_CLI_OK;
+    }
+    for (size_t i = 0; i < COMMAND_COUNT; ++i) {
+        if (strcmp(name, commands[i].name) == 0) {
+            return (int)commands[i].run(argc - 1, argv + 1);
+        }
+    }
+    return (int)loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "unknown command \"%s\"; \"loglin help\" lists them", name);
+}

@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* An engine: a way to execute an operator's passes. */
+#ifndef LOGLIN_ENGINE_ENGINE_H
+#define LOGLIN_ENGINE_ENGINE_H
+
+#include "operator/chunkwise.h"
+
+/* What an engine has decided and compiled for one problem. */
+typedef struct loglin_engine_state loglin_engine_state;
+
+typedef struct loglin_engine_class {
+    const char *name;
+    /* problem: filled in, chunk chosen. */
+    loglin_status (*create)(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state);
+    void (*destroy)(loglin_engine_state *state);
+    size_t (*workspace_size)(const loglin_engine_state *state, loglin_phase phase); /* bytes */
+    /* Arguments are checked; the work starts after the events of `wait`. */
+    loglin_status (*forward)(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
+                             cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event);
+    loglin_status (*backward)(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
+                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event);
+} loglin_engine_class;
+
+extern const loglin_engine_class loglin_blas_engine;
+
+#endif

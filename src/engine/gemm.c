@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The only file that knows CLBlast. */
+#define CL_USE_DEPRECATED_OPENCL_1_2_APIS /* clCreateCommandQueue: the other one is not in OpenCL 1.2 */
+#include "engine/gemm.h"
+
+#include "runtime/device.h"
+#include "runtime/status.h"
+
+#include <clblast_c.h>
+#include <limits.h>
+
+/*
+ * CLBlast takes its direct kernels, which neither allocate nor copy, where m n k is below this number cubed.  The
+ * largest value whose cube fits its 64-bit arithmetic: always.
+ */
+static const size_t always_direct = 1u << 20;
+
+static loglin_status gemm_status(CLBlastStatusCode code)
+{
+    if (code == CLBlastSuccess) {
+        return LOGLIN_OK;
+    }
+    return loglin_fail(LOGLIN_BLAS_FAILED, "CLBlast: status %d", (int)code);
+}
+
+/* One past the last element that a matrix of a batch reaches. */
+static size_t matrix_end(const loglin_matrix *matrix, size_t rows, size_t columns, size_t batch)
+{
+    return matrix->offset + (batch - 1) * matrix->stride + (rows - 1) * matrix->row + columns;
+}
+
+loglin_status loglin_gemm_enqueue(const loglin_gemm *gemm, cl_command_queue queue)
+{
+    const size_t m = gemm->m, n = gemm->n, k = gemm->k;
+    const size_t ends[] = {
+        matrix_end(&gemm->a, gemm->transpose_a ? k : m, gemm->transpose_a ? m : k, gemm->batch),
+        matrix_end(&gemm->b, gemm->transpose_b ? n : k, gemm->transpose_b ? k : n, gemm->batch),
+        matrix_end(&gemm->c, m, n, gemm->batch),
+    };
+    for (size_t i = 0; i < 3; i++) {
+        if (ends[i] > (size_t)INT_MAX) {
+            return loglin_fail(LOGLIN_UNSUPPORTED,
+                               "workspace: a product's operand ends at element %zu, expected below 2^31 (a limit of "
+                               "CLBlast): use a smaller workspace offset or problem",
+                               ends[i]);
+        }
+    }
+    return gemm_status(CLBlastSgemmStridedBatched(
+        CLBlastLayoutRowMajor, gemm->transpose_a ? CLBlastTransposeYes : CLBlastTransposeNo,
+        gemm->transpose_b ? CLBlastTransposeYes : CLBlastTransposeNo, m, n, k, gemm->alpha, gemm->a.mem,
+        gemm->a.offset, gemm->a.row, gemm->a.stride, gemm->b.mem, gemm->b.offset, gemm->b.row, gemm->b.stride,
+        gemm->beta, gemm->c.mem, gemm->c.offset, gemm->c.row, gemm->c.stride, gemm->batch, &queue, NULL));
+}
+
+/* A first product of every kind, so that none compiles later. */
+static loglin_status warm_up(loglin_device *device)
+{
+    enum { size = 4 };
+    cl_int code;
+    cl_command_queue queue = clCreateCommandQueue(device->context, device->id, 0, &code);
+    RETURN_IF_CL_ERROR(code);
+    float zeros[3 * size * size] = {0};
+    cl_mem buffer = clCreateBuffer(device->context, CL_MEM_READ_WRITE | CL_MEM_COPY_HOST_PTR, sizeof zeros, zeros, &code);
+    loglin_status status = LOGLIN_OK;
+    if (code != CL_SUCCESS) {
+        status = loglin_fail(code, "clCreateBuffer: %s", loglin_strerror(code));
+    }
+    for (int kind = 0; kind < 3 && status == LOGLIN_OK; kind++) {
+        status = loglin_gemm_enqueue(&(loglin_gemm){.transpose_a = kind == 1,
+                                                    .transpose_b = kind == 2,
+                                                    .m = size,
+                                                    .n = size,
+                                                    .k = size,
+                                                    .batch = 1,
+                                                    .alpha = 1.0f,
+                                                    .a = {buffer, 0, size, 0},
+                                                    .b = {buffer, size * size, size, 0},
+                                                    .c = {buffer, 2 * size * size, size, 0}},
+                                     queue);
+    }
+    if (status == LOGLIN_OK) {
+        code = clFinish(queue);
+        status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clFinish: %s", loglin_strerror(code));
+    }
+    if (buffer != NULL) {
+        clReleaseMemObject(buffer);
+    }
+    clReleaseCommandQueue(queue);
+    return status;
+}
+
+loglin_status loglin_gemm_prepare(loglin_device *device)
+{
+    loglin_status status = LOGLIN_OK;
+    mtx_lock(&device->lock);
+    if (!device->gemm_ready) {
+        const char *name = "XGEMM_MIN_INDIRECT_SIZE";
+        status = gemm_status(CLBlastOverrideParameters(device->id, "GemmRoutine", CLBlastPrecisionSingle, 1, &name,
+                                                       &always_direct));
+        if (status == LOGLIN_OK) {
+            status = warm_up(device);
+        }
+        device->gemm_ready = status == LOGLIN_OK;
+    }
+    mtx_unlock(&device->lock);
+    return status;
+}

@@ -1,0 +1,312 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Plans: a validated problem, the engine that runs it, and the checks of every call. */
+#include "engine/engine.h"
+#include "engine/step.h"
+#include "plan/problem.h"
+#include "runtime/device.h"
+#include "runtime/status.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Tokens of a chunk where nothing else is known: products of 64 rows, and few levels below them. */
+static const size_t default_chunk = 64;
+
+struct loglin_plan {
+    loglin_device *device;
+    loglin_problem problem; /* filled in */
+    bool chunk_given;
+    const loglin_engine_class *engine;
+    loglin_engine_state *state; /* forward and backward; NULL if only steps are planned */
+    loglin_stepper *stepper;    /* NULL if no steps are planned */
+};
+
+/* ---- Creation ---------------------------------------------------------------------------------------------------- */
+
+static bool plans(const loglin_plan *plan, unsigned phases)
+{
+    return (plan->problem.phases & phases) != 0;
+}
+
+static loglin_status check_allocation(const loglin_plan *plan, loglin_phase phase)
+{
+    const size_t size = loglin_workspace_size(plan, phase);
+    if (plans(plan, phase) && size > plan->device->info.max_allocation) {
+        return loglin_fail(LOGLIN_UNSUPPORTED,
+                           "workspace: the %s call needs %zu bytes, expected at most the device's largest allocation "
+                           "of %llu bytes",
+                           phase == LOGLIN_BACKWARD ? "backward" : "forward", size,
+                           (unsigned long long)plan->device->info.max_allocation);
+    }
+    return LOGLIN_OK;
+}
+
+static loglin_status create_parts(loglin_plan *plan)
+{
+    if (plans(plan, LOGLIN_FORWARD | LOGLIN_BACKWARD)) {
+        RETURN_IF_ERROR(plan->engine->create(plan->device, &plan->problem, &plan->state));
+        RETURN_IF_ERROR(check_allocation(plan, LOGLIN_FORWARD));
+        RETURN_IF_ERROR(check_allocation(plan, LOGLIN_BACKWARD));
+    }
+    if (plans(plan, LOGLIN_STEP)) {
+        RETURN_IF_ERROR(loglin_stepper_create(plan->device, &plan->problem, &plan->stepper));
+    }
+    return LOGLIN_OK;
+}
+
+loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *problem, loglin_plan **plan)
+{
+    if (device == NULL || plan == NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is NULL", device == NULL ? "device" : "plan");
+    }
+    *plan = NULL;
+    loglin_problem filled;
+    RETURN_IF_ERROR(loglin_problem_validate(problem, &filled));
+    loglin_plan *made = calloc(1, sizeof *made);
+    if (made == NULL) {
+        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "plan: out of host memory");
+    }
+    loglin_device_retain(device);
+    made->device = device;
+    made->problem = filled;
+    made->chunk_given = filled.chunk != 0;
+    if (!made->chunk_given) {
+        made->problem.chunk = default_chunk;
+    }
+    made->engine = &loglin_blas_engine;
+    const loglin_status status = create_parts(made);
+    if (status != LOGLIN_OK) {
+        loglin_plan_destroy(made);
+        return status;
+    }
+    *plan = made;
+    return LOGLIN_OK;
+}
+
+void loglin_plan_destroy(loglin_plan *plan)
+{
+    if (plan == NULL) {
+        return;
+    }
+    plan->engine->destroy(plan->state);
+    loglin_stepper_destroy(plan->stepper);
+    loglin_device_release(plan->device);
+    free(plan);
+}
+
+/* ---- What a plan can tell ---------------------------------------------------------------------------------------- */
+
+size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity)
+{
+    static const char *const dtypes[] = {"f32", "f16", "bf16"};
+    const loglin_problem *p = &plan->problem;
+    char calls[256] = "";
+    if (plan->state != NULL) {
+        (void)snprintf(calls, sizeof calls, ", engine %s (%s), chunk %zu (%s), workspace %zu bytes forward",
+                       plan->engine->name, p->engine == LOGLIN_ENGINE_AUTO ? "default" : "as asked", p->chunk,
+                       plan->chunk_given ? "as asked" : "default", loglin_workspace_size(plan, LOGLIN_FORWARD));
+        const size_t used = strlen(calls);
+        if (plans(plan, LOGLIN_BACKWARD)) {
+            (void)snprintf(calls + used, sizeof calls - used, ", %zu backward",
+                           loglin_workspace_size(plan, LOGLIN_BACKWARD));
+        }
+    }
+    const int length = snprintf(text, capacity, "%s, %s partition, %s, %zu heads in %zu groups, K %zu, V %zu%s%s on %s",
+                                p->op == LOGLIN_GATED_DELTA ? "gated delta rule" : "scalar-gated",
+                                p->partition == LOGLIN_STRONG ? "strong" : "weak", dtypes[p->dtype], p->heads,
+                                p->groups, p->dim_k, p->dim_v, calls, plan->stepper != NULL ? ", steps" : "",
+                                plan->device->info.name);
+    return length > 0 ? (size_t)length : 0;
+}
+
+size_t loglin_workspace_size(const loglin_plan *plan, loglin_phase phase)
+{
+    return phase == LOGLIN_STEP || plan->state == NULL ? 0 : plan->engine->workspace_size(plan->state, phase);
+}
+
+size_t loglin_state_size(const loglin_plan *plan)
+{
+    return loglin_problem_counts(&plan->problem, 0).states * sizeof(float);
+}
+
+/* ---- Checks of a call -------------------------------------------------------------------------------------------- */
+
+/* A buffer of a call: what it is called, where, how many elements of how many bytes, and whether it must be there. */
+typedef struct checked_buffer {
+    const char *name;
+    loglin_buffer buffer;
+    size_t count, size;
+    bool required;
+} checked_buffer;
+
+static loglin_status check_buffers(const checked_buffer *buffers, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        RETURN_IF_ERROR(loglin_buffer_check(buffers[i].name, buffers[i].buffer, buffers[i].count, buffers[i].size,
+                                            buffers[i].required));
+    }
+    return LOGLIN_OK;
+}
+
+#define CHECK_BUFFERS(...)                                                                                             \
+    check_buffers((const checked_buffer[]){__VA_ARGS__},                                                               \
+                  sizeof((const checked_buffer[]){__VA_ARGS__}) / sizeof(checked_buffer))
+
+static loglin_status check_call(const loglin_plan *plan, loglin_phase phase, const void *in, cl_command_queue queue,
+                                cl_uint num_wait, const cl_event *wait)
+{
+    if (plan == NULL || in == NULL || queue == NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is NULL", plan == NULL ? "plan" : in == NULL ? "in" : "queue");
+    }
+    if (!plans(plan, phase)) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "problem.phases is 0x%x, expected 0x%x in it for this call",
+                           plan->problem.phases, (unsigned)phase);
+    }
+    if ((num_wait > 0) != (wait != NULL)) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "wait is %s with num_wait %u", wait != NULL ? "given" : "NULL",
+                           num_wait);
+    }
+    cl_context context = NULL;
+    cl_device_id id = NULL;
+    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_CONTEXT, sizeof(cl_context), &context, NULL));
+    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_DEVICE, sizeof(cl_device_id), &id, NULL));
+    if (context != plan->device->context || id != plan->device->id) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "queue is of another %s, expected the plan's",
+                           context != plan->device->context ? "context" : "device");
+    }
+    return LOGLIN_OK;
+}
+
+static loglin_status check_inputs(const loglin_plan *plan, const loglin_inputs *in, bool one_token)
+{
+    const loglin_problem *p = &plan->problem;
+    const loglin_counts n = loglin_problem_counts(p, one_token);
+    const size_t size = loglin_dtype_size(p->dtype), weight = loglin_dtype_size(p->weight_dtype);
+    const bool delta = p->op == LOGLIN_GATED_DELTA, packed = p->sequences > 0 && !one_token;
+    if (!delta && in->beta.mem != NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "beta is given, expected none for the scalar-gated operator");
+    }
+    if (!packed && in->cu_seqlens.mem != NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "cu_seqlens is given, expected none: %s",
+                           one_token ? "a step takes one token of every sequence" : "problem.sequences is 0");
+    }
+    return CHECK_BUFFERS({"q", in->q, n.qk, size, true}, {"k", in->k, n.qk, size, true},
+                         {"v", in->v, n.vo, size, true}, {"g", in->g, n.gates, sizeof(float), false},
+                         {"level_scales", in->level_scales, n.level_scales, weight, true},
+                         {"beta", in->beta, n.gates, weight, delta},
+                         {"cu_seqlens", in->cu_seqlens, n.sequences + 1, sizeof(cl_int), packed});
+}
+
+static loglin_status check_state(const loglin_plan *plan, const char *name, const loglin_state *state,
+                                 bool needs_position)
+{
+    const loglin_problem *p = &plan->problem;
+    const loglin_counts n = loglin_problem_counts(p, 0);
+    char values[64], log_decay[64], position[64];
+    (void)snprintf(values, sizeof values, "%s.values", name);
+    (void)snprintf(log_decay, sizeof log_decay, "%s.log_decay", name);
+    (void)snprintf(position, sizeof position, "%s.position", name);
+    if (p->op == LOGLIN_GATED_DELTA && state->log_decay.mem != NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is given, expected none for the delta rule", log_decay);
+    }
+    return CHECK_BUFFERS({values, state->values, n.states, sizeof(float), true},
+                         {log_decay, state->log_decay, n.sequences * p->heads * p->levels, sizeof(float), false},
+                         {position, state->position, n.sequences, sizeof(cl_int), needs_position});
+}
+
+/* Checks the initial states, and puts them into the call. */
+static loglin_status take_initial(const loglin_plan *plan, const loglin_state *initial, loglin_call *call)
+{
+    if (initial == NULL) {
+        return LOGLIN_OK;
+    }
+    if (plan->problem.max_position == 0) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT,
+                           "initial is given, expected NULL: problem.max_position is 0, so no sequence has a past");
+    }
+    call->initial = *initial;
+    return check_state(plan, "initial", initial, true);
+}
+
+static loglin_status check_workspace(const loglin_plan *plan, loglin_phase phase, loglin_buffer workspace)
+{
+    return CHECK_BUFFERS({"workspace", workspace, loglin_workspace_size(plan, phase) / sizeof(float), sizeof(float),
+                          true});
+}
+
+/* ---- Calls ------------------------------------------------------------------------------------------------------- */
+
+loglin_status loglin_forward(loglin_plan *plan, const loglin_inputs *in, const loglin_state *initial, loglin_buffer o,
+                             const loglin_state *final, loglin_buffer workspace, cl_command_queue queue,
+                             cl_uint num_wait, const cl_event *wait, cl_event *event)
+{
+    RETURN_IF_ERROR(check_call(plan, LOGLIN_FORWARD, in, queue, num_wait, wait));
+    RETURN_IF_ERROR(check_inputs(plan, in, false));
+    loglin_call call = {.in = *in, .o = o, .normalize = plan->problem.normalize_qk != 0};
+    RETURN_IF_ERROR(take_initial(plan, initial, &call));
+    if (final != NULL) {
+        RETURN_IF_ERROR(check_state(plan, "final", final, false));
+        call.final = *final;
+    }
+    const loglin_counts n = loglin_problem_counts(&plan->problem, 0);
+    RETURN_IF_ERROR(CHECK_BUFFERS({"o", o, n.vo, loglin_dtype_size(plan->problem.dtype), true}));
+    RETURN_IF_ERROR(check_workspace(plan, LOGLIN_FORWARD, workspace));
+    return plan->engine->forward(plan->state, &call, workspace, queue, num_wait, wait, event);
+}
+
+static loglin_status check_gradients(const loglin_plan *plan, const loglin_gradients *out, bool has_initial)
+{
+    const loglin_problem *p = &plan->problem;
+    const loglin_counts n = loglin_problem_counts(p, 0);
+    const size_t size = loglin_dtype_size(p->dtype), weight = loglin_dtype_size(p->weight_dtype);
+    if (p->op != LOGLIN_GATED_DELTA && out->dbeta.mem != NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "dbeta is given, expected none for the scalar-gated operator");
+    }
+    if (!has_initial && out->dinitial_states.mem != NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "dinitial_states is given, expected none without initial states");
+    }
+    return CHECK_BUFFERS({"dq", out->dq, n.qk, size, true}, {"dk", out->dk, n.qk, size, true},
+                         {"dv", out->dv, n.vo, size, true}, {"dg", out->dg, n.gates, sizeof(float), false},
+                         {"dlevel_scales", out->dlevel_scales, n.level_scales, weight, false},
+                         {"dbeta", out->dbeta, n.gates, weight, false},
+                         {"dinitial_states", out->dinitial_states, n.states, sizeof(float), false});
+}
+
+loglin_status loglin_backward(loglin_plan *plan, const loglin_inputs *in, const loglin_state *initial,
+                              loglin_buffer d_o, loglin_buffer dfinal_states, const loglin_gradients *out,
+                              loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait, const cl_event *wait,
+                              cl_event *event)
+{
+    RETURN_IF_ERROR(check_call(plan, LOGLIN_BACKWARD, in, queue, num_wait, wait));
+    RETURN_IF_ERROR(check_inputs(plan, in, false));
+    if (out == NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "out is NULL");
+    }
+    loglin_call call = {.in = *in,
+                        .d_o = d_o,
+                        .dfinal_states = dfinal_states,
+                        .out = *out,
+                        .normalize = plan->problem.normalize_qk != 0};
+    RETURN_IF_ERROR(take_initial(plan, initial, &call));
+    const loglin_counts n = loglin_problem_counts(&plan->problem, 0);
+    RETURN_IF_ERROR(CHECK_BUFFERS({"d_o", d_o, n.vo, loglin_dtype_size(plan->problem.dtype), true},
+                                  {"dfinal_states", dfinal_states, n.states, sizeof(float), false}));
+    RETURN_IF_ERROR(check_gradients(plan, out, initial != NULL));
+    RETURN_IF_ERROR(check_workspace(plan, LOGLIN_BACKWARD, workspace));
+    return plan->engine->backward(plan->state, &call, workspace, queue, num_wait, wait, event);
+}
+
+loglin_status loglin_step(loglin_plan *plan, const loglin_inputs *in, const loglin_state *state, loglin_buffer o,
+                          cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event)
+{
+    RETURN_IF_ERROR(check_call(plan, LOGLIN_STEP, in, queue, num_wait, wait));
+    RETURN_IF_ERROR(check_inputs(plan, in, true));
+    if (state == NULL) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "state is NULL");
+    }
+    RETURN_IF_ERROR(check_state(plan, "state", state, true));
+    const loglin_counts n = loglin_problem_counts(&plan->problem, 1);
+    RETURN_IF_ERROR(CHECK_BUFFERS({"o", o, n.vo, loglin_dtype_size(plan->problem.dtype), true}));
+    return loglin_stepper_enqueue(plan->stepper, in, state, o, queue, num_wait, wait, event);
+}
