@@ -96,7 +96,7 @@ __kernel void chunk_final_to_keys(const loglin_panel p, __global float *ws, cons
         }
         AT(D_WRITE)[row * p.dim_k + k] += sum;
     }
-    if (p.strong && p.columns > 0) {
+    if (p.near) {
         float sum = 0.0f;
         if (ends_near(p, slot)) {
             const ulong from = base + (ulong)level_of(p.chunk + last, s) * step;

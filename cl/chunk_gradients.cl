@@ -18,6 +18,9 @@ __kernel void chunk_gate_gradients(const loglin_panel p, __global float *ws) {
     const __global float *d_pair = (p.delta ? AT(D_A) : AT(D_MZ)) + square;
     float sum = 0.0f;
     for (uint s = 0; s < p.chunk; s++) {
+        if (s == r) {
+            continue;
+        }
         const uint right = r * p.chunk + s, down = s * p.chunk + r;
         sum += pair[right] * d_pair[right] - pair[down] * d_pair[down];
         if (p.delta) {

@@ -42,7 +42,7 @@ uint packed_sequence(const loglin_panel p, const __global int *cu_seqlens, uint 
 /* The column of a level; -1 where there is none. */
 int column_of(const loglin_panel p, int level) {
     const int column = level - (int)p.first_level;
-    return column >= 0 && column < (int)(p.columns - p.strong) ? column : -1;
+    return column >= 0 && column < (int)(p.columns - p.near) ? column : -1;
 }
 
 /* One work-item a slot. */
@@ -88,12 +88,13 @@ __kernel void chunk_layout(const loglin_panel p, __global float *ws, const __glo
     slot[SLOT_TIME] = (int)time;
     slot[SLOT_FLAGS] = SLOT_VALID | (wave == 0 ? SLOT_FIRST : 0) | (last ? SLOT_LAST : 0);
     const uint until = last ? end - 1 : next;
-    for (uint j = 0; j < p.columns - p.strong; j++) {
+    for (uint j = 0; j < p.columns - p.near; j++) {
         const int level = level_advance((int)(p.first_level + j), time, until);
-        slot[SLOT_MAP + j] = last ? (level < (int)p.levels ? level : -1) : column_of(p, level);
+        slot[SLOT_MAP + j] = !last ? column_of(p, level)
+                             : level < (int)p.levels && level_exists(level, until) ? level : -1;
     }
     /* Strong: the keys of a chunk rest in the last column, unread, while the next chunk reads them one by one. */
-    if (p.strong && p.columns > 0) {
+    if (p.near) {
         slot[SLOT_OWN] = (int)p.columns - 1;
         slot[SLOT_MAP + p.columns - 1] = last ? -1 : column_of(p, (int)p.chunk_bits + 2);
     } else {

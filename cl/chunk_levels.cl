@@ -11,7 +11,7 @@ ulong weight_row(const loglin_panel p, long token, uint head) { return ((ulong)t
 /* The weight of row r for the state in `column`; 0 where the column is not read. */
 float column_weight(const loglin_panel p, const __global int *slot, const __global weight *level_scales, ulong row,
                     uint r, uint column) {
-    if (p.strong && column == p.columns - 1) {
+    if (p.near && column == p.columns - 1) {
         return 0.0f;
     }
     int level = (int)(p.first_level + column);
@@ -107,7 +107,7 @@ __kernel void chunk_level_gradients(const loglin_panel p, __global float *ws, __
     for (uint s = 0; s <= r; s++) {
         sums[level_of(r, s)] += z[s] * dz[s];
     }
-    if (p.strong && p.columns > 0 && reads_near(slot)) {
+    if (p.near && reads_near(slot)) {
         const __global float *near = AT(Z_NEAR) + row * p.chunk, *dnear = AT(D_MZ_NEAR) + row * p.chunk;
         for (uint s = 0; s < p.chunk; s++) {
             sums[level_of(p.chunk + r, s)] += near[s] * dnear[s];
@@ -115,7 +115,7 @@ __kernel void chunk_level_gradients(const loglin_panel p, __global float *ws, __
     }
     const __global float *y = AT(Y) + row * p.columns * p.dim_v, *d_o = AT(D_O) + row * p.dim_v;
     const uint time = (uint)slot[SLOT_TIME];
-    for (uint j = 0; j + p.strong < p.columns; j++) {
+    for (uint j = 0; j + p.near < p.columns; j++) {
         int level = (int)(p.first_level + j);
         if (level <= (int)p.near_levels) {
             level = level_advance(level, time, time + r - (uint)slot[SLOT_LO]);

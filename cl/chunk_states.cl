@@ -103,7 +103,7 @@ __kernel void chunk_carry(const loglin_panel p, __global float *ws, ulong from, 
 
 /* Strong: does the last chunk end with keys of the chunk before at levels of their own? */
 int ends_near(const loglin_panel p, const __global int *slot) {
-    return p.strong && p.columns > 0 && reads_near(slot) && (slot[SLOT_FLAGS] & SLOT_LAST);
+    return p.near && reads_near(slot) && (slot[SLOT_FLAGS] & SLOT_LAST);
 }
 
 /* The states after the last token, from the last chunk of a sequence.  Over slots and heads. */

@@ -100,7 +100,8 @@ typedef struct {
     unsigned int chunk, chunk_bits, columns;
     unsigned int first_level;   /* level of column 0 */
     unsigned int near_levels;   /* levels up to this one lie in the chunk, and the one before if strong */
-    unsigned int strong, delta; /* 0 or 1 */
+    unsigned int delta; /* 0 or 1 */
+    unsigned int near;  /* 0 or 1: chunks read the keys of the chunk before one by one (strong); the last column waits */
     unsigned int packed;        /* sequences are bounded by cu_seqlens */
     unsigned int slots;         /* of the panel */
     float scale;

@@ -112,8 +112,7 @@ typedef half step_weight;
 typedef ushort step_weight;
 #endif
 
-inline float step_load(__global const step_data *p)
-{
+inline float step_load(__global const step_data *p) {
 #if STEP_DTYPE == 0
     return *p;
 #elif STEP_DTYPE == 1
@@ -123,8 +122,7 @@ inline float step_load(__global const step_data *p)
 #endif
 }
 
-inline float step_load_weight(__global const step_weight *p)
-{
+inline float step_load_weight(__global const step_weight *p) {
 #if STEP_WEIGHT_DTYPE == 0
     return *p;
 #elif STEP_WEIGHT_DTYPE == 1
@@ -135,8 +133,7 @@ inline float step_load_weight(__global const step_weight *p)
 }
 
 /* To nearest, ties to even. */
-inline void step_store(float x, __global step_data *p)
-{
+inline void step_store(float x, __global step_data *p) {
 #if STEP_DTYPE == 0
     *p = x;
 #elif STEP_DTYPE == 1
@@ -148,14 +145,12 @@ inline void step_store(float x, __global step_data *p)
 }
 
 /* A position that the levels do not cover; one below 0 is beyond them as well. */
-inline bool step_is_beyond(uint position)
-{
+inline bool step_is_beyond(uint position) {
     return position >= 1u << (STEP_LEVELS - 1);
 }
 
 /* Bit l: level l exists after `position` tokens. */
-inline uint step_existing(uint position)
-{
+inline uint step_existing(uint position) {
     if (position == 0) {
         return 0;
     }
@@ -168,8 +163,7 @@ inline uint step_existing(uint position)
 }
 
 /* The old levels, among those that exist, whose sum is level `to` >= 1 once token `position` has come. */
-inline uint step_sources(uint position, uint to)
-{
+inline uint step_sources(uint position, uint to) {
     const uint z = popcount((position & -position) - 1); /* trailing zero bits; 32 for position 0 */
 #if STEP_STRONG
     const uint sources = to <= z + 1 ? 1u << (to - 1) : to == z + 2 ? 3u << (to - 1) : 1u << to;
@@ -180,8 +174,7 @@ inline uint step_sources(uint position, uint to)
 }
 
 /* x[0][j] = x[0][j] + ... + x[rows - 1][j] for j < width; rows is a power of two.  A barrier before and behind. */
-inline void step_sum_rows(__local float *x, uint rows, uint width, uint item)
-{
+inline void step_sum_rows(__local float *x, uint rows, uint width, uint item) {
     for (uint half_rows = rows / 2; half_rows > 0; half_rows /= 2) {
         STEP_BARRIER();
         for (uint j = item; j < half_rows * width; j += STEP_ITEMS) {
@@ -192,19 +185,17 @@ inline void step_sum_rows(__local float *x, uint rows, uint width, uint item)
 }
 
 /* A row of a group's tile that K does not reach is 0 and is not stored. */
-inline bool step_has_row(uint r)
-{
+inline bool step_has_row(uint r) {
     return STEP_K % (STEP_ROWS * STEP_LANES) == 0 || r < STEP_K;
 }
 
 __kernel __attribute__((reqd_work_group_size(STEP_ITEMS, 1, 1))) void
 step_token(__global const step_data *q, ulong q_offset, __global const step_data *k, ulong k_offset,
-     __global const step_data *v, ulong v_offset, __global const float *g, ulong g_offset,
-     __global const step_weight *level_scales, ulong level_scales_offset, __global const step_weight *beta,
-     ulong beta_offset, __global float *values, ulong values_offset, __global const float *log_decay,
-     ulong log_decay_offset, __global const int *position, ulong position_offset, __global step_data *o, ulong o_offset,
-     float scale)
-{
+           __global const step_data *v, ulong v_offset, __global const float *g, ulong g_offset,
+           __global const step_weight *level_scales, ulong level_scales_offset, __global const step_weight *beta,
+           ulong beta_offset, __global float *values, ulong values_offset, __global const float *log_decay,
+           ulong log_decay_offset, __global const int *position, ulong position_offset, __global step_data *o,
+           ulong o_offset, float scale) {
     __local float query[STEP_K], key[STEP_K];
     __local float decay[STEP_LEVELS], weight[STEP_LEVELS];
     __local float sums[STEP_ITEMS * (STEP_PARTS * STEP_VECTORS * STEP_WIDTH + 3)];
@@ -217,20 +208,15 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
     const ulong head = get_group_id(0) / STEP_BLOCKS; /* n H + h */
     const ulong sequence = head / STEP_HEADS;
     const ulong group = sequence * STEP_GROUPS + head % STEP_HEADS / (STEP_HEADS / STEP_GROUPS);
-    const uint now = (uint)position[position_offset + sequence];
+    const uint stored = (uint)position[position_offset + sequence];
+    const bool is_beyond = step_is_beyond(stored);
+    const uint now = is_beyond ? 0 : stored; /* no level exists then, and none is touched */
     q += q_offset + group * STEP_K;
     k += k_offset + group * STEP_K;
     v += v_offset + head * STEP_V + column;
     o += o_offset + head * STEP_V + column;
     level_scales += level_scales_offset + head * STEP_LEVELS;
     values += values_offset + head * STEP_LEVELS * STEP_K * STEP_V + column;
-
-    if (step_is_beyond(now)) {
-        for (uint j = 0; inside && lane == 0 && j < STEP_VECTORS * STEP_WIDTH; ++j) {
-            step_store(as_float(0x7fc00000), o + j);
-        }
-        return;
-    }
 
     /* Every old level's decay and every new level's weight; q and k with their scales, and q . k. */
     const float gate = g ? g[g_offset + head] : 0.0f;
@@ -357,7 +343,7 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
         STEP_UNROLL
         for (uint i = 0; i < STEP_ROWS; ++i) {
             const uint r = first + i * STEP_LANES;
-            for (uint c = 0; inside && step_has_row(r) && c < STEP_VECTORS; ++c) {
+            for (uint c = 0; inside && !is_beyond && step_has_row(r) && c < STEP_VECTORS; ++c) {
                 STEP_VSTORE(key[r] * token[c], values + r * STEP_V + c * STEP_WIDTH);
             }
         }
@@ -376,7 +362,7 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
                         sums + slot + c * STEP_WIDTH);
         }
         for (uint j = 0; j < STEP_VECTORS * STEP_WIDTH; ++j) {
-            step_store(sums[slot + j], o + j);
+            step_store(is_beyond ? as_float(0x7fc00000) : sums[slot + j], o + j);
         }
     }
 }
@@ -384,14 +370,11 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
 /* Behind step_token: the log decays of the levels (those that step_token has written start at 0 again), then the positions. */
 __kernel __attribute__((reqd_work_group_size(STEP_ADVANCE_ITEMS, 1, 1))) void
 step_advance(__global const float *g, ulong g_offset, __global float *log_decay, ulong log_decay_offset,
-             __global int *position, ulong position_offset)
-{
+             __global int *position, ulong position_offset) {
     const ulong sequence = get_group_id(0);
     const uint now = (uint)position[position_offset + sequence];
-    if (step_is_beyond(now)) {
-        return;
-    }
-    for (uint j = get_local_id(0); log_decay && j < STEP_HEADS * STEP_LEVELS; j += STEP_ADVANCE_ITEMS) {
+    const bool is_beyond = step_is_beyond(now);
+    for (uint j = get_local_id(0); log_decay && !is_beyond && j < STEP_HEADS * STEP_LEVELS; j += STEP_ADVANCE_ITEMS) {
         const uint l = j % STEP_LEVELS;
         const ulong head = sequence * STEP_HEADS + j / STEP_LEVELS;
         const uint sources = l == 0 ? 0 : step_sources(now, l);
@@ -403,7 +386,7 @@ step_advance(__global const float *g, ulong g_offset, __global float *log_decay,
         }
     }
     barrier(CLK_GLOBAL_MEM_FENCE);
-    if (get_local_id(0) == 0) {
+    if (get_local_id(0) == 0 && !is_beyond) {
         position[position_offset + sequence] = (int)(now + 1);
     }
 }

@@ -57,16 +57,18 @@ static void lay_out(support_data *data)
     data->sequences = c->lengths != NULL ? c->sequences : c->batch;
     data->starts = support_alloc(data->sequences + 1, sizeof(size_t));
     data->positions = support_alloc(data->sequences, sizeof(size_t));
-    size_t longest = 1;
+    size_t longest = 0;
+    size_t farthest = 0;
     for (size_t n = 0; n < data->sequences; n++) {
         const size_t length = c->lengths != NULL ? c->lengths[n] : c->length;
         data->positions[n] = c->positions != NULL ? (size_t)c->positions[n] : 0;
         data->starts[n + 1] = data->starts[n] + length;
-        longest = length + data->positions[n] > longest ? length + data->positions[n] : longest;
+        longest = length > longest ? length : longest;
+        farthest = data->positions[n] > farthest ? data->positions[n] : farthest;
     }
     data->tokens = data->starts[data->sequences];
     data->levels = 1 + c->extra_levels;
-    for (size_t reach = 1; reach < longest; reach *= 2) {
+    for (size_t reach = 1; reach < longest + farthest; reach *= 2) {
         data->levels++;
     }
     data->n_k = data->tokens * c->groups * c->dim_k;

@@ -18,7 +18,7 @@ typedef struct support_case {
     loglin_partition partition;
     loglin_dtype dtype, weight_dtype;
     size_t batch, length, heads, groups, dim_k, dim_v; /* 0: 1, 40, 2, 1, 8, 8 */
-    size_t extra_levels;                               /* beyond those that the longest sequence needs */
+    size_t extra_levels;                               /* beyond those that the longest sequence and position need */
     float scale;
     int normalize_qk; /* without it the delta rule's queries and keys have length 1 */
     const size_t *lengths; /* [sequences]: packed, with cu_seqlens; batch and length are ignored then */

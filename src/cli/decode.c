@@ -10,13 +10,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Everything a step needs, for token 0 of sequence 0; and how many elements apart tokens and sequences are. */
-typedef struct decoder {
+/* Everything that steps work on, at token 0 of sequence 0. */
+typedef struct decoding {
     loglin_inputs in;
     loglin_state state;
     loglin_buffer o;
-    size_t lanes; /* sequences of a step */
-} decoder;
+    size_t lanes; /* sequences that a step advances */
+} decoding;
 
 /* [outer, inner, row bytes] to [inner, outer, row bytes]. */
 static void transpose_rows(const void *from, size_t outer, size_t inner, size_t row, void *to) {
@@ -44,7 +44,7 @@ static loglin_cli_status upload_by_token(loglin_cli_run *run, const loglin_tenso
     return status;
 }
 
-static loglin_cli_status upload(loglin_cli_run *run, decoder *decoder) {
+static loglin_cli_status upload(loglin_cli_run *run, decoding *decoder) {
     const loglin_cli_problem *problem = &run->problem;
     RETURN_IF_FAILED(upload_by_token(run, problem->q, &decoder->in.q));
     RETURN_IF_FAILED(upload_by_token(run, problem->k, &decoder->in.k));
@@ -66,7 +66,7 @@ static loglin_buffer advance(loglin_buffer buffer, size_t elements) {
 }
 
 /* Token `token` of the arrays, for sequence `sequence` and the lanes behind it. */
-static loglin_cli_status step(const loglin_cli_run *run, const decoder *decoder, size_t token, size_t sequence) {
+static loglin_cli_status step(const loglin_cli_run *run, const decoding *decoder, size_t token, size_t sequence) {
     const loglin_problem *sizes = &run->problem.description;
     const size_t keys = token * decoder->lanes * sizes->groups * sizes->dim_k;
     const size_t heads = token * decoder->lanes * sizes->heads;
@@ -88,7 +88,7 @@ static loglin_cli_status step(const loglin_cli_run *run, const decoder *decoder,
 }
 
 /* All tokens, the first one timed apart. */
-static loglin_cli_status step_through(loglin_cli_run *run, const decoder *decoder) {
+static loglin_cli_status step_through(loglin_cli_run *run, const decoding *decoder) {
     const size_t walks = run->problem.sequences / decoder->lanes;
     size_t token = 0;
     RETURN_IF_FAILED(loglin_cli_finish(&run->session));
@@ -172,7 +172,7 @@ static loglin_problem step_problem(const loglin_cli_problem *problem, size_t lan
 
 static loglin_cli_status execute(loglin_cli_run *run) {
     const loglin_cli_problem *problem = &run->problem;
-    decoder decoder = {.lanes = problem->bounds == NULL ? problem->description.batch : 1};
+    decoding decoder = {.lanes = problem->bounds == NULL ? problem->description.batch : 1};
     const loglin_problem description = step_problem(problem, decoder.lanes);
     RETURN_IF_FAILED(loglin_cli_session_open(&run->session, run->arguments.device, &description));
     loglin_cli_output *o;

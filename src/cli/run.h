@@ -58,7 +58,7 @@ loglin_cli_status loglin_cli_upload_inputs(loglin_cli_run *run, loglin_inputs *i
 /* Adds final_states and position, for the states after the last token. */
 loglin_cli_status loglin_cli_add_state_outputs(loglin_cli_run *run, loglin_state *state);
 
-/* Enqueues a call of the library twice, and times both. */
+/* Runs a call of the library twice and times both; once if that takes so long that compilation does not matter. */
 loglin_cli_status loglin_cli_time_calls(loglin_cli_run *run, loglin_status (*call)(loglin_cli_run *run, void *data),
                                         void *data);
 

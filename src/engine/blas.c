@@ -60,10 +60,8 @@ static loglin_panel panel_of(const loglin_problem *problem)
     const unsigned near_levels = bits + (strong ? 1 : 0);
     const unsigned first_level = initial ? 1 : near_levels + 1;
     const unsigned levels = (unsigned)loglin_num_levels(problem->max_length + problem->max_position);
-    unsigned columns = levels > first_level ? levels - first_level : 0;
-    if (strong && (initial || problem->max_length > problem->chunk)) {
-        columns++;
-    }
+    const unsigned columns = levels > first_level ? levels - first_level : 0;
+    const bool near = strong && (initial || problem->max_length > problem->chunk);
     return (loglin_panel){
         .sequences = (unsigned)loglin_problem_sequences(problem),
         .heads = (unsigned)problem->heads,
@@ -73,10 +71,10 @@ static loglin_panel panel_of(const loglin_problem *problem)
         .levels = (unsigned)problem->levels,
         .chunk = (unsigned)problem->chunk,
         .chunk_bits = bits,
-        .columns = columns,
+        .columns = columns + (near ? 1 : 0),
         .first_level = first_level,
         .near_levels = near_levels,
-        .strong = strong,
+        .near = near,
         .delta = problem->op == LOGLIN_GATED_DELTA,
         .packed = problem->sequences > 0,
         .scale = problem->scale,
@@ -151,12 +149,11 @@ static loglin_status lay_out(const loglin_problem *problem, bool gradients, phas
         const size_t e = panel.columns > 0 ? matrix_floats(&panel, REGION_E) * panel.batch_width : 0;
         const size_t v = matrix_floats(&panel, REGION_V) * panel.batch_width;
         const size_t write = matrix_floats(&panel, REGION_WRITE) * panel.batch_width;
-        const size_t near = panel.strong && panel.columns > 0 ? 1 : 0;
         layout->saved_e = reserve(&end, saves * e);
-        layout->saved_v = reserve(&end, saves * near * v);
-        layout->saved_write = reserve(&end, saves * near * write);
-        layout->carried_v = reserve(&end, near * v);
-        layout->carried_write = reserve(&end, near * write);
+        layout->saved_v = reserve(&end, saves * panel.near * v);
+        layout->saved_write = reserve(&end, saves * panel.near * write);
+        layout->carried_v = reserve(&end, panel.near * v);
+        layout->carried_write = reserve(&end, panel.near * write);
     }
     panel.table = reserve(&end, layout->slots * SLOT_INTS);
     layout->floats = end;
@@ -308,7 +305,7 @@ static void begin_tile(loglin_tape *tape)
     if (tape->panel.columns > 0) {
         carry(tape, REGION_E, 0, wave_at(tape, REGION_E, 0), CARRY_ZERO);
     }
-    if (loglin_chunkwise_near(tape)) {
+    if (tape->panel.near) {
         carry(tape, REGION_V, 0, wave_at(tape, REGION_V, -1), CARRY_ZERO);
         carry(tape, REGION_WRITE, 0, wave_at(tape, REGION_WRITE, -1), CARRY_ZERO);
     }
@@ -321,7 +318,7 @@ static void leave_panel(loglin_tape *tape)
     if (tape->panel.columns > 0) {
         carry(tape, REGION_E, wave_at(tape, REGION_E, waves), wave_at(tape, REGION_E, 0), CARRY_COPY);
     }
-    if (loglin_chunkwise_near(tape)) {
+    if (tape->panel.near) {
         carry(tape, REGION_V, wave_at(tape, REGION_V, waves - 1), wave_at(tape, REGION_V, -1), CARRY_COPY);
         carry(tape, REGION_WRITE, wave_at(tape, REGION_WRITE, waves - 1), wave_at(tape, REGION_WRITE, -1), CARRY_COPY);
     }
@@ -378,8 +375,8 @@ static void save_panel(loglin_tape *tape, const phase_layout *layout, size_t wor
         bool needed;
     } parts[] = {
         {REGION_E, 0, layout->saved_e, tape->panel.columns > 0},
-        {REGION_V, -1, layout->saved_v, loglin_chunkwise_near(tape)},
-        {REGION_WRITE, -1, layout->saved_write, loglin_chunkwise_near(tape)},
+        {REGION_V, -1, layout->saved_v, tape->panel.near},
+        {REGION_WRITE, -1, layout->saved_write, tape->panel.near},
     };
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
         if (parts[i].needed) {
@@ -400,7 +397,7 @@ typedef struct handover {
 static void add_carried(loglin_tape *tape, void *context)
 {
     const handover *from = context;
-    if (!loglin_chunkwise_near(tape) || from->first) {
+    if (tape->panel.near == 0 || from->first) {
         return;
     }
     const long last = panel_waves(tape) - 1;
@@ -411,7 +408,7 @@ static void add_carried(loglin_tape *tape, void *context)
 
 static void begin_gradients(loglin_tape *tape)
 {
-    if (loglin_chunkwise_near(tape)) {
+    if (tape->panel.near) {
         carry(tape, REGION_D_V, 0, wave_at(tape, REGION_D_V, -1), CARRY_ZERO);
         carry(tape, REGION_D_WRITE, 0, wave_at(tape, REGION_D_WRITE, -1), CARRY_ZERO);
     }
@@ -423,7 +420,7 @@ static void hand_over(loglin_tape *tape, const handover *to)
         carry(tape, REGION_D_E, wave_at(tape, REGION_D_E, 0), wave_at(tape, REGION_D_E, (long)to->layout->panel_waves),
               CARRY_COPY);
     }
-    if (loglin_chunkwise_near(tape)) {
+    if (tape->panel.near) {
         carry(tape, REGION_D_V, wave_at(tape, REGION_D_V, -1), to->workspace + to->layout->carried_v, CARRY_COPY);
         carry(tape, REGION_D_WRITE, wave_at(tape, REGION_D_WRITE, -1), to->workspace + to->layout->carried_write,
               CARRY_COPY);

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The only file that knows CLBlast. */
-#define CL_USE_DEPRECATED_OPENCL_1_2_APIS /* clCreateCommandQueue: the other one is not in OpenCL 1.2 */
 #include "engine/gemm.h"
 
 #include "runtime/device.h"
@@ -73,9 +72,9 @@ static loglin_status warm_up(loglin_device *device)
                                                     .k = size,
                                                     .batch = 1,
                                                     .alpha = 1.0f,
-                                                    .a = {buffer, 0, size, 0},
-                                                    .b = {buffer, size * size, size, 0},
-                                                    .c = {buffer, 2 * size * size, size, 0}},
+                                                    .a = {buffer, 0, size, size * size},
+                                                    .b = {buffer, size * size, size, size * size},
+                                                    .c = {buffer, 2 * size * size, size, size * size}},
                                      queue);
     }
     if (status == LOGLIN_OK) {

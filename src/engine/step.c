@@ -23,18 +23,15 @@ typedef struct schedule {
     size_t advance_items;
 } schedule;
 
-static size_t min_size(size_t a, size_t b)
-{
+static size_t min_size(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
-static size_t ceil_div(size_t a, size_t b)
-{
+static size_t ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;
 }
 
-static size_t next_power_of_two(size_t x)
-{
+static size_t next_power_of_two(size_t x) {
     size_t power = 1;
     while (power < x) {
         power *= 2;
@@ -42,14 +39,12 @@ static size_t next_power_of_two(size_t x)
     return power;
 }
 
-static size_t num_sequences(const loglin_problem *problem)
-{
+static size_t num_sequences(const loglin_problem *problem) {
     return problem->sequences != 0 ? problem->sequences : problem->batch;
 }
 
 /* Work-groups that a schedule makes of a problem. */
-static size_t num_groups(const loglin_problem *problem, const schedule *plan)
-{
+static size_t num_groups(const loglin_problem *problem, const schedule *plan) {
     const size_t block = plan->columns * plan->vectors * plan->width;
     return num_sequences(problem) * problem->heads * ceil_div(problem->dim_v, block);
 }
@@ -58,8 +53,7 @@ static size_t num_groups(const loglin_problem *problem, const schedule *plan)
  * One work-item a group.  The scalar-gated step reads whole rows, a few KiB of each level in turn; the delta rule needs
  * all rows of its columns at once and takes as many columns as stay in the first cache.
  */
-static schedule cpu_schedule(const loglin_device *device, const loglin_problem *problem)
-{
+static schedule cpu_schedule(const loglin_device *device, const loglin_problem *problem) {
     const size_t tile_vectors = 64; /* 4 KiB of 16 floats */
     const bool is_delta = problem->op == LOGLIN_GATED_DELTA;
     schedule plan = {.width = 16, .columns = 1, .lanes = 1, .advance_items = 1};
@@ -79,8 +73,7 @@ static schedule cpu_schedule(const loglin_device *device, const loglin_problem *
 }
 
 /* One column a work-item, a cache line of columns beside each other; fewer where that leaves compute units idle. */
-static schedule gpu_schedule(const loglin_device *device, const loglin_problem *problem)
-{
+static schedule gpu_schedule(const loglin_device *device, const loglin_problem *problem) {
     const size_t most_items = 256, most_columns = 32, least_columns = 8;
     const size_t most_rows = 16, most_delta_rows = 32; /* registers */
     const bool is_delta = problem->op == LOGLIN_GATED_DELTA;
@@ -102,8 +95,7 @@ static schedule gpu_schedule(const loglin_device *device, const loglin_problem *
     return plan;
 }
 
-static void write_options(const loglin_problem *problem, const schedule *plan, char *options, size_t capacity)
-{
+static void write_options(const loglin_problem *problem, const schedule *plan, char *options, size_t capacity) {
     snprintf(options, capacity,
              "-DSTEP_K=%zu -DSTEP_V=%zu -DSTEP_HEADS=%zu -DSTEP_GROUPS=%zu -DSTEP_LEVELS=%zu -DSTEP_DELTA=%d"
              " -DSTEP_STRONG=%d -DSTEP_NORMALIZE=%d -DSTEP_DTYPE=%d -DSTEP_WEIGHT_DTYPE=%d -DSTEP_WIDTH=%zu"
@@ -114,8 +106,7 @@ static void write_options(const loglin_problem *problem, const schedule *plan, c
              plan->rows, plan->advance_items);
 }
 
-loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem *problem, loglin_stepper **stepper)
-{
+loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem *problem, loglin_stepper **stepper) {
     static const char *const names[] = {"step.cl", NULL};
     const schedule plan = device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem);
     char options[640]; /* 16 numbers of at most 20 digits and their names */
@@ -147,8 +138,7 @@ loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem 
     return LOGLIN_OK;
 }
 
-void loglin_stepper_destroy(loglin_stepper *stepper)
-{
+void loglin_stepper_destroy(loglin_stepper *stepper) {
     if (stepper == NULL) {
         return;
     }
@@ -162,8 +152,7 @@ void loglin_stepper_destroy(loglin_stepper *stepper)
 }
 
 /* Sets each buffer as two arguments, memory object and element offset; an absent one is a null pointer there. */
-static loglin_status set_buffers(cl_kernel kernel, const loglin_buffer *buffers, cl_uint count)
-{
+static loglin_status set_buffers(cl_kernel kernel, const loglin_buffer *buffers, cl_uint count) {
     for (cl_uint i = 0; i < count; ++i) {
         const cl_ulong offset = buffers[i].offset;
         RETURN_IF_CL_ERROR(
@@ -174,10 +163,9 @@ static loglin_status set_buffers(cl_kernel kernel, const loglin_buffer *buffers,
 }
 
 static loglin_status set_arguments(const loglin_stepper *stepper, const loglin_inputs *in, const loglin_state *state,
-                                   loglin_buffer o)
-{
-    const loglin_buffer step[] = {in->q,    in->k,         in->v,            in->g,           in->level_scales,
-                                  in->beta, state->values, state->log_decay, state->position, o};
+                                   loglin_buffer o) {
+    const loglin_buffer step[] = {
+        in->q, in->k, in->v, in->g, in->level_scales, in->beta, state->values, state->log_decay, state->position, o};
     const loglin_buffer advance[] = {in->g, state->log_decay, state->position};
     const cl_uint step_count = sizeof(step) / sizeof(step[0]);
     RETURN_IF_ERROR(set_buffers(stepper->step, step, step_count));
@@ -187,8 +175,7 @@ static loglin_status set_arguments(const loglin_stepper *stepper, const loglin_i
 
 loglin_status loglin_stepper_enqueue(loglin_stepper *stepper, const loglin_inputs *in, const loglin_state *state,
                                      loglin_buffer o, cl_command_queue queue, cl_uint num_wait, const cl_event *wait,
-                                     cl_event *event)
-{
+                                     cl_event *event) {
     cl_command_queue_properties properties;
     RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof(properties), &properties, NULL));
     RETURN_IF_ERROR(set_arguments(stepper, in, state, o));
@@ -199,9 +186,8 @@ loglin_status loglin_stepper_enqueue(loglin_stepper *stepper, const loglin_input
     cl_event stepped = NULL;
     RETURN_IF_CL_ERROR(clEnqueueNDRangeKernel(queue, stepper->step, 1, NULL, &step_size, &stepper->step_items, num_wait,
                                               wait, is_ordered ? NULL : &stepped));
-    const cl_int code =
-        clEnqueueNDRangeKernel(queue, stepper->advance, 1, NULL, &advance_size, &stepper->advance_items,
-                               is_ordered ? 0 : 1, is_ordered ? NULL : &stepped, event);
+    const cl_int code = clEnqueueNDRangeKernel(queue, stepper->advance, 1, NULL, &advance_size, &stepper->advance_items,
+                                               is_ordered ? 0 : 1, is_ordered ? NULL : &stepped, event);
     if (stepped != NULL) {
         clReleaseEvent(stepped);
     }

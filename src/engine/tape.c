@@ -47,13 +47,12 @@ loglin_region_shape loglin_region_shape_of(const loglin_panel *panel, int region
 
 loglin_region_need loglin_region_need_of(const loglin_panel *panel, int region, bool gradients, bool normalize)
 {
-    const bool near = panel->strong && panel->columns > 0;
     const unsigned have = (panel->delta ? DELTA : 0u) | (gradients ? GRAD : 0u) | (panel->columns > 0 ? LEVELS : 0u) |
-                          (near ? NEAR : 0u) | (normalize ? NORM : 0u) | FRONT | BACK;
+                          (panel->near ? NEAR : 0u) | (normalize ? NORM : 0u) | FRONT | BACK;
     const unsigned when = regions[region].when;
     return (loglin_region_need){
         .needed = (when & ~have) == 0,
-        .front = (when & FRONT) != 0 && near ? 1 : 0,
+        .front = (when & FRONT) != 0 && panel->near ? 1 : 0,
         .back = (when & BACK) != 0 ? 1 : 0,
     };
 }

@@ -101,9 +101,7 @@ size_t loglin_lm_mlp_tensors(const loglin_lm *lm, const char *prefix, loglin_lm_
 }
 
 static void layer_prefix(const loglin_lm *lm, size_t layer, char *prefix, size_t capacity) {
-    const char *format = architecture_of(lm)->layer;
-    const char *number = strstr(format, "%zu");
-    (void)snprintf(prefix, capacity, "%.*s%zu%s", (int)(number - format), format, layer, number + 3);
+    (void)snprintf(prefix, capacity, "%s%zu.", architecture_of(lm)->layers, layer);
 }
 
 size_t loglin_lm_layer_tensors(const loglin_lm *lm, size_t layer, loglin_lm_tensor *tensors) {

@@ -11,11 +11,6 @@ static size_t group_matrices(const loglin_tape *tape)
     return (size_t)tape->panel.slots * tape->panel.groups;
 }
 
-bool loglin_chunkwise_near(const loglin_tape *tape)
-{
-    return tape->panel.strong && tape->panel.columns > 0;
-}
-
 static void gather_values(loglin_tape *tape, loglin_buffer from, int region)
 {
     const loglin_panel *p = &tape->panel;
@@ -77,7 +72,7 @@ static void weigh_near(loglin_tape *tape, const loglin_call *call, int from, int
 static void reads(loglin_tape *tape, const loglin_call *call)
 {
     weigh(tape, call, REGION_Z, REGION_MZ);
-    if (loglin_chunkwise_near(tape)) {
+    if (tape->panel.near) {
         loglin_tape_product(tape, (loglin_product){.c = REGION_Z_NEAR,
                                                    .a = REGION_READ,
                                                    .b = REGION_WRITE,
@@ -116,7 +111,7 @@ void loglin_chunkwise_outputs(loglin_tape *tape, const loglin_call *call)
     const loglin_panel *p = &tape->panel;
     reads(tape, call);
     loglin_tape_product(tape, (loglin_product){.c = REGION_O, .a = REGION_MZ, .b = REGION_V, .alpha = 1.0f});
-    if (loglin_chunkwise_near(tape)) {
+    if (tape->panel.near) {
         loglin_tape_product(tape, (loglin_product){.c = REGION_O,
                                                    .a = REGION_MZ_NEAR,
                                                    .b = REGION_V,
@@ -127,7 +122,7 @@ void loglin_chunkwise_outputs(loglin_tape *tape, const loglin_call *call)
     loglin_tape_launch(tape, CHUNK_combine, p->dim_v, p->chunk, head_matrices(tape),
                        ARGUMENTS(BUFFER(call->in.level_scales), BUFFER(call->o)));
     if (call->final.values.mem != NULL) {
-        if (loglin_chunkwise_near(tape)) {
+        if (tape->panel.near) {
             near_keys(tape);
         }
         loglin_tape_launch(tape, CHUNK_final, p->dim_v, p->dim_k, head_matrices(tape),
@@ -147,7 +142,7 @@ static void zero(loglin_tape *tape, int region)
 static void read_gradients(loglin_tape *tape, const loglin_call *call)
 {
     const loglin_panel *p = &tape->panel;
-    const bool near = loglin_chunkwise_near(tape);
+    const bool near = tape->panel.near;
     gather_values(tape, call->d_o, REGION_D_O);
     loglin_tape_product(
         tape, (loglin_product){.c = REGION_D_MZ, .a = REGION_D_O, .b = REGION_V, .transpose_b = true, .alpha = 1.0f});
@@ -268,7 +263,7 @@ static void near_key_gradients(loglin_tape *tape)
 static void final_gradients(loglin_tape *tape, const loglin_call *call)
 {
     const loglin_panel *p = &tape->panel;
-    const bool near = loglin_chunkwise_near(tape);
+    const bool near = tape->panel.near;
     if (near) {
         near_keys(tape);
     }
@@ -320,7 +315,7 @@ void loglin_chunkwise_gradients(loglin_tape *tape, const loglin_operator *rule, 
     reads(tape, call);
     read_gradients(tape, call);
     state_gradients(tape, rule, call);
-    if (loglin_chunkwise_near(tape)) {
+    if (tape->panel.near) {
         near_gradients(tape);
     }
     if (dfinal) {
@@ -329,7 +324,7 @@ void loglin_chunkwise_gradients(loglin_tape *tape, const loglin_operator *rule, 
     add_carried(tape, context);
     if (p->columns > 0) {
         loglin_tape_launch(tape, CHUNK_decay_gradient, head_matrices(tape), 1, 1,
-                           ARGUMENTS(UINT(dfinal && loglin_chunkwise_near(tape))));
+                           ARGUMENTS(UINT(dfinal && tape->panel.near)));
         if (call->out.dinitial_states.mem != NULL) {
             loglin_tape_launch(tape, CHUNK_initial_gradient, p->dim_v, p->dim_k, head_matrices(tape),
                                ARGUMENTS(BUFFER(call->out.dinitial_states)));

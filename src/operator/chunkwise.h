@@ -40,7 +40,4 @@ void loglin_chunkwise_outputs(loglin_tape *tape, const loglin_call *call);
 void loglin_chunkwise_gradients(loglin_tape *tape, const loglin_operator *rule, const loglin_call *call,
                                 void (*add_carried)(loglin_tape *tape, void *context), void *context);
 
-/* Do chunks read the keys of the chunk before one by one? */
-bool loglin_chunkwise_near(const loglin_tape *tape);
-
 #endif

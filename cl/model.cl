@@ -1,0 +1,590 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A language model around its attention: embedding, norms, convolution, gates, and products with the weights.
+ *
+ * Matrices: blocks of 16 rows, in a block column after column, [rows / 16][columns][16], so that one load holds one
+ * column of 16 outputs, for a product with one vector as for one with many.  Arrays whose index is a row of a matrix
+ * have room for whole blocks: *_stride is the distance from a token to the next.
+ *
+ * A token's product (step) is one launch: the work-group prepares the whole input vector in local memory (norm, or gate
+ * and norm), computes blocks of rows, and finishes them (bias, residual, silu(gate) * up).  Many tokens' (prefill):
+ * `prepare_*` writes the inputs, then `product_tiles` on a CPU, or `unpack`, CLBlast and `finish_*` elsewhere.
+ *
+ * A GPU works with LOCAL work-items on one block, each of them on some columns; a CPU with one, and vectors of 16.
+ */
+
+/* Storage of the matrices: 0 float, 1 half, 2 bfloat16. */
+#ifndef MATRIX
+#define MATRIX 0
+#endif
+/* Work-items of a group; 1 or a multiple of 16. */
+#ifndef LOCAL
+#define LOCAL 1
+#endif
+/* Tokens of a register tile of product_tiles: 6 suits 16 vector registers of 8 floats, 12 suits 32 of 16. */
+#ifndef TILE
+#define TILE 6
+#endif
+/* The architecture; the defaults are those of a tiny model. */
+#ifndef HEADS
+#define HEADS 1
+#define DIM_V 1
+#define LEVELS 1
+#define TAPS 4         /* of the convolution */
+#define CHANNELS 3     /* of the convolution: q, k and v */
+#define Q_AT 2         /* first channel of q, of QK_CHANNELS */
+#define K_AT 1
+#define V_AT 0
+#define QK_CHANNELS 1
+#define Z_AT 0         /* first column of the projections that holds the gate, ... */
+#define CONV_AT 1
+#define DT_AT 4
+#define BETA_AT 5
+#define LEVEL_AT 6
+#define SEGMENT 1      /* channels of v that are normalised together */
+#define DELTA 0        /* 1: gated delta rule, 0: Mamba-2 */
+#define GATE_FIRST 1   /* gate, then normalise */
+#endif
+
+#define INNER (HEADS * DIM_V)
+
+/* floatv: what a work-item takes of consecutive floats where the index is free of any structure. */
+#if LOCAL == 1
+#define VEC 16
+typedef float16 floatv;
+floatv loadv(const __global float *p) { return vload16(0, p); }
+void storev(floatv v, __global float *p) { vstore16(v, 0, p); }
+floatv loadv_local(const __local float *p) { return vload16(0, p); }
+void storev_local(floatv v, __local float *p) { vstore16(v, 0, p); }
+float add_lanes(floatv v) {
+    const float8 a = v.lo + v.hi;
+    const float4 b = a.lo + a.hi;
+    return (b.x + b.z) + (b.y + b.w);
+}
+#else
+#define VEC 1
+typedef float floatv;
+floatv loadv(const __global float *p) { return *p; }
+void storev(floatv v, __global float *p) { *p = v; }
+floatv loadv_local(const __local float *p) { return *p; }
+void storev_local(floatv v, __local float *p) { *p = v; }
+float add_lanes(floatv v) { return v; }
+#endif
+
+#if MATRIX == 0
+typedef float matrix;
+float16 load16(const __global matrix *p) { return vload16(0, p); }
+float load1(const __global matrix *p) { return *p; }
+#elif MATRIX == 1
+typedef half matrix;
+float16 load16(const __global matrix *p) { return vload_half16(0, p); }
+float load1(const __global matrix *p) { return vload_half(0, p); }
+#else
+typedef ushort matrix;
+float16 load16(const __global matrix *p) { return as_float16(convert_uint16(vload16(0, p)) << 16); }
+float load1(const __global matrix *p) { return bfloat_to_float(*p); }
+#endif
+
+floatv sigmoidv(floatv x) { return 1.0f / (1.0f + exp(-x)); }
+floatv siluv(floatv x) { return x * sigmoidv(x); }
+float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
+float silu(float x) { return x * sigmoid(x); }
+float softplus(float x) { return fmax(x, 0.0f) + log1p(exp(-fabs(x))); }
+
+/* ---- Sums over a work-group ---- */
+
+/* The sum of x over the work-group, in every work-item; scratch has LOCAL floats. */
+float sum_over_group(float x, __local float *scratch) {
+#if LOCAL == 1
+    return x;
+#else
+    const uint me = get_local_id(0);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    scratch[me] = x;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint half_way = LOCAL / 2; half_way > 0; half_way /= 2) {
+        if (me < half_way) {
+            scratch[me] += scratch[me + half_way];
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    return scratch[0];
+#endif
+}
+
+/* The sum of 16 values over the work-group, to sums[16]; scratch has 16 * LOCAL floats. */
+void sum16_over_group(float16 x, __local float *sums, __local float *scratch) {
+#if LOCAL == 1
+    vstore16(x, 0, sums);
+#else
+    const uint me = get_local_id(0);
+    float lanes[16];
+    vstore16(x, 0, lanes);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint j = 0; j < 16; j++) {
+        scratch[j * LOCAL + me] = lanes[j];
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    const uint parts = LOCAL / 16; /* each value is summed by so many work-items, then by one */
+    float part = 0.0f;
+    for (uint i = me % parts; i < LOCAL; i += parts) {
+        part += scratch[me / parts * LOCAL + i];
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    scratch[me] = part;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    if (me < 16) {
+        float sum = 0.0f;
+        for (uint i = 0; i < parts; i++) {
+            sum += scratch[me * parts + i];
+        }
+        sums[me] = sum;
+    }
+#endif
+}
+
+/* ---- Preparing a product's input, in local memory ---- */
+
+/* x * rsqrt(mean x^2 + eps) * weight. */
+void prepare_norm_local(const __global float *x, const __global float *weight, uint count, float eps,
+                        __local float *to, __local float *scratch) {
+    const uint me = get_local_id(0);
+    const uint whole = count / VEC * VEC;
+    floatv squares = 0.0f;
+    float rest = 0.0f;
+    for (uint i = me * VEC; i < whole; i += LOCAL * VEC) {
+        const floatv v = loadv(x + i);
+        squares += v * v;
+    }
+    for (uint i = whole + me; i < count; i += LOCAL) {
+        rest += x[i] * x[i];
+    }
+    const float scale = rsqrt(sum_over_group(add_lanes(squares) + rest, scratch) / (float)count + eps);
+    for (uint i = me * VEC; i < whole; i += LOCAL * VEC) {
+        storev_local(loadv(x + i) * scale * loadv(weight + i), to + i);
+    }
+    for (uint i = whole + me; i < count; i += LOCAL) {
+        to[i] = x[i] * scale * weight[i];
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+}
+
+/*
+ * The attention's output o, plus D * v for Mamba-2, gated by silu(z) and normalised in segments, in either order.
+ * p is the token's projections, conv_v its v after the convolution.
+ */
+void prepare_gated_local(const __global storage *o, const __global float *p, const __global float *conv_v,
+                         const __global float *d, const __global float *weight, float eps, __local float *to,
+                         __local float *scratch) {
+    const uint me = get_local_id(0);
+    for (uint start = 0; start < INNER; start += SEGMENT) {
+        const uint end = start + SEGMENT;
+        const uint whole = start + SEGMENT / VEC * VEC;
+        floatv squares = 0.0f;
+        float rest = 0.0f;
+#if STORAGE == 0
+        for (uint i = start + me * VEC; i < whole; i += LOCAL * VEC) {
+            floatv y = loadv(o + i);
+#if !DELTA
+            y += loadv(d + i) * loadv(conv_v + i);
+#endif
+#if GATE_FIRST
+            y *= siluv(loadv(p + Z_AT + i));
+#endif
+            storev_local(y, to + i);
+            squares += y * y;
+        }
+        for (uint i = whole + me; i < end; i += LOCAL) {
+#else
+        for (uint i = start + me; i < end; i += LOCAL) {
+#endif
+            float y = load(o, i);
+#if !DELTA
+            y += d[i] * conv_v[i];
+#endif
+#if GATE_FIRST
+            y *= silu(p[Z_AT + i]);
+#endif
+            to[i] = y;
+            rest += y * y;
+        }
+        const float scale = rsqrt(sum_over_group(add_lanes(squares) + rest, scratch) / (float)SEGMENT + eps);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        for (uint i = start + me * VEC; i < whole; i += LOCAL * VEC) {
+            floatv y = loadv_local(to + i) * scale * loadv(weight + i);
+#if !GATE_FIRST
+            y *= siluv(loadv(p + Z_AT + i));
+#endif
+            storev_local(y, to + i);
+        }
+        for (uint i = whole + me; i < end; i += LOCAL) {
+            float y = to[i] * scale * weight[i];
+#if !GATE_FIRST
+            y *= silu(p[Z_AT + i]);
+#endif
+            to[i] = y;
+        }
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+}
+
+void copy_to_local(const __global float *x, uint count, __local float *to) {
+    for (uint i = get_local_id(0); i < count; i += LOCAL) {
+        to[i] = x[i];
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+}
+
+/* The same for many tokens, written out.  A work-group a token. */
+__kernel void prepare_norm(const __global float *x, ulong x_at, ulong x_stride, const __global float *norm,
+                           uint norm_at, uint count, float eps, __global float *to, ulong to_stride,
+                           __local float *prepared, __local float *scratch) {
+    const ulong token = get_group_id(0);
+    prepare_norm_local(x + x_at + token * x_stride, norm + norm_at, count, eps, prepared, scratch);
+    for (uint i = get_local_id(0); i < count; i += LOCAL) {
+        to[token * to_stride + i] = prepared[i];
+    }
+}
+
+__kernel void prepare_gated(const __global storage *o, const __global float *p, ulong p_stride,
+                            const __global float *conv_v, const __global float *vectors, uint d_at, uint weight_at,
+                            float eps, __global float *to, ulong to_stride, __local float *prepared,
+                            __local float *scratch) {
+    const ulong token = get_group_id(0);
+    prepare_gated_local(o + token * INNER, p + token * p_stride, conv_v + token * INNER, vectors + d_at,
+                        vectors + weight_at, eps, prepared, scratch);
+    for (uint i = get_local_id(0); i < INNER; i += LOCAL) {
+        to[token * to_stride + i] = prepared[i];
+    }
+}
+
+/* ---- Products with one vector ---- */
+
+/* This work-item's part of a block of rows times x. */
+float16 multiply_block(const __global matrix *block, const __local float *x, uint columns) {
+    float16 a = 0.0f;
+    float16 b = 0.0f;
+    float16 c = 0.0f;
+    float16 d = 0.0f;
+    uint k = get_local_id(0);
+    for (; k + 3 * LOCAL < columns; k += 4 * LOCAL) {
+        a += x[k] * load16(block + (ulong)k * 16);
+        b += x[k + LOCAL] * load16(block + (ulong)(k + LOCAL) * 16);
+        c += x[k + 2 * LOCAL] * load16(block + (ulong)(k + 2 * LOCAL) * 16);
+        d += x[k + 3 * LOCAL] * load16(block + (ulong)(k + 3 * LOCAL) * 16);
+    }
+    for (; k < columns; k += LOCAL) {
+        a += x[k] * load16(block + (ulong)k * 16);
+    }
+    return (a + b) + (c + d);
+}
+
+/* Blocks are shared out among the groups of dimension 0 in runs. */
+uint first_block(uint blocks, uint group) { return (uint)((ulong)blocks * group / get_num_groups(0)); }
+
+/* y = W prepared + bias, or y += where `add` is 1. */
+void multiply_blocks(const __global matrix *w, uint blocks, uint columns, const __global float *bias, int add,
+                     __global float *y, const __local float *prepared, __local float *scratch) {
+    __local float *sums = scratch + 16 * LOCAL;
+    const uint last = first_block(blocks, get_group_id(0) + 1);
+    for (uint block = first_block(blocks, get_group_id(0)); block < last; block++) {
+        sum16_over_group(multiply_block(w + (ulong)block * columns * 16, prepared, columns), sums, scratch);
+        const uint lane = get_local_id(0) * VEC;
+        if (lane < 16) {
+            const uint row = block * 16 + lane;
+            floatv result = loadv_local(sums + lane) + loadv(bias + row);
+            if (add) {
+                result += loadv(y + row);
+            }
+            storev(result, y + row);
+        }
+    }
+}
+
+/* y = W norm(x) + bias.  Groups: dimension 0 shares the blocks, dimension 1 is the token.  scratch: 16 * LOCAL + 32. */
+__kernel void norm_product(const __global float *x, ulong x_at, ulong x_stride, const __global float *norm,
+                           uint norm_at, float eps, const __global matrix *w, uint blocks, uint columns,
+                           const __global float *bias, uint bias_at, __global float *y, ulong y_stride,
+                           __local float *prepared, __local float *scratch) {
+    const ulong token = get_group_id(1);
+    prepare_norm_local(x + x_at + token * x_stride, norm + norm_at, columns, eps, prepared, scratch);
+    multiply_blocks(w, blocks, columns, bias + bias_at, 0, y + token * y_stride, prepared, scratch);
+}
+
+/* x += W gated(o) + bias. */
+__kernel void gated_product(const __global storage *o, const __global float *p, ulong p_stride,
+                            const __global float *conv_v, const __global float *vectors, uint d_at, uint weight_at,
+                            uint bias_at, float eps, const __global matrix *w, uint blocks, __global float *x,
+                            ulong x_stride, __local float *prepared, __local float *scratch) {
+    const ulong token = get_group_id(1);
+    prepare_gated_local(o + token * INNER, p + token * p_stride, conv_v + token * INNER, vectors + d_at,
+                        vectors + weight_at, eps, prepared, scratch);
+    multiply_blocks(w, blocks, INNER, vectors + bias_at, 1, x + token * x_stride, prepared, scratch);
+}
+
+/* y = silu(gate norm(x)) * (up norm(x)); blocks of gate and of up take turns, `blocks` counts those of y. */
+__kernel void norm_swiglu(const __global float *x, ulong x_stride, const __global float *norm, uint norm_at, float eps,
+                          const __global matrix *w, uint blocks, uint columns, __global float *y, ulong y_stride,
+                          __local float *prepared, __local float *scratch) {
+    const ulong token = get_group_id(1);
+    __local float *sums = scratch + 16 * LOCAL;
+    prepare_norm_local(x + token * x_stride, norm + norm_at, columns, eps, prepared, scratch);
+    const uint last = first_block(blocks, get_group_id(0) + 1);
+    for (uint block = first_block(blocks, get_group_id(0)); block < last; block++) {
+        const __global matrix *gate = w + (ulong)block * 2 * columns * 16;
+        sum16_over_group(multiply_block(gate, prepared, columns), sums, scratch);
+        sum16_over_group(multiply_block(gate + (ulong)columns * 16, prepared, columns), sums + 16, scratch);
+        const uint lane = get_local_id(0) * VEC;
+        if (lane < 16) {
+            const floatv result = siluv(loadv_local(sums + lane)) * loadv_local(sums + 16 + lane);
+            storev(result, y + token * y_stride + block * 16 + lane);
+        }
+    }
+}
+
+/* x += W y, in slices of columns that fit into local memory. */
+__kernel void add_product(const __global float *y, ulong y_stride, const __global matrix *w, uint blocks, uint columns,
+                          uint slice, __global float *x, ulong x_stride, __local float *prepared,
+                          __local float *scratch) {
+    const ulong token = get_group_id(1);
+    __local float *sums = scratch + 16 * LOCAL;
+    const uint last = first_block(blocks, get_group_id(0) + 1);
+    for (uint block = first_block(blocks, get_group_id(0)); block < last; block++) {
+        float16 part = 0.0f;
+        for (uint start = 0; start < columns; start += slice) {
+            const uint count = min(slice, columns - start);
+            if (count < columns || block == first_block(blocks, get_group_id(0))) {
+                barrier(CLK_LOCAL_MEM_FENCE);
+                copy_to_local(y + token * y_stride + start, count, prepared);
+            }
+            part += multiply_block(w + ((ulong)block * columns + start) * 16, prepared, count);
+        }
+        sum16_over_group(part, sums, scratch);
+        const uint lane = get_local_id(0) * VEC;
+        if (lane < 16) {
+            __global float *to = x + token * x_stride + block * 16 + lane;
+            storev(loadv(to) + loadv_local(sums + lane), to);
+        }
+    }
+}
+
+/* ---- Products with many vectors ---- */
+
+/* A block of rows times TILE tokens; tokens beyond the last repeat it. */
+void multiply_tile(const __global matrix *block, const __global float *x, ulong x_stride, uint tokens, uint columns,
+                   float16 *sums) {
+    const __global float *row[TILE];
+    float16 sum[TILE];
+#pragma unroll
+    for (uint i = 0; i < TILE; i++) {
+        row[i] = x + min(i, tokens - 1) * x_stride;
+        sum[i] = 0.0f;
+    }
+    for (uint k = 0; k < columns; k++) {
+        const float16 w = load16(block + (ulong)k * 16);
+#pragma unroll
+        for (uint i = 0; i < TILE; i++) {
+            sum[i] = fma((float16)row[i][k], w, sum[i]);
+        }
+    }
+#pragma unroll
+    for (uint i = 0; i < TILE; i++) {
+        sums[i] = sum[i];
+    }
+}
+
+/* y = W x + bias, or y += where `add` is 1.  Work-items: dimension 0 is the block, dimension 1 a run of `run` tokens. */
+__kernel void product_tiles(const __global float *x, ulong x_stride, uint tokens, uint run, const __global matrix *w,
+                            uint columns, const __global float *bias, uint bias_at, int add, __global float *y,
+                            ulong y_stride) {
+    const uint block = get_global_id(0);
+    const uint end = min((uint)(get_global_id(1) + 1) * run, tokens);
+    const float16 offset = vload16(0, bias + bias_at + block * 16);
+    for (uint token = (uint)get_global_id(1) * run; token < end; token += TILE) {
+        float16 sums[TILE];
+        const uint count = min((uint)TILE, end - token);
+        multiply_tile(w + (ulong)block * columns * 16, x + token * x_stride, x_stride, count, columns, sums);
+        for (uint i = 0; i < count; i++) {
+            __global float *to = y + (token + i) * y_stride + block * 16;
+            vstore16(sums[i] + offset + (add ? vload16(0, to) : (float16)0.0f), 0, to);
+        }
+    }
+}
+
+/* y = silu(gate x) * (up x), the blocks as for norm_swiglu. */
+__kernel void swiglu_tiles(const __global float *x, ulong x_stride, uint tokens, uint run, const __global matrix *w,
+                           uint columns, __global float *y, ulong y_stride) {
+    const uint block = get_global_id(0);
+    const uint end = min((uint)(get_global_id(1) + 1) * run, tokens);
+    const __global matrix *gate = w + (ulong)block * 2 * columns * 16;
+    for (uint token = (uint)get_global_id(1) * run; token < end; token += TILE) {
+        float16 sums[TILE];
+        float16 ups[TILE];
+        const uint count = min((uint)TILE, end - token);
+        multiply_tile(gate, x + token * x_stride, x_stride, count, columns, sums);
+        multiply_tile(gate + (ulong)columns * 16, x + token * x_stride, x_stride, count, columns, ups);
+        for (uint i = 0; i < count; i++) {
+            const float16 result = sums[i] / (1.0f + exp(-sums[i])) * ups[i];
+            vstore16(result, 0, y + (token + i) * y_stride + block * 16);
+        }
+    }
+}
+
+/* to[column][row], some rows of a matrix as CLBlast reads it.  Dimension 0 is the row, dimension 1 the column. */
+__kernel void unpack(const __global matrix *w, uint first_row, uint columns, __global float *to) {
+    const uint row = first_row + get_global_id(0);
+    const uint column = get_global_id(1);
+    const ulong from = ((ulong)(row / 16) * columns + column) * 16 + row % 16;
+    to[(ulong)column * get_global_size(0) + get_global_id(0)] = load1(w + from);
+}
+
+/* y = bias, or y += where `add` is 1: a product is added to it.  Dimension 0 is the row, dimension 1 the token. */
+__kernel void begin_product(const __global float *bias, uint bias_at, int add, __global float *y, ulong y_stride) {
+    __global float *to = y + get_global_id(1) * y_stride + get_global_id(0);
+    *to = bias[bias_at + get_global_id(0)] + (add ? *to : 0.0f);
+}
+
+/* y = silu(gate) * up, blocks of which take turns in both. */
+__kernel void finish_swiglu(const __global float *both, ulong both_stride, __global float *y, ulong y_stride) {
+    const ulong i = get_global_id(0);
+    const __global float *gate = both + get_global_id(1) * both_stride + i / 16 * 32 + i % 16;
+    y[get_global_id(1) * y_stride + i] = silu(gate[0]) * gate[16];
+}
+
+/* ---- Around the attention ---- */
+
+/* x = the embedding's rows.  Dimension 0 is the column, dimension 1 the token. */
+__kernel void embed(const __global int *ids, const __global matrix *embedding, __global float *x, ulong x_stride) {
+    const uint column = get_global_id(0);
+    const uint id = (uint)ids[get_global_id(1)];
+    const ulong from = ((ulong)(id / 16) * get_global_size(0) + column) * 16 + id % 16;
+    x[get_global_id(1) * x_stride + column] = load1(embedding + from);
+}
+
+/* Channels that a work-item takes: 16 where neither q, k and v nor the heads end inside of 16. */
+#if LOCAL == 1 && Q_AT % 16 == 0 && K_AT % 16 == 0 && V_AT % 16 == 0 && CHANNELS % 16 == 0 && DIM_V % 16 == 0
+#define MIX 16
+typedef float16 floatm;
+floatm loadm(const __global float *p) { return vload16(0, p); }
+void storem(floatm v, __global float *p) { vstore16(v, 0, p); }
+void storem_storage(floatm v, __global storage *p) {
+#if STORAGE == 0
+    vstore16(v, 0, p);
+#else
+    float lanes[16];
+    vstore16(v, 0, lanes);
+    for (uint i = 0; i < 16; i++) {
+        store(p, i, lanes[i]);
+    }
+#endif
+}
+#else
+#define MIX 1
+typedef float floatm;
+floatm loadm(const __global float *p) { return *p; }
+void storem(floatm v, __global float *p) { *p = v; }
+void storem_storage(floatm v, __global storage *p) { store(p, 0, v); }
+#endif
+
+/* The last TAPS - 1 inputs of the convolution, oldest first, of which `length` are new; MIX channels. */
+void update_tail(const __global float *p, ulong p_stride, uint length, __global float *tail, uint channel) {
+    for (uint i = 0; i < TAPS - 1; i++) {
+        const uint at = i + length; /* in tail, then p */
+        const __global float *input = at < TAPS - 1 ? tail + at * CHANNELS
+                                                    : p + (ulong)(at - (TAPS - 1)) * p_stride + CONV_AT;
+        storem(loadm(input + channel), tail + i * CHANNELS + channel);
+    }
+}
+
+/* Behind mix, for more than one token.  Dimension 0: runs of MIX channels; dimension 1: the sequence. */
+__kernel void conv_tail(const __global float *p, ulong p_stride, uint length, __global float *tails, ulong tails_at) {
+    const ulong sequence = get_global_id(1);
+    update_tail(p + sequence * length * p_stride, p_stride, length,
+                tails + tails_at + sequence * (TAPS - 1) * CHANNELS, get_global_id(0) * MIX);
+}
+
+#define CONV_ITEMS (CHANNELS / MIX)
+#define LEVEL_ITEMS ((HEADS * LEVELS + VEC - 1) / VEC)
+
+
+float time_step(const __global float *p, const __global float *dt_bias, uint head, float dt_min, float dt_max) {
+    return clamp(softplus(p[DT_AT + head] + dt_bias[head]), dt_min, dt_max);
+}
+
+/* The convolution of MIX channels at one time of a sequence; earlier inputs are in p, or in the tail. */
+floatm convolve(const __global float *p, ulong p_stride, const __global float *tail, uint time, uint channel,
+                const __global float *taps, const __global float *bias) {
+    floatm sum = loadm(bias + channel);
+#pragma unroll
+    for (uint tap = 0; tap < TAPS; tap++) {
+        const uint at = time + tap; /* in tail, then p */
+        const __global float *input = at < TAPS - 1 ? tail + at * CHANNELS
+                                                    : p + (ulong)(at - (TAPS - 1)) * p_stride + CONV_AT;
+        sum += loadm(taps + tap * CHANNELS + channel) * loadm(input + channel);
+    }
+    return sum;
+}
+
+/*
+ * The attention's inputs from the projections: q, k, v through convolution and silu, v of Mamba-2 times its time step,
+ * the gates g and beta, the level weights.  Dimension 0: channels, then level weights, then heads; dimension 1: the
+ * token, `length` of each sequence.  A length of 1 updates the tails.
+ */
+__kernel void mix(const __global float *projections, ulong p_stride, uint length, __global float *tails,
+                  ulong tails_at, const __global float *vectors, uint conv_at, uint conv_bias_at, uint dt_bias_at, uint a_at,
+                  uint level_at, float dt_min, float dt_max, __global storage *q, __global storage *k,
+                  __global storage *v, __global float *conv_v, __global float *g, __global float *level_scales,
+                  __global float *beta) {
+    const uint item = get_global_id(0);
+    const ulong token = get_global_id(1);
+    const ulong sequence = token / length;
+    const uint time = (uint)(token % length);
+    const __global float *first = projections + sequence * length * p_stride;
+    const __global float *p = projections + token * p_stride;
+    if (item < CONV_ITEMS) {
+        const uint channel = item * MIX;
+        __global float *tail = tails + tails_at + sequence * (TAPS - 1) * CHANNELS;
+        floatm x = convolve(first, p_stride, tail, time, channel, vectors + conv_at, vectors + conv_bias_at);
+        x = x / (1.0f + exp(-x));
+        if (channel >= Q_AT && channel < Q_AT + QK_CHANNELS) {
+            storem_storage(x, q + token * QK_CHANNELS + (channel - Q_AT));
+        } else if (channel >= K_AT && channel < K_AT + QK_CHANNELS) {
+            storem_storage(x, k + token * QK_CHANNELS + (channel - K_AT));
+        } else {
+            const uint i = channel - V_AT;
+#if !DELTA
+            storem(x, conv_v + token * INNER + i);
+            x *= time_step(p, vectors + dt_bias_at, i / DIM_V, dt_min, dt_max);
+#endif
+            storem_storage(x, v + token * INNER + i);
+        }
+        if (length == 1) {
+            update_tail(first, p_stride, 1, tail, channel);
+        }
+    } else if (item < CONV_ITEMS + LEVEL_ITEMS) {
+        const uint i = (item - CONV_ITEMS) * VEC;
+        const floatv x = loadv(vectors + level_at + i) * loadv(p + LEVEL_AT + i);
+        const floatv weight = fmax(x, (floatv)0.0f) + log1p(exp(-fabs(x)));
+        __global float *to = level_scales + token * HEADS * LEVELS + i;
+#if VEC == 1
+        *to = weight;
+#else
+        if (i + VEC <= HEADS * LEVELS) {
+            storev(weight, to);
+        } else {
+            float lanes[VEC];
+            vstore16(weight, 0, lanes);
+            for (uint j = 0; i + j < HEADS * LEVELS; j++) {
+                to[j] = lanes[j];
+            }
+        }
+#endif
+    } else if (item < CONV_ITEMS + LEVEL_ITEMS + HEADS) {
+        const uint head = item - CONV_ITEMS - LEVEL_ITEMS;
+        const float dt = time_step(p, vectors + dt_bias_at, head, dt_min, dt_max);
+        g[token * HEADS + head] = fmax(vectors[a_at + head] * dt, -1e6f); /* exp of either is 0; sums stay finite */
+#if DELTA
+        beta[token * HEADS + head] = sigmoid(p[BETA_AT + head]);
+#endif
+    }
+}

@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The kernels of cl/model.cl, built for a model, and the launches that are made of them. */
+#ifndef LOGLIN_MODEL_KERNELS_H
+#define LOGLIN_MODEL_KERNELS_H
+
+#include "model/model.h"
+
+/* X(name): the kernels of cl/model.cl. */
+#define LOGLIN_MODEL_KERNELS(X)                                                                                        \
+    X(embed)                                                                                                           \
+    X(prepare_norm)                                                                                                    \
+    X(prepare_gated)                                                                                                   \
+    X(norm_product)                                                                                                    \
+    X(gated_product)                                                                                                   \
+    X(norm_swiglu)                                                                                                     \
+    X(add_product)                                                                                                     \
+    X(product_tiles)                                                                                                   \
+    X(swiglu_tiles)                                                                                                    \
+    X(unpack)                                                                                                          \
+    X(begin_product)                                                                                                   \
+    X(finish_swiglu)                                                                                                   \
+    X(mix)                                                                                                             \
+    X(conv_tail)
+
+#define LOGLIN_MODEL_KERNEL_ENUM(name) LOGLIN_KERNEL_##name,
+typedef enum loglin_model_kernel {
+    LOGLIN_MODEL_KERNELS(LOGLIN_MODEL_KERNEL_ENUM) LOGLIN_MODEL_KERNEL_COUNT
+} loglin_model_kernel;
+
+/* How the kernels were built. */
+typedef struct loglin_model_program {
+    cl_program program; /* of the device */
+    size_t local;       /* LOCAL: work-items of a group */
+    size_t mix;         /* MIX: channels of a work-item */
+    size_t vec;         /* VEC */
+    size_t groups;      /* that share the blocks of a product with one vector; 0: a group for each block */
+} loglin_model_program;
+
+loglin_status loglin_model_build(const loglin_model *model, loglin_model_program *program);
+
+/* A new kernel object, with arguments of its own. */
+loglin_status loglin_model_create_kernel(const loglin_model_program *program, loglin_model_kernel id,
+                                         cl_kernel *kernel);
+
+/* An argument of a kernel: a value, or, where `value` is NULL, so many bytes of local memory. */
+typedef struct loglin_kernel_argument {
+    size_t size;
+    const void *value;
+} loglin_kernel_argument;
+
+#define KERNEL_ARGUMENT(variable) {sizeof(variable), &(variable)}
+#define KERNEL_LOCAL(bytes) {(bytes), NULL}
+
+loglin_status loglin_set_arguments(cl_kernel kernel, const loglin_kernel_argument *arguments, size_t count);
+
+/* A kernel with all its arguments, and its range; a local size of 0 leaves it to the driver. */
+typedef struct loglin_launch {
+    cl_kernel kernel;
+    size_t global[2], local[2];
+} loglin_launch;
+
+loglin_status loglin_launch_enqueue(const loglin_launch *launch, cl_command_queue queue);
+
+#endif

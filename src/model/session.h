@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A session: the states of its sequences, and the two ways through the layers.
+ *
+ * The fast step takes one token of every sequence of a small session through six launches a layer, whose arguments were
+ * all set when the session was made.  The pass takes any number of tokens through the layers, as products of matrices.
+ */
+#ifndef LOGLIN_MODEL_SESSION_H
+#define LOGLIN_MODEL_SESSION_H
+
+#include "model/kernels.h"
+
+enum { LOGLIN_SESSION_PLANS = 8 };
+
+/* What the layers work in, for so many tokens at once.  Strides count elements from a token to the next. */
+typedef struct loglin_activations {
+    size_t rows;
+    size_t x_stride, h_stride, p_stride, y_stride, logits_stride;
+    size_t logit_rows; /* of logits */
+    cl_mem ids;
+    cl_mem x;      /* the residual stream */
+    cl_mem h;      /* a product's input; NULL for the fast step */
+    cl_mem p;      /* all input projections */
+    cl_mem conv_v; /* v behind the convolution */
+    cl_mem q, k, v, g, level_scales, beta, o; /* of the attention */
+    cl_mem y;        /* of the MLP */
+    cl_mem unpacked; /* matrices as CLBlast reads them, and both halves of the MLP; NULL on CPUs */
+    cl_mem both;
+    cl_mem logits;
+} loglin_activations;
+
+/* The states of a layer. */
+typedef struct loglin_layer_state {
+    cl_mem tails;     /* [N, taps - 1, channels]: the last inputs of the convolution */
+    cl_mem values;    /* as in loglin_state, and so the others */
+    cl_mem log_decay; /* LOGLIN_MAMBA2 only */
+    cl_mem position;
+} loglin_layer_state;
+
+/* The launches of a layer in the fast step; attention comes behind mix. */
+typedef enum loglin_step_launch {
+    LOGLIN_STEP_IN,
+    LOGLIN_STEP_MIX,
+    LOGLIN_STEP_OUT,
+    LOGLIN_STEP_GATE_UP,
+    LOGLIN_STEP_DOWN,
+    LOGLIN_STEP_LAUNCHES,
+} loglin_step_launch;
+
+typedef struct loglin_step_layer {
+    loglin_launch launches[LOGLIN_STEP_LAUNCHES];
+} loglin_step_layer;
+
+/* A plan for pieces of a shape. */
+typedef struct loglin_piece_plan {
+    loglin_plan *plan;
+    size_t batch, length;
+    uint64_t used; /* when, as a count of uses of all */
+} loglin_piece_plan;
+
+struct loglin_session {
+    loglin_model *model;
+    cl_command_queue queue;
+    size_t sequences;
+    size_t *positions; /* of the sequences, as the device has them */
+    cl_int *ids;       /* on their way to the device: sequences or model->options.piece, whichever is more */
+    loglin_layer_state *layers;
+    loglin_model_program program;
+    cl_kernel kernels[LOGLIN_MODEL_KERNEL_COUNT]; /* for passes */
+
+    loglin_plan *step_plan;
+    loglin_activations step_activations; /* rows 0: the session is too large for the fast step */
+    loglin_step_layer *step_layers;
+    loglin_launch step_embed, step_head;
+
+    loglin_activations pass_activations; /* rows 0 until the first pass */
+    loglin_piece_plan plans[LOGLIN_SESSION_PLANS];
+    uint64_t plan_uses;
+    cl_mem workspace; /* the largest that a plan needed */
+    size_t workspace_size;
+};
+
+/* Buffers of the session's context; `name` is for messages. */
+loglin_status loglin_session_buffer(const loglin_session *session, const char *name, size_t count, size_t element,
+                                    cl_mem *mem);
+
+/* For so many rows, with h and what CLBlast needs where `pass`. */
+loglin_status loglin_activations_create(const loglin_session *session, size_t rows, size_t logit_rows, bool pass,
+                                        loglin_activations *activations);
+void loglin_activations_destroy(loglin_activations *activations);
+
+/* The attention's arrays, and a layer's states from a sequence on. */
+loglin_inputs loglin_session_inputs(const loglin_session *session, const loglin_activations *activations);
+loglin_state loglin_session_state(const loglin_session *session, size_t layer, size_t first);
+
+/* The launch of mix in a layer, for `length` tokens each of `count` sequences from `first` on. */
+loglin_status loglin_mix_launch(const loglin_session *session, const loglin_activations *activations, size_t layer,
+                                size_t first, size_t count, size_t length, cl_kernel kernel, loglin_launch *launch);
+
+/* Bytes of local memory that a prepared vector takes, and what sums over a group take. */
+size_t loglin_prepared_bytes(size_t columns);
+size_t loglin_scratch_bytes(const loglin_model_program *program);
+
+/* fast_step.c */
+bool loglin_fast_step_applies(const loglin_session *session);
+loglin_status loglin_fast_step_create(loglin_session *session);
+void loglin_fast_step_destroy(loglin_session *session);
+/* Enqueues one token of every sequence, ids already uploaded; the logits are step_activations.logits. */
+loglin_status loglin_fast_step_enqueue(loglin_session *session);
+
+/* pass.c */
+loglin_status loglin_pass_create(loglin_session *session);
+void loglin_pass_destroy(loglin_session *session);
+
+typedef struct loglin_pass {
+    size_t first, count, length; /* `length` tokens each of the sequences first .. first+count-1 */
+    bool every_logit;            /* of every token, else of the last one of each sequence */
+    float *logits;               /* NULL: none; [count, length or 1, vocabulary] with sequence_stride between sequences */
+    size_t sequence_stride;
+} loglin_pass;
+
+/* Runs session->ids, [count, length], through the layers and waits; at most model->options.piece tokens. */
+loglin_status loglin_pass_run(loglin_session *session, const loglin_pass *pass);
+
+#endif

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Small shapes of everything in one process, without a test framework: made to run under Oclgrind, which checks every
+ * access of the kernels and interprets them at a few million operations a second.
+ */
+#include "support_case.h"
+
+#include <stdio.h>
+
+static const size_t LENGTHS[] = {0, 1, 20, 0, 3};
+static const int32_t POSITIONS[] = {5, 0};
+static const int32_t PACKED_POSITIONS[] = {0, 3, 16, 7, 1};
+
+static size_t passed;
+static size_t failed;
+
+static void count_result(const char *failure)
+{
+    if (failure == NULL) {
+        passed++;
+        return;
+    }
+    failed++;
+    fprintf(stderr, "%s\n", failure);
+}
+
+static void check_calls(const support_case *c)
+{
+    count_result(support_check_forward(c));
+    count_result(support_check_backward(c));
+    if (c->lengths == NULL) {
+        count_result(support_check_decode(c));
+    }
+}
+
+int main(void)
+{
+    const support_case cases[] = {
+        {.length = 1, .heads = 1, .dim_k = 1, .dim_v = 1},
+        {.length = 37, .dim_k = 3, .dim_v = 5, .chunk = 16, .final_states = true},
+        {.length = 20, .heads = 4, .groups = 2, .batch = 2, .dim_k = 4, .dim_v = 4, .chunk = 16, .normalize_qk = 1},
+        {.length = 19, .batch = 2, .dim_k = 4, .dim_v = 3, .chunk = 16, .positions = POSITIONS, .final_states = true},
+        {.length = 17, .dim_k = 16, .dim_v = 8, .chunk = 16, .dtype = LOGLIN_BF16, .no_gates = true, .offset = 3},
+        {.lengths = LENGTHS,
+         .sequences = 5,
+         .dim_k = 4,
+         .dim_v = 3,
+         .chunk = 16,
+         .positions = PACKED_POSITIONS,
+         .final_states = true},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        for (int op = 0; op < 2; op++) {
+            for (int partition = 0; partition < 2; partition++) {
+                support_case c = cases[i];
+                c.op = (loglin_op)op;
+                c.partition = (loglin_partition)partition;
+                check_calls(&c);
+            }
+        }
+    }
+    support_case decaying = {.length = 20, .final_states = true, .log_decay = true, .dim_k = 4, .dim_v = 4};
+    count_result(support_check_decode(&decaying));
+    printf("%zu passed, %zu failed\n", passed, failed);
+    return failed == 0 ? 0 : 1;
+}
