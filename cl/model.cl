@@ -496,7 +496,7 @@ void update_tail(const __global float *p, ulong p_stride, uint length, __global 
     }
 }
 
-/* Behind mix, for more than one token.  Dimension 0: runs of MIX channels; dimension 1: the sequence. */
+/* Behind attention_inputs, for more than one token.  Dimension 0: runs of MIX channels; dimension 1: the sequence. */
 __kernel void conv_tail(const __global float *p, ulong p_stride, uint length, __global float *tails, ulong tails_at) {
     const ulong sequence = get_global_id(1);
     update_tail(p + sequence * length * p_stride, p_stride, length,
@@ -530,7 +530,7 @@ floatm convolve(const __global float *p, ulong p_stride, const __global float *t
  * the gates g and beta, the level weights.  Dimension 0: channels, then level weights, then heads; dimension 1: the
  * token, `length` of each sequence.  A length of 1 updates the tails.
  */
-__kernel void mix(const __global float *projections, ulong p_stride, uint length, __global float *tails,
+__kernel void attention_inputs(const __global float *projections, ulong p_stride, uint length, __global float *tails,
                   ulong tails_at, const __global float *vectors, uint conv_at, uint conv_bias_at, uint dt_bias_at, uint a_at,
                   uint level_at, float dt_min, float dt_max, __global storage *q, __global storage *k,
                   __global storage *v, __global float *conv_v, __global float *g, __global float *level_scales,

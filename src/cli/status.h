@@ -15,7 +15,7 @@ typedef enum loglin_cli_status {
 loglin_cli_status loglin_cli_fail(loglin_cli_status status, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
-/* Prints what a call of the library reported; what it calls an invalid argument came from the command line or the file. */
+/* Prints what a call of the library reported; an invalid argument came from the command line or the file. */
 loglin_cli_status loglin_cli_fail_library(loglin_status status);
 
 /* Prints an OpenCL error; `what` says what was tried. */

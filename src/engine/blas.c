@@ -471,8 +471,17 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
     return finish(&tape, event);
 }
 
+/* It takes every problem; too large a panel is found when the plan lays it out. */
+static const char *refuses(const loglin_device *device, const loglin_problem *problem)
+{
+    (void)device;
+    (void)problem;
+    return NULL;
+}
+
 const loglin_engine_class loglin_blas_engine = {
     .name = "blas",
+    .refuses = refuses,
     .create = create,
     .destroy = destroy,
     .workspace_size = workspace_size,

@@ -10,6 +10,8 @@ typedef struct loglin_engine_state loglin_engine_state;
 
 typedef struct loglin_engine_class {
     const char *name;
+    /* NULL if the engine takes the problem on this device, else why not. */
+    const char *(*refuses)(const loglin_device *device, const loglin_problem *problem);
     /* problem: filled in, chunk chosen. */
     loglin_status (*create)(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state);
     void (*destroy)(loglin_engine_state *state);

@@ -160,7 +160,7 @@ static loglin_status set_embed(const loglin_session *session, loglin_launch *lau
 
 static loglin_status set_layer(loglin_session *session, size_t layer) {
     static const loglin_model_kernel ids[LOGLIN_STEP_LAUNCHES] = {
-        [LOGLIN_STEP_IN] = LOGLIN_KERNEL_norm_product,      [LOGLIN_STEP_MIX] = LOGLIN_KERNEL_mix,
+        [LOGLIN_STEP_IN] = LOGLIN_KERNEL_norm_product,      [LOGLIN_STEP_MIX] = LOGLIN_KERNEL_attention_inputs,
         [LOGLIN_STEP_OUT] = LOGLIN_KERNEL_gated_product,    [LOGLIN_STEP_GATE_UP] = LOGLIN_KERNEL_norm_swiglu,
         [LOGLIN_STEP_DOWN] = LOGLIN_KERNEL_add_product,
     };

@@ -19,7 +19,7 @@
     X(unpack)                                                                                                          \
     X(begin_product)                                                                                                   \
     X(finish_swiglu)                                                                                                   \
-    X(mix)                                                                                                             \
+    X(attention_inputs)                                                                                                           \
     X(conv_tail)
 
 #define LOGLIN_MODEL_KERNEL_ENUM(name) LOGLIN_KERNEL_##name,

@@ -300,7 +300,7 @@ static loglin_status enqueue_attention(loglin_session *session, const loglin_pas
 static loglin_status enqueue_mix(loglin_session *session, const loglin_pass *pass, size_t layer) {
     loglin_launch mix;
     RETURN_IF_ERROR(loglin_mix_launch(session, &session->pass_activations, layer, pass->first, pass->count,
-                                      pass->length, session->kernels[LOGLIN_KERNEL_mix], &mix));
+                                      pass->length, session->kernels[LOGLIN_KERNEL_attention_inputs], &mix));
     return loglin_launch_enqueue(&mix, session->queue);
 }
 

@@ -18,6 +18,7 @@ struct loglin_plan {
     loglin_problem problem; /* filled in */
     bool chunk_given;
     const loglin_engine_class *engine;
+    char engine_reason[160]; /* why this engine */
     loglin_engine_state *state; /* forward and backward; NULL if only steps are planned */
     loglin_stepper *stepper;    /* NULL if no steps are planned */
 };
@@ -42,9 +43,38 @@ static loglin_status check_allocation(const loglin_plan *plan, loglin_phase phas
     return LOGLIN_OK;
 }
 
+/* The engine asked for, or the first that takes the problem. */
+static loglin_status choose_engine(loglin_plan *plan)
+{
+    static const struct {
+        loglin_engine choice;
+        const loglin_engine_class *engine;
+    } engines[] = {{LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};
+    const loglin_engine asked = plan->problem.engine;
+    (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "%s",
+                   asked == LOGLIN_ENGINE_AUTO ? "default" : "as asked");
+    for (size_t i = 0; i < sizeof engines / sizeof engines[0]; i++) {
+        if (asked != LOGLIN_ENGINE_AUTO && asked != engines[i].choice) {
+            continue;
+        }
+        const char *refusal = engines[i].engine->refuses(plan->device, &plan->problem);
+        if (refusal == NULL) {
+            plan->engine = engines[i].engine;
+            return LOGLIN_OK;
+        }
+        if (asked != LOGLIN_ENGINE_AUTO) {
+            return loglin_fail(LOGLIN_UNSUPPORTED, "problem.engine is %s, which does not take this problem: %s",
+                               engines[i].engine->name, refusal);
+        }
+        (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "not %s: %s", engines[i].engine->name, refusal);
+    }
+    return loglin_fail(LOGLIN_INTERNAL, "no engine takes the problem");
+}
+
 static loglin_status create_parts(loglin_plan *plan)
 {
     if (plans(plan, LOGLIN_FORWARD | LOGLIN_BACKWARD)) {
+        RETURN_IF_ERROR(choose_engine(plan));
         RETURN_IF_ERROR(plan->engine->create(plan->device, &plan->problem, &plan->state));
         RETURN_IF_ERROR(check_allocation(plan, LOGLIN_FORWARD));
         RETURN_IF_ERROR(check_allocation(plan, LOGLIN_BACKWARD));
@@ -74,7 +104,6 @@ loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *pr
     if (!made->chunk_given) {
         made->problem.chunk = default_chunk;
     }
-    made->engine = &loglin_blas_engine;
     const loglin_status status = create_parts(made);
     if (status != LOGLIN_OK) {
         loglin_plan_destroy(made);
@@ -89,7 +118,9 @@ void loglin_plan_destroy(loglin_plan *plan)
     if (plan == NULL) {
         return;
     }
-    plan->engine->destroy(plan->state);
+    if (plan->state != NULL) {
+        plan->engine->destroy(plan->state);
+    }
     loglin_stepper_destroy(plan->stepper);
     loglin_device_release(plan->device);
     free(plan);
@@ -101,10 +132,10 @@ size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity
 {
     static const char *const dtypes[] = {"f32", "f16", "bf16"};
     const loglin_problem *p = &plan->problem;
-    char calls[256] = "";
+    char calls[384] = "";
     if (plan->state != NULL) {
         (void)snprintf(calls, sizeof calls, ", engine %s (%s), chunk %zu (%s), workspace %zu bytes forward",
-                       plan->engine->name, p->engine == LOGLIN_ENGINE_AUTO ? "default" : "as asked", p->chunk,
+                       plan->engine->name, plan->engine_reason, p->chunk,
                        plan->chunk_given ? "as asked" : "default", loglin_workspace_size(plan, LOGLIN_FORWARD));
         const size_t used = strlen(calls);
         if (plans(plan, LOGLIN_BACKWARD)) {

@@ -7,7 +7,7 @@
  *     the rest    the data, every byte of it in exactly one tensor
  *
  * A file is hostile until it is open: loglin_safetensors_open checks the whole header, so a tensor's shape, size and
- * data can be relied on.  Files are mapped, not read: data is shared with the page cache and costs no memory of its own;
+ * data can be relied on.  Files are mapped, not read: data shares the page cache and costs no memory of its own;
  * the file must not be shortened while it is open.
  */
 #ifndef LOGLIN_TENSORFILE_SAFETENSORS_H
