@@ -17,6 +17,7 @@
  * The levels that exist follow from the position alone, and so the loop over them is the same for a whole group.
  * With log_decay the decays are kept apart from the states, so a level that does not move is not written.  The
  * position and log_decay are read by many groups here; step_advance changes them afterwards, in a launch of its own.
+ * Nothing returns early: PoCL 3.1 compiles a barrier behind a return wrongly.
  */
 
 /* The problem. */

@@ -44,8 +44,8 @@ static size_t num_sequences(const loglin_problem *problem) {
 }
 
 /* Work-groups that a schedule makes of a problem. */
-static size_t num_groups(const loglin_problem *problem, const schedule *plan) {
-    const size_t block = plan->columns * plan->vectors * plan->width;
+static size_t num_groups(const loglin_problem *problem, const schedule *tiling) {
+    const size_t block = tiling->columns * tiling->vectors * tiling->width;
     return num_sequences(problem) * problem->heads * ceil_div(problem->dim_v, block);
 }
 
@@ -56,20 +56,20 @@ static size_t num_groups(const loglin_problem *problem, const schedule *plan) {
 static schedule cpu_schedule(const loglin_device *device, const loglin_problem *problem) {
     const size_t tile_vectors = 64; /* 4 KiB of 16 floats */
     const bool is_delta = problem->op == LOGLIN_GATED_DELTA;
-    schedule plan = {.width = 16, .columns = 1, .lanes = 1, .advance_items = 1};
-    while (problem->dim_v % plan.width != 0) {
-        plan.width /= 2;
+    schedule tiling = {.width = 16, .columns = 1, .lanes = 1, .advance_items = 1};
+    while (problem->dim_v % tiling.width != 0) {
+        tiling.width /= 2;
     }
-    const size_t vectors = problem->dim_v / plan.width;
+    const size_t vectors = problem->dim_v / tiling.width;
     const size_t most = is_delta ? 4 * tile_vectors / problem->dim_k : vectors;
-    for (plan.vectors = vectors; plan.vectors > 1; --plan.vectors) {
-        if (vectors % plan.vectors == 0 && plan.vectors <= most &&
-            num_groups(problem, &plan) >= 2 * (size_t)device->info.compute_units) {
+    for (tiling.vectors = vectors; tiling.vectors > 1; --tiling.vectors) {
+        if (vectors % tiling.vectors == 0 && tiling.vectors <= most &&
+            num_groups(problem, &tiling) >= 2 * (size_t)device->info.compute_units) {
             break;
         }
     }
-    plan.rows = is_delta ? problem->dim_k : min_size(problem->dim_k, ceil_div(tile_vectors, plan.vectors));
-    return plan;
+    tiling.rows = is_delta ? problem->dim_k : min_size(problem->dim_k, ceil_div(tile_vectors, tiling.vectors));
+    return tiling;
 }
 
 /* One column a work-item, a cache line of columns beside each other; fewer where that leaves compute units idle. */
@@ -81,36 +81,37 @@ static schedule gpu_schedule(const loglin_device *device, const loglin_problem *
     while (items > device->info.max_work_group_size) {
         items /= 2;
     }
-    schedule plan = {.width = 1, .vectors = 1, .advance_items = items};
-    plan.columns = min_size(min_size(most_columns, items), next_power_of_two(problem->dim_v));
-    while (plan.columns > least_columns && (num_groups(problem, &plan) < device->info.compute_units ||
-                                            (is_delta && plan.columns * problem->dim_k > most_delta_rows * items))) {
-        plan.columns /= 2;
+    schedule tiling = {.width = 1, .vectors = 1, .advance_items = items};
+    tiling.columns = min_size(min_size(most_columns, items), next_power_of_two(problem->dim_v));
+    while (tiling.columns > least_columns &&
+           (num_groups(problem, &tiling) < device->info.compute_units ||
+            (is_delta && tiling.columns * problem->dim_k > most_delta_rows * items))) {
+        tiling.columns /= 2;
     }
-    plan.lanes = min_size(items / plan.columns, next_power_of_two(problem->dim_k));
-    plan.rows = ceil_div(problem->dim_k, plan.lanes);
+    tiling.lanes = min_size(items / tiling.columns, next_power_of_two(problem->dim_k));
+    tiling.rows = ceil_div(problem->dim_k, tiling.lanes);
     if (!is_delta) {
-        plan.rows = min_size(plan.rows, most_rows);
+        tiling.rows = min_size(tiling.rows, most_rows);
     }
-    return plan;
+    return tiling;
 }
 
-static void write_options(const loglin_problem *problem, const schedule *plan, char *options, size_t capacity) {
+static void write_options(const loglin_problem *problem, const schedule *tiling, char *options, size_t capacity) {
     snprintf(options, capacity,
              "-DSTEP_K=%zu -DSTEP_V=%zu -DSTEP_HEADS=%zu -DSTEP_GROUPS=%zu -DSTEP_LEVELS=%zu -DSTEP_DELTA=%d"
              " -DSTEP_STRONG=%d -DSTEP_NORMALIZE=%d -DSTEP_DTYPE=%d -DSTEP_WEIGHT_DTYPE=%d -DSTEP_WIDTH=%zu"
              " -DSTEP_VECTORS=%zu -DSTEP_COLUMNS=%zu -DSTEP_LANES=%zu -DSTEP_ROWS=%zu -DSTEP_ADVANCE_ITEMS=%zu",
              problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
              problem->op == LOGLIN_GATED_DELTA, problem->partition == LOGLIN_STRONG, problem->normalize_qk != 0,
-             (int)problem->dtype, (int)problem->weight_dtype, plan->width, plan->vectors, plan->columns, plan->lanes,
-             plan->rows, plan->advance_items);
+             (int)problem->dtype, (int)problem->weight_dtype, tiling->width, tiling->vectors, tiling->columns,
+             tiling->lanes, tiling->rows, tiling->advance_items);
 }
 
 loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem *problem, loglin_stepper **stepper) {
     static const char *const names[] = {"step.cl", NULL};
-    const schedule plan = device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem);
+    const schedule tiling = device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem);
     char options[640]; /* 16 numbers of at most 20 digits and their names */
-    write_options(problem, &plan, options, sizeof(options));
+    write_options(problem, &tiling, options, sizeof(options));
     cl_program program;
     RETURN_IF_ERROR(loglin_program_get(device, names, options, &program));
 
@@ -119,9 +120,9 @@ loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem 
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "no memory for a stepper of %zu bytes", sizeof(*made));
     }
     *made = (loglin_stepper){
-        .step_items = plan.lanes * plan.columns,
-        .advance_items = plan.advance_items,
-        .step_groups = num_groups(problem, &plan),
+        .step_items = tiling.lanes * tiling.columns,
+        .advance_items = tiling.advance_items,
+        .step_groups = num_groups(problem, &tiling),
         .advance_groups = num_sequences(problem),
         .scale = problem->scale,
     };
