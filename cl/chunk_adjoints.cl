@@ -159,27 +159,24 @@ __kernel void chunk_near_keys(const loglin_panel p, __global float *ws, uint bac
 }
 
 /*
- * D_DECAY: gradient of a_C through the states that decay by it, and (near) through WRITE_NEAR.  One work-item a slot and
- * head.
+ * D_DECAY: gradient of a_C through the states that decay by it, and (near) through WRITE_NEAR, a part for each row of
+ * K.  Over (row of K, 1, slot and head).
  */
 __kernel void chunk_decay_gradient(const loglin_panel p, __global float *ws, uint near) {
-    const uint matrix = get_global_id(0);
-    if (matrix >= p.slots * p.heads) {
+    const uint k = get_global_id(0), matrix = get_global_id(2);
+    if (k >= p.dim_k) {
         return;
     }
+    const ulong at = state_at(p, matrix, k, 0);
     float sum = 0.0f;
-    for (uint k = 0; k < p.dim_k; k++) {
-        const ulong at = state_at(p, matrix, k, 0);
-        float row = 0.0f;
-        for (uint i = 0; i < p.columns * p.dim_v; i++) {
-            row = fma(AT(D_E_END)[at + i], AT(E)[at + i], row);
-        }
-        sum += row;
+    for (uint i = 0; i < p.columns * p.dim_v; i++) {
+        sum = fma(AT(D_E_END)[at + i], AT(E)[at + i], sum);
     }
-    const ulong keys = (ulong)p.chunk * p.dim_k, key = matrix * keys;
-    const __global float *before = ws + p.at[REGION_WRITE] + key - (ulong)p.batch_width * p.heads * keys;
-    for (ulong i = 0; near && i < keys; i++) {
-        sum = fma(AT(D_WRITE_NEAR)[key + i], before[i], sum);
+    const ulong key = (ulong)matrix * p.chunk * p.dim_k + k;
+    const ulong step = (ulong)p.batch_width * p.heads * p.chunk * p.dim_k;
+    for (uint s = 0; near && s < p.chunk; s++) {
+        const ulong row = key + (ulong)s * p.dim_k;
+        sum = fma(AT(D_WRITE_NEAR)[row], ws[p.at[REGION_WRITE] + row - step], sum);
     }
-    AT(D_DECAY)[matrix] = sum * chunk_decay(p, ws, matrix);
+    AT(D_DECAY)[(ulong)matrix * p.dim_k + k] = sum * chunk_decay(p, ws, matrix);
 }

@@ -6,7 +6,8 @@
 
 /*
  * Gradient of the gate sums a_r.  A product X_rs exp(a_r - a_s) hands X dX to a_r and takes it from a_s; a row decayed
- * from the start hands to a_r; a row decayed to the end takes from a_r and hands to a_C (D_END).  One work-item a row.
+ * from the start hands to a_r; a row decayed to the end (D_END) hands to a_C - a_r, which are the gates behind r: it is
+ * kept apart, as the difference of two large sums would drown small gradients.  One work-item a row.
  */
 __kernel void chunk_gate_gradients(const loglin_panel p, __global float *ws) {
     const uint r = get_global_id(0), matrix = get_global_id(2);
@@ -39,28 +40,37 @@ __kernel void chunk_gate_gradients(const loglin_panel p, __global float *ws) {
             from_start = fma(key[i], AT(D_K_START)[at + i], from_start);
         }
     }
-    to_end *= decay_between(sums, p.chunk, p.chunk - 1, r);
-    AT(D_END)[row] = to_end;
-    AT(D_GATE)[row] = sum + decay_from_start(sums, p.chunk, r) * from_start - to_end;
+    AT(D_END)[row] = to_end * decay_between(sums, p.chunk, p.chunk - 1, r);
+    AT(D_GATE)[row] = sum + decay_from_start(sums, p.chunk, r) * from_start;
 }
 
-/* dg: every gate takes part in the sums of the rows behind it.  One work-item a slot and head. */
-__kernel void chunk_scatter_gates(const loglin_panel p, const __global float *ws, __global float *dg, ulong offset) {
+/*
+ * dg: a gate takes part in the sums of its row and the rows behind it, and in the decays to the end of the rows before
+ * it.  One work-item a slot and head.
+ */
+__kernel void chunk_scatter_gates(const loglin_panel p, __global float *ws, __global float *dg, ulong offset) {
     const uint matrix = get_global_id(0);
     if (matrix >= p.slots * p.heads) {
         return;
     }
     const __global int *slot = slot_record(p, ws, matrix / p.heads);
-    const ulong row = (ulong)matrix * p.chunk;
-    float sum = p.columns > 0 ? AT(D_DECAY)[matrix] : 0.0f;
-    for (uint r = 0; r < p.chunk; r++) {
-        sum += AT(D_END)[row + r];
+    __global float *ends = AT(D_END) + (ulong)matrix * p.chunk;
+    const __global float *sums = AT(D_GATE) + (ulong)matrix * p.chunk;
+    float before = 0.0f;
+    for (uint k = 0; p.columns > 0 && k < p.dim_k; k++) {
+        before += AT(D_DECAY)[(ulong)matrix * p.dim_k + k];
     }
+    for (uint r = 0; r < p.chunk; r++) {
+        const float end = ends[r];
+        ends[r] = before;
+        before += end;
+    }
+    float behind = 0.0f;
     for (uint r = p.chunk; r-- > 0;) {
         const long token = row_token(slot, r);
-        sum += AT(D_GATE)[row + r];
+        behind += sums[r];
         if (token >= 0) {
-            dg[offset + (ulong)token * p.heads + matrix % p.heads] = sum;
+            dg[offset + (ulong)token * p.heads + matrix % p.heads] = behind + ends[r];
         }
     }
 }

@@ -70,8 +70,8 @@
     REGION(Q_DOT, GROUP, C, 1, GRAD | NORM)               /* Q . D_Q of a row, for the normalisation */                \
     REGION(K_DOT, GROUP, C, 1, GRAD | NORM)                                                                            \
     REGION(D_GATE, HEAD, C, 1, GRAD)                      /* gradient of a_r */                                        \
-    REGION(D_END, HEAD, C, 1, GRAD)                       /* its part that belongs to a_C */                           \
-    REGION(D_DECAY, HEAD, 1, 1, GRAD | LEVELS)            /* gradient of a_C through the states */
+    REGION(D_END, HEAD, C, 1, GRAD)                       /* and of a_C - a_r */                                       \
+    REGION(D_DECAY, HEAD, K, 1, GRAD | LEVELS)            /* gradient of a_C through the states */
 
 #define LOGLIN_REGION_ENUM(name, count, rows, columns, when) REGION_##name,
 enum { LOGLIN_REGIONS(LOGLIN_REGION_ENUM) REGION_COUNT };

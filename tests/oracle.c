@@ -16,8 +16,7 @@
 
 static const double NORM_EPSILON = 1e-6;
 
-static double *zeros(size_t count)
-{
+static double *zeros(size_t count) {
     double *values = calloc(count > 0 ? count : 1, sizeof *values);
     if (values == NULL) {
         fprintf(stderr, "oracle: out of memory for %zu numbers\n", count);
@@ -28,8 +27,7 @@ static double *zeros(size_t count)
 
 /* ---- Levels ----------------------------------------------------------------------------------------------------- */
 
-static size_t bit_length(size_t x)
-{
+static size_t bit_length(size_t x) {
     size_t bits = 0;
     for (; x != 0; x >>= 1) {
         bits++;
@@ -37,8 +35,7 @@ static size_t bit_length(size_t x)
     return bits;
 }
 
-static size_t trailing_zeros(size_t x)
-{
+static size_t trailing_zeros(size_t x) {
     size_t zeros_seen = 0;
     for (; (x & 1) == 0; x >>= 1) {
         zeros_seen++;
@@ -46,8 +43,7 @@ static size_t trailing_zeros(size_t x)
     return zeros_seen;
 }
 
-static size_t strong_level(size_t t, size_t s)
-{
+static size_t strong_level(size_t t, size_t s) {
     if (t == s) {
         return 0;
     }
@@ -60,13 +56,11 @@ static size_t strong_level(size_t t, size_t s)
     return s < 2 * v ? strong_level(t - v, s - v) : strong_level(t - 2 * v, s - 2 * v);
 }
 
-size_t oracle_level(bool strong, size_t t, size_t s)
-{
+size_t oracle_level(bool strong, size_t t, size_t s) {
     return strong ? strong_level(t, s) : bit_length(t ^ s);
 }
 
-bool oracle_level_exists(bool strong, size_t position, size_t level)
-{
+bool oracle_level_exists(bool strong, size_t position, size_t level) {
     if (position == 0) {
         return false;
     }
@@ -78,13 +72,11 @@ bool oracle_level_exists(bool strong, size_t position, size_t level)
 
 /* ---- What all functions start with ------------------------------------------------------------------------------ */
 
-static size_t token_count(const oracle_problem *p)
-{
+static size_t token_count(const oracle_problem *p) {
     return p->starts[p->sequences];
 }
 
-static double norm_factor(const double *x, size_t n)
-{
+static double norm_factor(const double *x, size_t n) {
     double sum = NORM_EPSILON;
     for (size_t i = 0; i < n; i++) {
         sum += x[i] * x[i];
@@ -93,8 +85,7 @@ static double norm_factor(const double *x, size_t n)
 }
 
 /* x [tokens, G, K], normalised if the problem says so, times scale. */
-static double *prepared(const oracle_problem *p, const double *x, double scale)
-{
+static double *prepared(const oracle_problem *p, const double *x, double scale) {
     const size_t rows = token_count(p) * p->groups;
     double *y = zeros(rows * p->dim_k);
     for (size_t row = 0; row < rows; row++) {
@@ -108,8 +99,7 @@ static double *prepared(const oracle_problem *p, const double *x, double scale)
 }
 
 /* Turns dy, the gradient to prepared(x), into the gradient to x. */
-static void unprepare_gradient(const oracle_problem *p, const double *x, double scale, double *dy)
-{
+static void unprepare_gradient(const oracle_problem *p, const double *x, double scale, double *dy) {
     const size_t rows = token_count(p) * p->groups;
     for (size_t row = 0; row < rows; row++) {
         const double *from = x + row * p->dim_k;
@@ -131,8 +121,7 @@ typedef struct head {
     size_t sequence, index, first, length, position;
 } head;
 
-static head make_head(const oracle_problem *p, size_t sequence, size_t index)
-{
+static head make_head(const oracle_problem *p, size_t sequence, size_t index) {
     return (head){.p = p,
                   .sequence = sequence,
                   .index = index,
@@ -141,35 +130,29 @@ static head make_head(const oracle_problem *p, size_t sequence, size_t index)
                   .position = p->positions == NULL ? 0 : p->positions[sequence]};
 }
 
-static size_t k_row(const head *h, size_t t)
-{
+static size_t k_row(const head *h, size_t t) {
     const oracle_problem *p = h->p;
     return ((h->first + t) * p->groups + h->index / (p->heads / p->groups)) * p->dim_k;
 }
 
-static size_t gate_row(const head *h, size_t t)
-{
+static size_t gate_row(const head *h, size_t t) {
     return (h->first + t) * h->p->heads + h->index;
 }
 
-static size_t v_row(const head *h, size_t t)
-{
+static size_t v_row(const head *h, size_t t) {
     return gate_row(h, t) * h->p->dim_v;
 }
 
-static size_t level_row(const head *h, size_t t)
-{
+static size_t level_row(const head *h, size_t t) {
     return gate_row(h, t) * h->p->levels;
 }
 
-static size_t state_offset(const head *h)
-{
+static size_t state_offset(const head *h) {
     const oracle_problem *p = h->p;
     return (h->sequence * p->heads + h->index) * p->levels * p->dim_k * p->dim_v;
 }
 
-static double dot(const double *a, const double *b, size_t n)
-{
+static double dot(const double *a, const double *b, size_t n) {
     double sum = 0.0;
     for (size_t i = 0; i < n; i++) {
         sum += a[i] * b[i];
@@ -177,32 +160,28 @@ static double dot(const double *a, const double *b, size_t n)
     return sum;
 }
 
-static void add_scaled(double *y, double factor, const double *x, size_t n)
-{
+static void add_scaled(double *y, double factor, const double *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         y[i] += factor * x[i];
     }
 }
 
 /* y [V] += factor M^T x, M [K, V]. */
-static void add_transposed_product(double *y, double factor, const double *m, const double *x, size_t k, size_t v)
-{
+static void add_transposed_product(double *y, double factor, const double *m, const double *x, size_t k, size_t v) {
     for (size_t i = 0; i < k; i++) {
         add_scaled(y, factor * x[i], m + i * v, v);
     }
 }
 
 /* y [K] += factor M x, M [K, V]. */
-static void add_product(double *y, double factor, const double *m, const double *x, size_t k, size_t v)
-{
+static void add_product(double *y, double factor, const double *m, const double *x, size_t k, size_t v) {
     for (size_t i = 0; i < k; i++) {
         y[i] += factor * dot(m + i * v, x, v);
     }
 }
 
 /* M [K, V] += factor x y^T. */
-static void add_outer(double *m, double factor, const double *x, const double *y, size_t k, size_t v)
-{
+static void add_outer(double *m, double factor, const double *x, const double *y, size_t k, size_t v) {
     for (size_t i = 0; i < k; i++) {
         add_scaled(m + i * v, factor * x[i], y, v);
     }
@@ -211,8 +190,7 @@ static void add_outer(double *m, double factor, const double *x, const double *y
 /* ---- The parallel form ------------------------------------------------------------------------------------------ */
 
 /* c_t of a head, with c_t = g_0 + ... + g_t. */
-static void gate_sums(const head *h, const double *g, double *c)
-{
+static void gate_sums(const head *h, const double *g, double *c) {
     double sum = 0.0;
     for (size_t t = 0; t < h->length; t++) {
         sum += g == NULL ? 0.0 : g[gate_row(h, t)];
@@ -221,8 +199,7 @@ static void gate_sums(const head *h, const double *g, double *c)
 }
 
 /* row[s] = (tril(Q K^T) X^-1)[t, s] of the delta rule: solves row X = q_t K^T from its last entry to its first. */
-static void delta_row(const head *h, const double *q, const double *k, const double *beta, size_t t, double *row)
-{
+static void delta_row(const head *h, const double *q, const double *k, const double *beta, size_t t, double *row) {
     const size_t dim = h->p->dim_k;
     for (size_t s = t + 1; s-- > 0;) {
         row[s] = dot(q + k_row(h, t), k + k_row(h, s), dim);
@@ -232,8 +209,7 @@ static void delta_row(const head *h, const double *q, const double *k, const dou
     }
 }
 
-static void parallel_head(const head *h, const oracle_inputs *in, const double *q, const double *k, double *o)
-{
+static void parallel_head(const head *h, const oracle_inputs *in, const double *q, const double *k, double *o) {
     const oracle_problem *p = h->p;
     double *c = zeros(h->length);
     double *row = zeros(h->length);
@@ -243,8 +219,8 @@ static void parallel_head(const head *h, const oracle_inputs *in, const double *
             delta_row(h, q, k, in->beta, t, row);
         }
         for (size_t s = 0; s <= t; s++) {
-            const double product = p->delta ? row[s] * in->beta[gate_row(h, s)]
-                                            : dot(q + k_row(h, t), k + k_row(h, s), p->dim_k);
+            const double product =
+                p->delta ? row[s] * in->beta[gate_row(h, s)] : dot(q + k_row(h, t), k + k_row(h, s), p->dim_k);
             const double mask = in->level_scales[level_row(h, t) + oracle_level(p->strong, t, s)] * exp(c[t] - c[s]);
             add_scaled(o + v_row(h, t), product * mask, in->v + v_row(h, s), p->dim_v);
         }
@@ -253,8 +229,7 @@ static void parallel_head(const head *h, const oracle_inputs *in, const double *
     free(c);
 }
 
-void oracle_parallel(const oracle_problem *p, const oracle_inputs *in, double *o)
-{
+void oracle_parallel(const oracle_problem *p, const oracle_inputs *in, double *o) {
     double *q = prepared(p, in->q, p->scale);
     double *k = prepared(p, in->k, 1.0);
     memset(o, 0, token_count(p) * p->heads * p->dim_v * sizeof *o);
@@ -269,8 +244,7 @@ void oracle_parallel(const oracle_problem *p, const oracle_inputs *in, double *o
 }
 
 static void parallel_gradients_head(const head *h, const oracle_inputs *in, const double *d_o,
-                                    const oracle_gradients *out)
-{
+                                    const oracle_gradients *out) {
     const oracle_problem *p = h->p;
     double *c = zeros(h->length);
     double *dc = zeros(h->length);
@@ -300,8 +274,7 @@ static void parallel_gradients_head(const head *h, const oracle_inputs *in, cons
 }
 
 void oracle_parallel_gradients(const oracle_problem *p, const oracle_inputs *in, const double *d_o,
-                               const oracle_gradients *out)
-{
+                               const oracle_gradients *out) {
     const size_t tokens = token_count(p);
     memset(out->dq, 0, tokens * p->groups * p->dim_k * sizeof(double));
     memset(out->dk, 0, tokens * p->groups * p->dim_k * sizeof(double));
@@ -318,13 +291,11 @@ void oracle_parallel_gradients(const oracle_problem *p, const oracle_inputs *in,
 /* ---- The recurrence --------------------------------------------------------------------------------------------- */
 
 /* The states of one head, [L, K, V]. */
-static double *level_of(const oracle_problem *p, double *states, size_t level)
-{
+static double *level_of(const oracle_problem *p, double *states, size_t level) {
     return states + level * p->dim_k * p->dim_v;
 }
 
-static void copy_existing(const oracle_problem *p, size_t position, const double *from, double *to)
-{
+static void copy_existing(const oracle_problem *p, size_t position, const double *from, double *to) {
     const size_t matrix = p->dim_k * p->dim_v;
     for (size_t l = 0; l < p->levels; l++) {
         if (oracle_level_exists(p->strong, position, l)) {
@@ -334,8 +305,7 @@ static void copy_existing(const oracle_problem *p, size_t position, const double
 }
 
 /* Keys change their level as the query goes on to position t > 0; level 0 is empty then. */
-static void advance(const oracle_problem *p, double *states, size_t t)
-{
+static void advance(const oracle_problem *p, double *states, size_t t) {
     const size_t matrix = p->dim_k * p->dim_v;
     const size_t z = trailing_zeros(t);
     if (p->strong) {
@@ -353,8 +323,7 @@ static void advance(const oracle_problem *p, double *states, size_t t)
 }
 
 /* The adjoint of advance: from the gradient to the moved states to the gradient to the states before. */
-static void advance_adjoint(const oracle_problem *p, double *d, size_t t)
-{
+static void advance_adjoint(const oracle_problem *p, double *d, size_t t) {
     const size_t matrix = p->dim_k * p->dim_v;
     const size_t z = trailing_zeros(t);
     if (p->strong) {
@@ -376,25 +345,22 @@ typedef struct token_input {
     double decay, beta;
 } token_input;
 
-static token_input make_token(const head *h, const oracle_inputs *in, const double *q, const double *k, size_t i)
-{
+static token_input make_token(const head *h, const oracle_inputs *in, const double *q, const double *k, size_t i) {
     return (token_input){.t = h->position + i,
-                   .q = q + k_row(h, i),
-                   .k = k + k_row(h, i),
-                   .v = in->v + v_row(h, i),
-                   .level_scales = in->level_scales + level_row(h, i),
-                   .decay = in->g == NULL ? 1.0 : exp(in->g[gate_row(h, i)]),
-                   .beta = h->p->delta ? in->beta[gate_row(h, i)] : 1.0};
+                         .q = q + k_row(h, i),
+                         .k = k + k_row(h, i),
+                         .v = in->v + v_row(h, i),
+                         .level_scales = in->level_scales + level_row(h, i),
+                         .decay = in->g == NULL ? 1.0 : exp(in->g[gate_row(h, i)]),
+                         .beta = h->p->delta ? in->beta[gate_row(h, i)] : 1.0};
 }
 
-static bool older_level(const oracle_problem *p, const token_input *x, size_t level)
-{
+static bool older_level(const oracle_problem *p, const token_input *x, size_t level) {
     return level > 0 && oracle_level_exists(p->strong, x->t + 1, level);
 }
 
 /* Decays the moved states and takes the token in.  u [V] is scratch. */
-static void consume(const oracle_problem *p, const token_input *x, double *states, double *u)
-{
+static void consume(const oracle_problem *p, const token_input *x, double *states, double *u) {
     const size_t matrix = p->dim_k * p->dim_v;
     for (size_t l = 1; l < p->levels; l++) {
         if (!older_level(p, x, l)) {
@@ -415,8 +381,7 @@ static void consume(const oracle_problem *p, const token_input *x, double *state
 }
 
 static void recurrence_head(const head *h, const oracle_inputs *in, const double *q, const double *k, double *o,
-                            double *final)
-{
+                            double *final) {
     const oracle_problem *p = h->p;
     const size_t matrix = p->dim_k * p->dim_v;
     double *states = zeros(p->levels * matrix);
@@ -444,8 +409,7 @@ static void recurrence_head(const head *h, const oracle_inputs *in, const double
     free(states);
 }
 
-void oracle_recurrence(const oracle_problem *p, const oracle_inputs *in, double *o, double *final)
-{
+void oracle_recurrence(const oracle_problem *p, const oracle_inputs *in, double *o, double *final) {
     double *q = prepared(p, in->q, p->scale);
     double *k = prepared(p, in->k, 1.0);
     memset(o, 0, token_count(p) * p->heads * p->dim_v * sizeof *o);
@@ -469,8 +433,7 @@ typedef struct token_gradients {
 
 /* o = sum_l lambda[l] S[l]^T q: takes the states after the token and adds to their adjoint d. */
 static void read_adjoint(const oracle_problem *p, const token_input *x, double *states, const double *d_o, double *d,
-                         token_gradients *out, double *u)
-{
+                         token_gradients *out, double *u) {
     for (size_t l = 0; l < p->levels; l++) {
         if (!oracle_level_exists(p->strong, x->t + 1, l)) {
             continue;
@@ -484,9 +447,8 @@ static void read_adjoint(const oracle_problem *p, const token_input *x, double *
 }
 
 /* consume() in reverse: `moved` and `states` are before and after it, d is turned into the adjoint of `moved`. */
-static void consume_adjoint(const oracle_problem *p, const token_input *x, double *moved, const double *states, double *d,
-                            token_gradients *out, double *u, double *w)
-{
+static void consume_adjoint(const oracle_problem *p, const token_input *x, double *moved, const double *states,
+                            double *d, token_gradients *out, double *u, double *w) {
     const size_t matrix = p->dim_k * p->dim_v;
     double *kd = w; /* k^T d[0] */
     memset(kd, 0, p->dim_v * sizeof *kd);
@@ -522,15 +484,14 @@ static void consume_adjoint(const oracle_problem *p, const token_input *x, doubl
 
 /* The buffers of one head's backward pass. */
 typedef struct tape {
-    size_t segment;       /* tokens between checkpoints */
-    size_t size;          /* numbers of one set of states */
-    double *checkpoints;  /* states before each segment */
-    double *moved;        /* of each token of a segment, between advance and consume */
+    size_t segment;      /* tokens between checkpoints */
+    size_t size;         /* numbers of one set of states */
+    double *checkpoints; /* states before each segment */
+    double *moved;       /* of each token of a segment, between advance and consume */
     double *states, *d, *u, *w;
 } tape;
 
-static tape make_tape(const head *h)
-{
+static tape make_tape(const head *h) {
     const oracle_problem *p = h->p;
     tape x = {.segment = 1, .size = p->levels * p->dim_k * p->dim_v};
     while (x.segment * x.segment < h->length) {
@@ -545,8 +506,7 @@ static tape make_tape(const head *h)
     return x;
 }
 
-static void free_tape(tape *x)
-{
+static void free_tape(tape *x) {
     free(x->checkpoints);
     free(x->moved);
     free(x->states);
@@ -557,8 +517,7 @@ static void free_tape(tape *x)
 
 /* Walks the tokens [first, end) from x->states; writes checkpoints, or the moved states where `keep`. */
 static void replay(const head *h, const oracle_inputs *in, const double *q, const double *k, tape *x, size_t first,
-                   size_t end, bool keep)
-{
+                   size_t end, bool keep) {
     const oracle_problem *p = h->p;
     for (size_t i = first; i < end; i++) {
         const token_input token = make_token(h, in, q, k, i);
@@ -576,8 +535,7 @@ static void replay(const head *h, const oracle_inputs *in, const double *q, cons
 }
 
 static void backward_token(const head *h, const oracle_inputs *in, const double *q, const double *k, const double *d_o,
-                           const oracle_gradients *out, tape *x, double *moved, size_t i)
-{
+                           const oracle_gradients *out, tape *x, double *moved, size_t i) {
     const oracle_problem *p = h->p;
     const token_input token = make_token(h, in, q, k, i);
     token_gradients grads = {.dq = out->dq + k_row(h, i),
@@ -598,8 +556,7 @@ static void backward_token(const head *h, const oracle_inputs *in, const double 
 }
 
 static void backward_head(const head *h, const oracle_inputs *in, const double *q, const double *k, const double *d_o,
-                          const double *dfinal, const oracle_gradients *out)
-{
+                          const double *dfinal, const oracle_gradients *out) {
     const oracle_problem *p = h->p;
     tape x = make_tape(h);
     if (in->initial != NULL) {
@@ -626,8 +583,7 @@ static void backward_head(const head *h, const oracle_inputs *in, const double *
 }
 
 /* The caller's array, or one of our own where the caller wants none. */
-static double *gradient_array(double *wanted, size_t count)
-{
+static double *gradient_array(double *wanted, size_t count) {
     if (wanted == NULL) {
         return zeros(count);
     }
@@ -635,16 +591,14 @@ static double *gradient_array(double *wanted, size_t count)
     return wanted;
 }
 
-static void release_unwanted(const double *wanted, double *array)
-{
+static void release_unwanted(const double *wanted, double *array) {
     if (wanted == NULL) {
         free(array);
     }
 }
 
 void oracle_backward(const oracle_problem *p, const oracle_inputs *in, const double *d_o, const double *dfinal,
-                     const oracle_gradients *wanted)
-{
+                     const oracle_gradients *wanted) {
     const size_t tokens = token_count(p);
     double *q = prepared(p, in->q, p->scale);
     double *k = prepared(p, in->k, 1.0);

@@ -13,17 +13,16 @@ enum { ENGINE_COUNT = sizeof ENGINES / sizeof ENGINES[0] };
 
 /* ---- Failures --------------------------------------------------------------------------------------------------- */
 
-const char *support_failure(const support_data *data, const char *format, ...)
-{
+const char *support_failure(const support_data *data, const char *format, ...) {
     static char text[1024];
     const support_case *c = &data->c;
-    int length = snprintf(text, sizeof text, "[%s %s %s/%s N=%zu T=%zu H=%zu G=%zu K=%zu V=%zu L=%zu%s chunk=%zu%s%s%s%s] ",
-                          c->op == LOGLIN_GATED_DELTA ? "delta" : "mamba2",
-                          c->partition == LOGLIN_STRONG ? "strong" : "weak", support_dtype_name(c->dtype),
-                          support_dtype_name(c->weight_dtype), data->sequences, data->tokens, c->heads, c->groups,
-                          c->dim_k, c->dim_v, data->levels, c->lengths != NULL ? " packed" : "", c->chunk,
-                          data->engine == LOGLIN_ENGINE_AUTO ? " auto" : "", data->initial != NULL ? " initial" : "",
-                          c->normalize_qk ? " normalize" : "", c->no_gates ? " no gates" : "");
+    int length =
+        snprintf(text, sizeof text, "[%s %s %s/%s N=%zu T=%zu H=%zu G=%zu K=%zu V=%zu L=%zu%s chunk=%zu%s%s%s%s] ",
+                 c->op == LOGLIN_GATED_DELTA ? "delta" : "mamba2", c->partition == LOGLIN_STRONG ? "strong" : "weak",
+                 support_dtype_name(c->dtype), support_dtype_name(c->weight_dtype), data->sequences, data->tokens,
+                 c->heads, c->groups, c->dim_k, c->dim_v, data->levels, c->lengths != NULL ? " packed" : "", c->chunk,
+                 data->engine == LOGLIN_ENGINE_AUTO ? " auto" : "", data->initial != NULL ? " initial" : "",
+                 c->normalize_qk ? " normalize" : "", c->no_gates ? " no gates" : "");
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(text + length, sizeof text - (size_t)length, format, arguments);
@@ -33,13 +32,11 @@ const char *support_failure(const support_data *data, const char *format, ...)
 
 /* ---- Inputs ----------------------------------------------------------------------------------------------------- */
 
-static size_t or_default(size_t value, size_t fallback)
-{
+static size_t or_default(size_t value, size_t fallback) {
     return value == 0 ? fallback : value;
 }
 
-static support_case with_defaults(const support_case *given)
-{
+static support_case with_defaults(const support_case *given) {
     support_case c = *given;
     c.batch = c.lengths != NULL ? 1 : or_default(c.batch, 1);
     c.length = or_default(c.length, 40);
@@ -51,8 +48,7 @@ static support_case with_defaults(const support_case *given)
 }
 
 /* Sequences, tokens, levels and the sizes of all arrays. */
-static void lay_out(support_data *data)
-{
+static void lay_out(support_data *data) {
     const support_case *c = &data->c;
     data->sequences = c->lengths != NULL ? c->sequences : c->batch;
     data->starts = support_alloc(data->sequences + 1, sizeof(size_t));
@@ -78,8 +74,7 @@ static void lay_out(support_data *data)
     data->n_states = data->sequences * c->heads * data->levels * c->dim_k * c->dim_v;
 }
 
-static double *normals(support_random *random, size_t count, double deviation)
-{
+static double *normals(support_random *random, size_t count, double deviation) {
     double *values = support_alloc(count, sizeof *values);
     for (size_t i = 0; i < count; i++) {
         values[i] = deviation * support_normal(random);
@@ -87,8 +82,7 @@ static double *normals(support_random *random, size_t count, double deviation)
     return values;
 }
 
-static double *uniforms(support_random *random, size_t count, double end)
-{
+static double *uniforms(support_random *random, size_t count, double end) {
     double *values = support_alloc(count, sizeof *values);
     for (size_t i = 0; i < count; i++) {
         values[i] = end * support_uniform(random);
@@ -96,8 +90,7 @@ static double *uniforms(support_random *random, size_t count, double end)
     return values;
 }
 
-static void make_unit_rows(double *x, size_t rows, size_t dim)
-{
+static void make_unit_rows(double *x, size_t rows, size_t dim) {
     for (size_t row = 0; row < rows; row++) {
         double sum = 0.0;
         for (size_t i = 0; i < dim; i++) {
@@ -110,8 +103,7 @@ static void make_unit_rows(double *x, size_t rows, size_t dim)
 }
 
 /* Half of the heads forget within some ten tokens, the others remember hundreds; one gate in eight is exactly 0. */
-static double *random_gates(support_random *random, const support_data *data)
-{
+static double *random_gates(support_random *random, const support_data *data) {
     static const double strengths[] = {-0.5, -0.02};
     double *g = uniforms(random, data->n_gates, 1.0);
     for (size_t i = 0; i < data->n_gates; i++) {
@@ -120,15 +112,13 @@ static double *random_gates(support_random *random, const support_data *data)
     return g;
 }
 
-static void round_all(loglin_dtype dtype, double *values, size_t count)
-{
+static void round_all(loglin_dtype dtype, double *values, size_t count) {
     for (size_t i = 0; values != NULL && i < count; i++) {
         values[i] = support_round(dtype, values[i]);
     }
 }
 
-static void round_inputs(support_data *data)
-{
+static void round_inputs(support_data *data) {
     const support_case *c = &data->c;
     round_all(c->dtype, data->q, data->n_k);
     round_all(c->dtype, data->k, data->n_k);
@@ -139,8 +129,7 @@ static void round_inputs(support_data *data)
     round_all(c->weight_dtype, data->beta, data->n_gates);
 }
 
-void support_blank_missing_levels(const support_data *data, bool at_end, double blank, double *states)
-{
+void support_blank_missing_levels(const support_data *data, bool at_end, double blank, double *states) {
     const size_t matrix = data->c.dim_k * data->c.dim_v;
     for (size_t row = 0; row < data->n_states / matrix; row++) {
         const size_t n = row / (data->c.heads * data->levels);
@@ -153,16 +142,14 @@ void support_blank_missing_levels(const support_data *data, bool at_end, double 
     }
 }
 
-static double *copied(const double *values, size_t count)
-{
+static double *copied(const double *values, size_t count) {
     double *copy = support_alloc(count, sizeof *copy);
     memcpy(copy, values, count * sizeof *copy);
     return copy;
 }
 
 /* Splits the initial states into values and log_decay, as far as float holds them. */
-static void store_initial(support_data *data)
-{
+static void store_initial(support_data *data) {
     const size_t matrix = data->c.dim_k * data->c.dim_v;
     support_blank_missing_levels(data, false, (double)NAN, data->initial);
     data->initial_values = support_alloc(data->n_states, sizeof(double));
@@ -179,8 +166,7 @@ static void store_initial(support_data *data)
     }
 }
 
-static void drop_initial(support_data *data)
-{
+static void drop_initial(support_data *data) {
     free(data->initial);
     free(data->initial_values);
     free(data->initial_log_decay);
@@ -189,16 +175,14 @@ static void drop_initial(support_data *data)
     data->initial_log_decay = NULL;
 }
 
-void support_set_initial(support_data *data, const size_t *positions, const double *states)
-{
+void support_set_initial(support_data *data, const size_t *positions, const double *states) {
     drop_initial(data);
     memcpy(data->positions, positions, data->sequences * sizeof *positions);
     data->initial = copied(states, data->n_states);
     store_initial(data);
 }
 
-void support_set_dfinal(support_data *data, const double *states)
-{
+void support_set_dfinal(support_data *data, const double *states) {
     free(data->dfinal);
     data->dfinal = copied(states, data->n_states);
     support_blank_missing_levels(data, true, (double)NAN, data->dfinal);
@@ -206,8 +190,7 @@ void support_set_dfinal(support_data *data, const double *states)
     data->c.final_states = true;
 }
 
-support_data *support_data_make(const support_case *given)
-{
+support_data *support_data_make(const support_case *given) {
     support_data *data = support_alloc(1, sizeof *data);
     data->c = with_defaults(given);
     lay_out(data);
@@ -242,8 +225,7 @@ support_data *support_data_make(const support_case *given)
     return data;
 }
 
-void support_data_free(support_data *data)
-{
+void support_data_free(support_data *data) {
     drop_initial(data);
     free(data->starts);
     free(data->positions);
@@ -258,8 +240,7 @@ void support_data_free(support_data *data)
     free(data);
 }
 
-support_results *support_results_make(const support_data *data)
-{
+support_results *support_results_make(const support_data *data) {
     support_results *results = support_alloc(1, sizeof *results);
     results->o = support_alloc(data->n_v, sizeof(double));
     results->final = support_alloc(data->n_states, sizeof(double));
@@ -274,8 +255,7 @@ support_results *support_results_make(const support_data *data)
     return results;
 }
 
-void support_results_free(support_results *results)
-{
+void support_results_free(support_results *results) {
     free(results->o);
     free(results->final);
     free(results->final_position);
@@ -290,8 +270,7 @@ void support_results_free(support_results *results)
 }
 
 /* Rows [first, first + count) of each of `sequences` arrays of `length` rows; NULL stays NULL. */
-static double *sliced(const double *x, size_t sequences, size_t length, size_t row, size_t first, size_t count)
-{
+static double *sliced(const double *x, size_t sequences, size_t length, size_t row, size_t first, size_t count) {
     if (x == NULL) {
         return NULL;
     }
@@ -302,8 +281,7 @@ static double *sliced(const double *x, size_t sequences, size_t length, size_t r
     return slice;
 }
 
-support_data *support_slice(const support_data *data, size_t first, size_t count)
-{
+support_data *support_slice(const support_data *data, size_t first, size_t count) {
     support_data *piece = support_alloc(1, sizeof *piece);
     const size_t sequences = data->sequences;
     const size_t length = data->c.length;
@@ -328,8 +306,7 @@ support_data *support_slice(const support_data *data, size_t first, size_t count
 
 /* ---- The oracle's side ------------------------------------------------------------------------------------------ */
 
-oracle_problem support_oracle_problem(const support_data *data)
-{
+oracle_problem support_oracle_problem(const support_data *data) {
     const support_case *c = &data->c;
     return (oracle_problem){.delta = c->op == LOGLIN_GATED_DELTA,
                             .strong = c->partition == LOGLIN_STRONG,
@@ -345,8 +322,7 @@ oracle_problem support_oracle_problem(const support_data *data)
                             .normalize_qk = c->normalize_qk != 0};
 }
 
-oracle_inputs support_oracle_inputs(const support_data *data)
-{
+oracle_inputs support_oracle_inputs(const support_data *data) {
     return (oracle_inputs){.q = data->q,
                            .k = data->k,
                            .v = data->v,
@@ -356,15 +332,13 @@ oracle_inputs support_oracle_inputs(const support_data *data)
                            .initial = data->initial};
 }
 
-void support_oracle_forward(const support_data *data, support_results *results)
-{
+void support_oracle_forward(const support_data *data, support_results *results) {
     const oracle_problem problem = support_oracle_problem(data);
     const oracle_inputs in = support_oracle_inputs(data);
     oracle_recurrence(&problem, &in, results->o, results->final);
 }
 
-void support_oracle_backward(const support_data *data, support_results *results)
-{
+void support_oracle_backward(const support_data *data, support_results *results) {
     const oracle_problem problem = support_oracle_problem(data);
     const oracle_inputs in = support_oracle_inputs(data);
     const oracle_gradients out = {.dq = results->dq,
@@ -379,8 +353,7 @@ void support_oracle_backward(const support_data *data, support_results *results)
 
 /* ---- The device's side ------------------------------------------------------------------------------------------ */
 
-loglin_problem support_problem(const support_data *data, unsigned phases)
-{
+loglin_problem support_problem(const support_data *data, unsigned phases) {
     const support_case *c = &data->c;
     loglin_problem problem = {.op = c->op,
                               .partition = c->partition,
@@ -422,21 +395,18 @@ typedef struct device_arrays {
     support_array dq, dk, dv, dg, dlevel_scales, dbeta, dinitial;
 } device_arrays;
 
-static void free_arrays(device_arrays *a)
-{
+static void free_arrays(device_arrays *a) {
     support_array *all = (support_array *)a;
     for (size_t i = 0; i < sizeof *a / sizeof *all; i++) {
         support_array_free(&all[i]);
     }
 }
 
-static support_array float_input(const support_data *data, loglin_dtype dtype, const double *values, size_t count)
-{
+static support_array float_input(const support_data *data, loglin_dtype dtype, const double *values, size_t count) {
     return values == NULL ? (support_array){0} : support_input(dtype, values, count, data->c.offset);
 }
 
-static support_array int_input(const support_data *data, const size_t *values, size_t count)
-{
+static support_array int_input(const support_data *data, const size_t *values, size_t count) {
     int32_t *ints = support_alloc(count, sizeof *ints);
     for (size_t i = 0; i < count; i++) {
         ints[i] = (int32_t)values[i];
@@ -446,13 +416,11 @@ static support_array int_input(const support_data *data, const size_t *values, s
     return array;
 }
 
-static size_t decay_count(const support_data *data)
-{
+static size_t decay_count(const support_data *data) {
     return data->n_states / (data->c.dim_k * data->c.dim_v);
 }
 
-static void upload_inputs(const support_data *data, device_arrays *a)
-{
+static void upload_inputs(const support_data *data, device_arrays *a) {
     const support_case *c = &data->c;
     a->q = float_input(data, c->dtype, data->q, data->n_k);
     a->k = float_input(data, c->dtype, data->k, data->n_k);
@@ -472,8 +440,7 @@ static void upload_inputs(const support_data *data, device_arrays *a)
     }
 }
 
-static loglin_inputs input_arguments(const device_arrays *a)
-{
+static loglin_inputs input_arguments(const device_arrays *a) {
     return (loglin_inputs){.q = support_buffer(&a->q),
                            .k = support_buffer(&a->k),
                            .v = support_buffer(&a->v),
@@ -483,15 +450,13 @@ static loglin_inputs input_arguments(const device_arrays *a)
                            .cu_seqlens = support_buffer(&a->cu_seqlens)};
 }
 
-static loglin_state initial_argument(const device_arrays *a)
-{
+static loglin_state initial_argument(const device_arrays *a) {
     return (loglin_state){.values = support_buffer(&a->initial_values),
                           .log_decay = support_buffer(&a->initial_log_decay),
                           .position = support_buffer(&a->initial_position)};
 }
 
-static loglin_state final_argument(const device_arrays *a)
-{
+static loglin_state final_argument(const device_arrays *a) {
     return (loglin_state){.values = support_buffer(&a->final_values),
                           .log_decay = support_buffer(&a->final_log_decay),
                           .position = support_buffer(&a->final_position)};
@@ -506,8 +471,7 @@ typedef struct launch {
 } launch;
 
 /* With `events`: v is NaN until the gate opens, and comes through the other queue. */
-static launch begin_launch(const support_data *data, device_arrays *a)
-{
+static launch begin_launch(const support_data *data, device_arrays *a) {
     const support_device *device = support_open();
     launch l = {.queue = device->queue};
     if (data->c.out_of_order && device->out_of_order != NULL) {
@@ -529,8 +493,7 @@ static launch begin_launch(const support_data *data, device_arrays *a)
     return l;
 }
 
-static void finish_launch(launch *l, loglin_status status, cl_event done)
-{
+static void finish_launch(launch *l, loglin_status status, cl_event done) {
     if (l->gate != NULL) {
         support_require(clSetUserEventStatus(l->gate, CL_COMPLETE), "clSetUserEventStatus");
     }
@@ -547,22 +510,19 @@ static void finish_launch(launch *l, loglin_status status, cl_event done)
     }
 }
 
-static const char *call_failure(const support_data *data, const char *call, loglin_status status)
-{
+static const char *call_failure(const support_data *data, const char *call, loglin_status status) {
     return support_failure(data, "%s: %s (%s)", call, loglin_strerror(status), loglin_last_error());
 }
 
 /* Reads `array`, if it was made, and checks its guards. */
-static const char *fetch(const support_data *data, const char *tensor, const support_array *array, double *values)
-{
+static const char *fetch(const support_data *data, const char *tensor, const support_array *array, double *values) {
     if (array->mem == NULL || support_read(array, values)) {
         return NULL;
     }
     return support_failure(data, "%s: written outside its array", tensor);
 }
 
-static const char *first_failure(const char *const *failures, size_t count)
-{
+static const char *first_failure(const char *const *failures, size_t count) {
     for (size_t i = 0; i < count; i++) {
         if (failures[i] != NULL) {
             return failures[i];
@@ -572,16 +532,14 @@ static const char *first_failure(const char *const *failures, size_t count)
 }
 
 /* values * exp(log_decay); levels that do not exist become 0 where the library leaves in them what there was. */
-static void apply_log_decay(const support_data *data, const double *log_decay, double *states)
-{
+static void apply_log_decay(const support_data *data, const double *log_decay, double *states) {
     const size_t matrix = data->c.dim_k * data->c.dim_v;
     for (size_t i = 0; i < data->n_states; i++) {
         states[i] *= exp(log_decay[i / matrix]);
     }
 }
 
-static const char *fetch_final(const support_data *data, const device_arrays *a, support_results *results)
-{
+static const char *fetch_final(const support_data *data, const device_arrays *a, support_results *results) {
     const char *failure = fetch(data, "final states", &a->final_values, results->final);
     if (failure != NULL || a->final_values.mem == NULL) {
         return failure;
@@ -602,8 +560,7 @@ static const char *fetch_final(const support_data *data, const device_arrays *a,
     return failure;
 }
 
-static void make_final(const support_data *data, device_arrays *a)
-{
+static void make_final(const support_data *data, device_arrays *a) {
     const support_case *c = &data->c;
     if (!c->final_states) {
         return;
@@ -622,8 +579,7 @@ static void make_final(const support_data *data, device_arrays *a)
     }
 }
 
-const char *support_forward(const support_data *data, support_results *results)
-{
+const char *support_forward(const support_data *data, support_results *results) {
     const loglin_problem problem = support_problem(data, LOGLIN_FORWARD);
     loglin_plan *plan = NULL;
     loglin_status status = loglin_plan_create(support_open()->device, &problem, &plan);
@@ -657,8 +613,7 @@ const char *support_forward(const support_data *data, support_results *results)
     return failure;
 }
 
-static void make_gradients(const support_data *data, device_arrays *a)
-{
+static void make_gradients(const support_data *data, device_arrays *a) {
     const support_case *c = &data->c;
     a->d_o = float_input(data, c->dtype, data->d_o, data->n_v);
     a->dfinal = float_input(data, LOGLIN_F32, data->dfinal, data->n_states);
@@ -678,8 +633,7 @@ static void make_gradients(const support_data *data, device_arrays *a)
     }
 }
 
-static loglin_gradients gradient_arguments(const device_arrays *a)
-{
+static loglin_gradients gradient_arguments(const device_arrays *a) {
     return (loglin_gradients){.dq = support_buffer(&a->dq),
                               .dk = support_buffer(&a->dk),
                               .dv = support_buffer(&a->dv),
@@ -689,8 +643,7 @@ static loglin_gradients gradient_arguments(const device_arrays *a)
                               .dinitial_states = support_buffer(&a->dinitial)};
 }
 
-const char *support_backward(const support_data *data, support_results *results)
-{
+const char *support_backward(const support_data *data, support_results *results) {
     const loglin_problem problem = support_problem(data, LOGLIN_BACKWARD);
     loglin_plan *plan = NULL;
     loglin_status status = loglin_plan_create(support_open()->device, &problem, &plan);
@@ -732,8 +685,7 @@ const char *support_backward(const support_data *data, support_results *results)
 /* ---- Token by token --------------------------------------------------------------------------------------------- */
 
 /* [outer, inner, row] to [inner, outer, row]; NULL stays NULL. */
-static double *transposed(const double *x, size_t outer, size_t inner, size_t row)
-{
+static double *transposed(const double *x, size_t outer, size_t inner, size_t row) {
     if (x == NULL) {
         return NULL;
     }
@@ -747,29 +699,25 @@ static double *transposed(const double *x, size_t outer, size_t inner, size_t ro
 }
 
 /* [B, T, row] is uploaded as [T, B, row], so that every token's part is one array. */
-static support_array token_major(const support_data *data, loglin_dtype dtype, const double *x, size_t row)
-{
+static support_array token_major(const support_data *data, loglin_dtype dtype, const double *x, size_t row) {
     double *y = transposed(x, data->sequences, data->c.length, row);
     const support_array array = float_input(data, dtype, y, data->tokens * row);
     free(y);
     return array;
 }
 
-static loglin_buffer token_part(const support_data *data, const support_array *array, size_t t)
-{
+static loglin_buffer token_part(const support_data *data, const support_array *array, size_t t) {
     loglin_buffer buffer = support_buffer(array);
     buffer.offset += array->count / data->c.length * t;
     return buffer;
 }
 
 /* The state that steps start from; NaN everywhere without initial states. */
-static void upload_decode_state(const support_data *data, device_arrays *a)
-{
+static void upload_decode_state(const support_data *data, device_arrays *a) {
     const size_t offset = data->c.offset;
     a->final_position = int_input(data, data->positions, data->sequences);
-    a->final_values = data->initial != NULL
-                          ? support_inout(LOGLIN_F32, data->initial_values, data->n_states, offset)
-                          : support_output(LOGLIN_F32, data->n_states, offset);
+    a->final_values = data->initial != NULL ? support_inout(LOGLIN_F32, data->initial_values, data->n_states, offset)
+                                            : support_output(LOGLIN_F32, data->n_states, offset);
     if (data->c.log_decay) {
         a->final_log_decay = data->initial != NULL
                                  ? support_inout(LOGLIN_F32, data->initial_log_decay, decay_count(data), offset)
@@ -777,8 +725,7 @@ static void upload_decode_state(const support_data *data, device_arrays *a)
     }
 }
 
-static const char *fetch_decode(const support_data *data, const device_arrays *a, support_results *results)
-{
+static const char *fetch_decode(const support_data *data, const device_arrays *a, support_results *results) {
     double *o = support_alloc(data->n_v, sizeof *o);
     double *log_decay = support_alloc(decay_count(data), sizeof *log_decay);
     const char *const failures[] = {fetch(data, "o", &a->o, o),
@@ -797,8 +744,7 @@ static const char *fetch_decode(const support_data *data, const device_arrays *a
     return first_failure(failures, sizeof failures / sizeof failures[0]);
 }
 
-const char *support_decode(const support_data *data, support_results *results)
-{
+const char *support_decode(const support_data *data, support_results *results) {
     const support_case *c = &data->c;
     const loglin_problem problem = support_problem(data, LOGLIN_STEP);
     loglin_plan *plan = NULL;
@@ -848,8 +794,7 @@ const char *support_decode(const support_data *data, support_results *results)
 /* ---- Comparing -------------------------------------------------------------------------------------------------- */
 
 const char *support_compare(const support_data *data, const char *tensor, const double *got, const double *expected,
-                            size_t count, support_kind kind)
-{
+                            size_t count, support_kind kind) {
     const double threshold = support_threshold(data->c.dtype, kind);
     const double error = support_error(got, expected, count);
     if (error <= threshold) {
@@ -869,8 +814,7 @@ const char *support_compare(const support_data *data, const char *tensor, const 
 }
 
 const char *support_compare_forward(const support_data *data, const support_results *got,
-                                    const support_results *expected)
-{
+                                    const support_results *expected) {
     const char *failure = support_compare(data, "o", got->o, expected->o, data->n_v, SUPPORT_OUTPUT);
     if (failure != NULL || !data->c.final_states) {
         return failure;
@@ -884,9 +828,24 @@ const char *support_compare_forward(const support_data *data, const support_resu
     return support_compare(data, "final states", got->final, expected->final, data->n_states, SUPPORT_OUTPUT);
 }
 
+/* dg against the size of the terms that it is the difference of. */
+static const char *compare_small_gates(const support_data *data, const double *dg, const support_results *expected) {
+    double difference = 0.0;
+    double terms = 0.0;
+    for (size_t i = 0; i < data->n_gates; i++) {
+        difference += (dg[i] - expected->dg[i]) * (dg[i] - expected->dg[i]);
+    }
+    for (size_t i = 0; i < data->n_k; i++) {
+        terms += data->k[i] * expected->dk[i] * data->k[i] * expected->dk[i];
+    }
+    const double error = sqrt(difference / terms);
+    return error <= support_threshold(data->c.dtype, SUPPORT_GRADIENT)
+               ? NULL
+               : support_failure(data, "dg: error %.3g of its terms", error);
+}
+
 const char *support_compare_backward(const support_data *data, const support_results *got,
-                                     const support_results *expected)
-{
+                                     const support_results *expected) {
     const struct {
         const char *name;
         const double *got, *expected;
@@ -903,6 +862,13 @@ const char *support_compare_backward(const support_data *data, const support_res
     };
     for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; i++) {
         if (tensors[i].optional && data->c.skip_optional) {
+            continue;
+        }
+        if (data->c.small_gate_gradient && tensors[i].got == got->dg) {
+            const char *failure = compare_small_gates(data, got->dg, expected);
+            if (failure != NULL) {
+                return failure;
+            }
             continue;
         }
         const char *failure = support_compare(data, tensors[i].name, tensors[i].got, tensors[i].expected,
@@ -922,8 +888,7 @@ typedef const char *compare_function(const support_data *data, const support_res
                                      const support_results *expected);
 
 static const char *check_engine(support_data *data, loglin_engine engine, const support_results *expected,
-                                device_function *run, compare_function *compare)
-{
+                                device_function *run, compare_function *compare) {
     support_results *got = support_results_make(data);
     data->engine = engine;
     const char *failure = run(data, got);
@@ -935,8 +900,7 @@ static const char *check_engine(support_data *data, loglin_engine engine, const 
 }
 
 static const char *check(const support_case *c, oracle_function *oracle, device_function *run,
-                         compare_function *compare)
-{
+                         compare_function *compare) {
     support_data *data = support_data_make(c);
     support_results *expected = support_results_make(data);
     oracle(data, expected);
@@ -949,17 +913,14 @@ static const char *check(const support_case *c, oracle_function *oracle, device_
     return failure;
 }
 
-const char *support_check_forward(const support_case *c)
-{
+const char *support_check_forward(const support_case *c) {
     return check(c, support_oracle_forward, support_forward, support_compare_forward);
 }
 
-const char *support_check_backward(const support_case *c)
-{
+const char *support_check_backward(const support_case *c) {
     return check(c, support_oracle_backward, support_backward, support_compare_backward);
 }
 
-const char *support_check_decode(const support_case *c)
-{
+const char *support_check_decode(const support_case *c) {
     return check(c, support_oracle_forward, support_decode, support_compare_forward);
 }

@@ -20,7 +20,7 @@ typedef struct support_case {
     size_t batch, length, heads, groups, dim_k, dim_v; /* 0: 1, 40, 2, 1, 8, 8 */
     size_t extra_levels;                               /* beyond those that the longest sequence and position need */
     float scale;
-    int normalize_qk; /* without it the delta rule's queries and keys have length 1 */
+    int normalize_qk;      /* without it the delta rule's queries and keys have length 1 */
     const size_t *lengths; /* [sequences]: packed, with cu_seqlens; batch and length are ignored then */
     size_t sequences;
     const int32_t *positions; /* [N]: with initial states at these positions */
@@ -35,6 +35,7 @@ typedef struct support_case {
     size_t chunk;
     bool automatic;                       /* the plan chooses the engine; else every engine in turn */
     void (*adjust)(support_data *inputs); /* changes the random inputs */
+    bool small_gate_gradient;             /* dg cancels to nothing: it is measured against dk . k, its terms */
     uint64_t seed;
 } support_case;
 
@@ -43,14 +44,14 @@ struct support_data {
     support_case c;       /* with its defaults filled in */
     loglin_engine engine; /* what it runs on */
     size_t sequences, tokens, levels;
-    size_t *starts;          /* [sequences + 1] */
-    size_t *positions;       /* [sequences] */
+    size_t *starts;                               /* [sequences + 1] */
+    size_t *positions;                            /* [sequences] */
     size_t n_k, n_v, n_gates, n_levels, n_states; /* elements of q; v; g; level_scales; states */
     double *q, *k, *v, *d_o;
-    double *g;               /* NULL without gates */
+    double *g; /* NULL without gates */
     double *level_scales;
-    double *beta;            /* NULL but for the delta rule */
-    double *initial;         /* NULL without; NaN in levels that do not exist; so for dfinal */
+    double *beta;                               /* NULL but for the delta rule */
+    double *initial;                            /* NULL without; NaN in levels that do not exist; so for dfinal */
     double *initial_values, *initial_log_decay; /* initial = exp(log_decay) * values; the latter may be NULL */
     double *dfinal;
 };

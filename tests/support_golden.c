@@ -7,8 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-static const loglin_tensor *tensor_of(const loglin_safetensors *file, const char *name)
-{
+static const loglin_tensor *tensor_of(const loglin_safetensors *file, const char *name) {
     const loglin_tensor *tensor = loglin_safetensors_find(file, name);
     if (tensor == NULL || tensor->dtype != LOGLIN_TENSOR_F32) {
         support_die("golden file: no F32 tensor %s", name);
@@ -16,8 +15,7 @@ static const loglin_tensor *tensor_of(const loglin_safetensors *file, const char
     return tensor;
 }
 
-static void copy_tensor(const loglin_safetensors *file, const char *name, double *values, size_t count)
-{
+static void copy_tensor(const loglin_safetensors *file, const char *name, double *values, size_t count) {
     const loglin_tensor *tensor = tensor_of(file, name);
     if (loglin_tensor_count(tensor) != count) {
         support_die("golden file: %s has %zu elements, not %zu", name, loglin_tensor_count(tensor), count);
@@ -30,8 +28,7 @@ static void copy_tensor(const loglin_safetensors *file, const char *name, double
     free(singles);
 }
 
-static support_case case_of(const loglin_safetensors *file)
-{
+static support_case case_of(const loglin_safetensors *file) {
     const loglin_tensor *q = tensor_of(file, "q");                       /* [B, T, G, K] */
     const loglin_tensor *v = tensor_of(file, "v");                       /* [B, T, H, V] */
     const loglin_tensor *level_scales = tensor_of(file, "level_scales"); /* [B, T, H, L] */
@@ -46,8 +43,7 @@ static support_case case_of(const loglin_safetensors *file)
                           .extra_levels = level_scales->shape[3] - loglin_num_levels(q->shape[1])};
 }
 
-support_data *support_golden(const char *name, support_results **expected)
-{
+support_data *support_golden(const char *name, support_results **expected) {
     char path[1024];
     snprintf(path, sizeof path, "%s/%s.safetensors", TEST_DATA_DIR, name);
     loglin_safetensors *file = NULL;

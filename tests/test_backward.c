@@ -7,8 +7,7 @@
 
 static const int32_t POSITIONS[] = {37, 0, 64};
 
-Test(backward, lengths)
-{
+Test(backward, lengths) {
     static const size_t lengths[] = {1, 2, 3, 63, 64, 65, 127, 200};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
         expect_everywhere(support_check_backward, (support_case){.length = lengths[i]});
@@ -16,56 +15,48 @@ Test(backward, lengths)
     }
 }
 
-Test(backward, long_sequence)
-{
+Test(backward, long_sequence) {
     expect_operators(support_check_backward, (support_case){.length = 2049, .heads = 1, .dim_k = 4, .dim_v = 4});
 }
 
-Test(backward, every_length_mod_16)
-{
+Test(backward, every_length_mod_16) {
     for (size_t i = 0; i < 16; i++) {
         expect_everywhere(support_check_backward,
                           (support_case){.length = 80 + i, .chunk = 16, .heads = 1, .final_states = true});
     }
 }
 
-Test(backward, chunk_sizes)
-{
+Test(backward, chunk_sizes) {
     for (size_t chunk = 16; chunk <= 256; chunk *= 2) {
-        expect_everywhere(support_check_backward,
-                          (support_case){.length = 300, .chunk = chunk, .final_states = true});
+        expect_everywhere(support_check_backward, (support_case){.length = 300, .chunk = chunk, .final_states = true});
         expect_operators(support_check_backward, (support_case){.length = 7, .chunk = chunk, .final_states = true});
     }
 }
 
-Test(backward, groups)
-{
+Test(backward, groups) {
     for (size_t groups = 1; groups <= 4; groups *= 2) {
         expect_everywhere(support_check_backward, (support_case){.length = 90, .heads = 4, .groups = groups});
     }
     expect_everywhere(support_check_backward, (support_case){.length = 90, .heads = 6, .groups = 3});
 }
 
-Test(backward, dimensions)
-{
+Test(backward, dimensions) {
     static const struct {
         size_t k, v, length;
-    } shapes[] = {{1, 1, 70}, {3, 5, 70}, {48, 72, 70}, {64, 64, 70}, {5, 128, 40}, {128, 1, 40}, {192, 384, 5},
-                  {512, 512, 2}};
+    } shapes[] = {{1, 1, 70},   {3, 5, 70},   {48, 72, 70},  {64, 64, 70},
+                  {5, 128, 40}, {128, 1, 40}, {192, 384, 5}, {512, 512, 2}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         expect_everywhere(support_check_backward,
                           (support_case){.length = shapes[i].length, .dim_k = shapes[i].k, .dim_v = shapes[i].v});
     }
 }
 
-Test(backward, dtypes)
-{
+Test(backward, dtypes) {
     expect_dtypes(support_check_backward,
                   (support_case){.length = 100, .dim_k = 16, .dim_v = 24, .final_states = true, .chunk = 32});
 }
 
-Test(backward, states)
-{
+Test(backward, states) {
     expect_everywhere(support_check_backward, (support_case){.length = 1, .batch = 3, .positions = POSITIONS});
     expect_everywhere(support_check_backward,
                       (support_case){.length = 90, .batch = 3, .positions = POSITIONS, .chunk = 32});
@@ -93,8 +84,7 @@ Test(backward, states)
     }
 }
 
-Test(backward, options)
-{
+Test(backward, options) {
     expect_everywhere(support_check_backward, (support_case){.length = 100, .no_gates = true});
     expect_everywhere(support_check_backward, (support_case){.length = 100, .scale = -0.25f});
     expect_everywhere(support_check_backward, (support_case){.length = 100, .normalize_qk = 1});
@@ -110,18 +100,14 @@ Test(backward, options)
     expect_everywhere(support_check_backward, (support_case){.length = 70, .automatic = true});
 }
 
-Test(backward, optional_outputs)
-{
+Test(backward, optional_outputs) {
     expect_everywhere(support_check_backward, (support_case){.length = 70, .skip_optional = true});
-    expect_everywhere(support_check_backward, (support_case){.length = 70,
-                                                             .batch = 3,
-                                                             .positions = POSITIONS,
-                                                             .final_states = true,
-                                                             .skip_optional = true});
+    expect_everywhere(
+        support_check_backward,
+        (support_case){.length = 70, .batch = 3, .positions = POSITIONS, .final_states = true, .skip_optional = true});
 }
 
-Test(backward, offsets_queues_and_events)
-{
+Test(backward, offsets_queues_and_events) {
     expect_everywhere(support_check_backward, (support_case){.length = 70, .offset = 3, .final_states = true});
     expect_operators(support_check_backward, (support_case){.dtype = LOGLIN_F16,
                                                             .weight_dtype = LOGLIN_F16,
@@ -137,8 +123,7 @@ Test(backward, offsets_queues_and_events)
 }
 
 /* The same call twice gives the same bits: results are compared as they were stored. */
-static const char *check_deterministic(const support_case *c)
-{
+static const char *check_deterministic(const support_case *c) {
     support_data *data = support_data_make(c);
     support_results *first = support_results_make(data);
     support_results *second = support_results_make(data);
@@ -161,8 +146,7 @@ static const char *check_deterministic(const support_case *c)
     return failure;
 }
 
-Test(backward, deterministic)
-{
+Test(backward, deterministic) {
     expect_everywhere(check_deterministic, (support_case){.length = 300,
                                                           .batch = 3,
                                                           .heads = 4,
@@ -173,8 +157,7 @@ Test(backward, deterministic)
                                                           .final_states = true});
 }
 
-static void expect_golden(const char *name)
-{
+static void expect_golden(const char *name) {
     support_results *expected = NULL;
     support_data *data = support_golden(name, &expected);
     for (size_t chunk = 0; chunk <= 128; chunk += 64) {
@@ -188,12 +171,10 @@ static void expect_golden(const char *name)
     support_data_free(data);
 }
 
-Test(backward, real_activations_mamba2)
-{
+Test(backward, real_activations_mamba2) {
     expect_golden("mamba2_real_activations");
 }
 
-Test(backward, real_activations_gated_delta)
-{
+Test(backward, real_activations_gated_delta) {
     expect_golden("gated_delta_real_activations");
 }

@@ -9,8 +9,7 @@
 
 static const double EXACT = 1e-12;
 
-static void for_both(void (*run)(const support_case *c), support_case c)
-{
+static void for_both(void (*run)(const support_case *c), support_case c) {
     for (int op = 0; op < 2; op++) {
         for (int partition = 0; partition < 2; partition++) {
             c.op = (loglin_op)op;
@@ -23,8 +22,7 @@ static void for_both(void (*run)(const support_case *c), support_case c)
 /* ---- Levels ----------------------------------------------------------------------------------------------------- */
 
 /* The oracle's recurrence, one key at a time: which level holds key s when the query stands at t. */
-Test(oracle, recurrence_moves_keys_to_their_level)
-{
+Test(oracle, recurrence_moves_keys_to_their_level) {
     enum { LENGTH = 600 };
     for (int strong = 0; strong < 2; strong++) {
         size_t level[LENGTH] = {0};
@@ -46,8 +44,7 @@ Test(oracle, recurrence_moves_keys_to_their_level)
     }
 }
 
-Test(oracle, level_exists_where_a_key_has_it)
-{
+Test(oracle, level_exists_where_a_key_has_it) {
     for (int strong = 0; strong < 2; strong++) {
         for (size_t position = 0; position < 300; position++) {
             bool seen[LOGLIN_MAX_LEVELS] = {false};
@@ -64,8 +61,7 @@ Test(oracle, level_exists_where_a_key_has_it)
 
 /* ---- The two forms ---------------------------------------------------------------------------------------------- */
 
-static void parallel_equals_recurrence(const support_case *c)
-{
+static void parallel_equals_recurrence(const support_case *c) {
     support_data *data = support_data_make(c);
     const oracle_problem problem = support_oracle_problem(data);
     const oracle_inputs in = support_oracle_inputs(data);
@@ -80,8 +76,7 @@ static void parallel_equals_recurrence(const support_case *c)
     support_data_free(data);
 }
 
-Test(oracle, parallel_equals_recurrence)
-{
+Test(oracle, parallel_equals_recurrence) {
     static const size_t lengths[] = {1, 0, 2, 37, 64};
     const support_case cases[] = {
         {.length = 1},
@@ -95,8 +90,7 @@ Test(oracle, parallel_equals_recurrence)
     }
 }
 
-Test(oracle, parallel_gradients_equal_recurrence)
-{
+Test(oracle, parallel_gradients_equal_recurrence) {
     for (int partition = 0; partition < 2; partition++) {
         const support_case c = {.partition = (loglin_partition)partition,
                                 .batch = 2,
@@ -131,8 +125,7 @@ Test(oracle, parallel_gradients_equal_recurrence)
 
 /* ---- Real data -------------------------------------------------------------------------------------------------- */
 
-static void expect_golden(const char *name)
-{
+static void expect_golden(const char *name) {
     support_results *expected = NULL;
     support_data *data = support_golden(name, &expected);
     support_results *got = support_results_make(data);
@@ -161,21 +154,18 @@ static void expect_golden(const char *name)
     support_data_free(data);
 }
 
-Test(oracle, golden_mamba2)
-{
+Test(oracle, golden_mamba2) {
     expect_golden("mamba2_real_activations");
 }
 
-Test(oracle, golden_gated_delta)
-{
+Test(oracle, golden_gated_delta) {
     expect_golden("gated_delta_real_activations");
 }
 
 /* ---- Finite differences ----------------------------------------------------------------------------------------- */
 
 /* The loss whose gradients backward gives. */
-static double loss(const support_data *data, support_results *scratch)
-{
+static double loss(const support_data *data, support_results *scratch) {
     support_oracle_forward(data, scratch);
     double sum = 0.0;
     for (size_t i = 0; i < data->n_v; i++) {
@@ -188,8 +178,7 @@ static double loss(const support_data *data, support_results *scratch)
 }
 
 static void expect_derivative(const support_data *data, support_results *scratch, const char *name, double *x,
-                              const double *gradient, size_t count)
-{
+                              const double *gradient, size_t count) {
     static const double step = 1e-5;
     for (size_t i = 0; x != NULL && i < count; i++) {
         const double kept = x[i];
@@ -208,8 +197,7 @@ static void expect_derivative(const support_data *data, support_results *scratch
     }
 }
 
-static void gradients_equal_differences(const support_case *c)
-{
+static void gradients_equal_differences(const support_case *c) {
     support_data *data = support_data_make(c);
     support_results *got = support_results_make(data);
     support_results *scratch = support_results_make(data);
@@ -226,8 +214,7 @@ static void gradients_equal_differences(const support_case *c)
     support_data_free(data);
 }
 
-Test(oracle, gradients_equal_finite_differences)
-{
+Test(oracle, gradients_equal_finite_differences) {
     static const int32_t positions[] = {5, 0};
     static const int32_t late_positions[] = {16, 3, 31};
     static const size_t lengths[] = {3, 0, 9};
@@ -242,8 +229,7 @@ Test(oracle, gradients_equal_finite_differences)
     }
 }
 
-static void level_gradients_give_the_output(const support_case *c)
-{
+static void level_gradients_give_the_output(const support_case *c) {
     support_data *data = support_data_make(c);
     support_results *got = support_results_make(data);
     support_oracle_forward(data, got);
@@ -263,15 +249,13 @@ static void level_gradients_give_the_output(const support_case *c)
     support_data_free(data);
 }
 
-Test(oracle, level_gradients_give_the_output)
-{
+Test(oracle, level_gradients_give_the_output) {
     for_both(level_gradients_give_the_output, (support_case){.length = 70, .extra_levels = 2});
 }
 
 /* ---- The support ------------------------------------------------------------------------------------------------ */
 
-Test(support, half_conversions_are_exact)
-{
+Test(support, half_conversions_are_exact) {
     for (unsigned bits = 0; bits < 0x10000; bits++) {
         const float half = support_from_f16((uint16_t)bits);
         const float brain = support_from_bf16((uint16_t)bits);
@@ -288,8 +272,7 @@ Test(support, half_conversions_are_exact)
 }
 
 /* Every pair of neighbouring numbers: their middle goes to the even one, what is beside the middle to the nearer. */
-Test(support, half_conversions_round_to_nearest_even)
-{
+Test(support, half_conversions_round_to_nearest_even) {
     for (unsigned bits = 0; bits < 0x7BFF; bits++) {
         const double low = (double)support_from_f16((uint16_t)bits);
         const double high = (double)support_from_f16((uint16_t)(bits + 1));
@@ -310,8 +293,7 @@ Test(support, half_conversions_round_to_nearest_even)
     cr_expect_eq(support_to_f16(65520.0f), 0x7C00);
 }
 
-Test(support, metric_sees_a_planted_error)
-{
+Test(support, metric_sees_a_planted_error) {
     const support_case c = {.length = 20, .final_states = true};
     support_data *data = support_data_make(&c);
     support_results *expected = support_results_make(data);
@@ -341,15 +323,13 @@ Test(support, metric_sees_a_planted_error)
     cr_expect(isinf(support_error(tiny, zeros, 2)), "nothing but zero equals a zero reference");
 }
 
-static void write_byte(cl_mem mem, size_t byte)
-{
+static void write_byte(cl_mem mem, size_t byte) {
     const unsigned char zero = 0;
     support_require(clEnqueueWriteBuffer(support_open()->queue, mem, CL_TRUE, byte, 1, &zero, 0, NULL, NULL),
                     "clEnqueueWriteBuffer");
 }
 
-Test(support, guards_see_a_planted_write)
-{
+Test(support, guards_see_a_planted_write) {
     double values[10];
     for (size_t offset = 0; offset < 4; offset += 3) {
         support_array array = support_output(LOGLIN_BF16, 10, offset);

@@ -17,16 +17,14 @@ static const loglin_problem GOOD = {.batch = 2,
                                     .levels = 9,
                                     .phases = LOGLIN_FORWARD | LOGLIN_BACKWARD | LOGLIN_STEP};
 
-static loglin_plan *make_plan(const loglin_problem *problem)
-{
+static loglin_plan *make_plan(const loglin_problem *problem) {
     loglin_plan *plan = NULL;
     support_require(loglin_plan_create(support_open()->device, problem, &plan), "loglin_plan_create");
     return plan;
 }
 
 /* The problem is refused, and the text has the word. */
-static void expect_refused(const loglin_problem *problem, const char *word)
-{
+static void expect_refused(const loglin_problem *problem, const char *word) {
     loglin_plan *plan = (loglin_plan *)&GOOD;
     const loglin_status status = loglin_plan_create(support_open()->device, problem, &plan);
     cr_expect_eq(status, LOGLIN_INVALID_ARGUMENT, "%s: %s", word, loglin_strerror(status));
@@ -34,8 +32,7 @@ static void expect_refused(const loglin_problem *problem, const char *word)
     cr_expect(strstr(loglin_last_error(), word) != NULL, "the text lacks \"%s\": %s", word, loglin_last_error());
 }
 
-Test(plan, refuses_bad_sizes)
-{
+Test(plan, refuses_bad_sizes) {
     const struct {
         const char *name;
         size_t field, value;
@@ -79,8 +76,7 @@ Test(plan, refuses_bad_sizes)
     }
 }
 
-Test(plan, refuses_bad_choices)
-{
+Test(plan, refuses_bad_choices) {
     const struct {
         const char *name;
         size_t field;
@@ -114,8 +110,7 @@ Test(plan, refuses_bad_choices)
     expect_refused(&problem, "scale");
 }
 
-Test(plan, refuses_missing_arguments)
-{
+Test(plan, refuses_missing_arguments) {
     loglin_plan *plan = NULL;
     cr_expect_eq(loglin_plan_create(NULL, &GOOD, &plan), LOGLIN_INVALID_ARGUMENT);
     cr_expect(strstr(loglin_last_error(), "device") != NULL, "%s", loglin_last_error());
@@ -127,12 +122,21 @@ Test(plan, refuses_missing_arguments)
 }
 
 /* Sizes whose products go beyond 64 bits, or beyond any memory, are refused one way or the other. */
-Test(plan, refuses_products_that_overflow)
-{
+Test(plan, refuses_products_that_overflow) {
     const loglin_problem huge[] = {
-        {.batch = (size_t)1 << 31, .length = (size_t)1 << 31, .heads = 1, .groups = 1, .dim_k = 512, .dim_v = 512,
+        {.batch = (size_t)1 << 31,
+         .length = (size_t)1 << 31,
+         .heads = 1,
+         .groups = 1,
+         .dim_k = 512,
+         .dim_v = 512,
          .levels = 32},
-        {.batch = (size_t)1 << 33, .length = 1, .heads = (size_t)1 << 31, .groups = 1, .dim_k = 512, .dim_v = 512,
+        {.batch = (size_t)1 << 33,
+         .length = 1,
+         .heads = (size_t)1 << 31,
+         .groups = 1,
+         .dim_k = 512,
+         .dim_v = 512,
          .levels = 32},
         {.batch = 1, .length = 2147483647, .heads = 65535, .groups = 65535, .dim_k = 512, .dim_v = 512, .levels = 32},
         {.batch = 2147483647, .length = 1, .heads = 65535, .groups = 65535, .dim_k = 512, .dim_v = 512, .levels = 32},
@@ -148,8 +152,7 @@ Test(plan, refuses_products_that_overflow)
 
 /* ---- What plans tell -------------------------------------------------------------------------------------------- */
 
-Test(plan, describes_itself)
-{
+Test(plan, describes_itself) {
     loglin_problem problem = GOOD;
     problem.chunk = 32;
     loglin_plan *plan = make_plan(&problem);
@@ -168,8 +171,7 @@ Test(plan, describes_itself)
     loglin_plan_destroy(plan);
 }
 
-static size_t workspace_of(loglin_op op, loglin_phase phase, size_t length)
-{
+static size_t workspace_of(loglin_op op, loglin_phase phase, size_t length) {
     const loglin_problem problem = {.op = op,
                                     .batch = 1,
                                     .length = length,
@@ -186,8 +188,7 @@ static size_t workspace_of(loglin_op op, loglin_phase phase, size_t length)
 }
 
 /* Twice the tokens take about twice the workspace, and a token of a long sequence no more than one of a short. */
-Test(plan, workspace_grows_linearly)
-{
+Test(plan, workspace_grows_linearly) {
     for (int op = 0; op < 2; op++) {
         for (int phase = LOGLIN_FORWARD; phase <= LOGLIN_BACKWARD; phase *= 2) {
             const size_t first = workspace_of((loglin_op)op, (loglin_phase)phase, 1024);
@@ -204,19 +205,18 @@ Test(plan, workspace_grows_linearly)
     }
 }
 
-Test(plan, counts_levels)
-{
-    static const size_t expected[][2] = {{0, 1},  {1, 1},      {2, 2},      {3, 3},       {4, 3},
-                                         {5, 4},  {8, 4},      {9, 5},      {16384, 15},  {16385, 16},
-                                         {65536, 17}, {(size_t)1 << 31, 32}, {SIZE_MAX, 65}};
+Test(plan, counts_levels) {
+    static const size_t expected[][2] = {{0, 1},        {1, 1},      {2, 2},      {3, 3},
+                                         {4, 3},        {5, 4},      {8, 4},      {9, 5},
+                                         {16384, 15},   {16385, 16}, {65536, 17}, {(size_t)1 << 31, 32},
+                                         {SIZE_MAX, 65}};
     for (size_t i = 0; i < sizeof expected / sizeof expected[0]; i++) {
         cr_expect_eq(loglin_num_levels(expected[i][0]), expected[i][1], "levels of %zu: %zu", expected[i][0],
                      loglin_num_levels(expected[i][0]));
     }
 }
 
-Test(plan, checks_gates)
-{
+Test(plan, checks_gates) {
     const float good[] = {0.0f, -0.0f, -1e-45f, -50.0f, -3e38f};
     cr_expect_eq(loglin_check_gates(good, 5), 5);
     cr_expect_eq(loglin_check_gates(NULL, 0), 0);
@@ -244,16 +244,14 @@ typedef struct call_fixture {
     arguments good;
 } call_fixture;
 
-static loglin_buffer exact_buffer(size_t bytes)
-{
+static loglin_buffer exact_buffer(size_t bytes) {
     cl_int status = CL_SUCCESS;
     cl_mem mem = clCreateBuffer(support_open()->context, CL_MEM_READ_WRITE, bytes, NULL, &status);
     support_require(status, "clCreateBuffer");
     return (loglin_buffer){.mem = mem};
 }
 
-static call_fixture open_calls(loglin_op op)
-{
+static call_fixture open_calls(loglin_op op) {
     call_fixture f = {.problem = GOOD};
     f.problem.op = op;
     f.problem.max_position = 100;
@@ -292,8 +290,7 @@ static call_fixture open_calls(loglin_op op)
     return f;
 }
 
-static void close_calls(call_fixture *f)
-{
+static void close_calls(call_fixture *f) {
     support_require(clFinish(support_open()->queue), "clFinish");
     const loglin_buffer *all = (const loglin_buffer *)&f->good;
     for (size_t i = 0; i < sizeof f->good / sizeof *all; i++) {
@@ -308,28 +305,24 @@ typedef loglin_status call_function(loglin_plan *plan, const arguments *a, cl_co
                                     const cl_event *wait, cl_event *event);
 
 static loglin_status call_forward(loglin_plan *plan, const arguments *a, cl_command_queue queue, cl_uint num_wait,
-                                  const cl_event *wait, cl_event *event)
-{
+                                  const cl_event *wait, cl_event *event) {
     return loglin_forward(plan, &a->in, &a->initial, a->o, &a->final, a->workspace, queue, num_wait, wait, event);
 }
 
 static loglin_status call_backward(loglin_plan *plan, const arguments *a, cl_command_queue queue, cl_uint num_wait,
-                                   const cl_event *wait, cl_event *event)
-{
+                                   const cl_event *wait, cl_event *event) {
     return loglin_backward(plan, &a->in, &a->initial, a->d_o, a->dfinal, &a->out, a->workspace, queue, num_wait, wait,
                            event);
 }
 
 static loglin_status call_step(loglin_plan *plan, const arguments *a, cl_command_queue queue, cl_uint num_wait,
-                               const cl_event *wait, cl_event *event)
-{
+                               const cl_event *wait, cl_event *event) {
     return loglin_step(plan, &a->in, &a->final, a->o, queue, num_wait, wait, event);
 }
 
 /* The call fails with the status, enqueues nothing, and its text has the word. */
 static void expect_call_refused(call_function *call, loglin_plan *plan, const arguments *a, loglin_status expected,
-                                const char *word)
-{
+                                const char *word) {
     cl_event event = NULL;
     const loglin_status status = call(plan, a, support_open()->queue, 0, NULL, &event);
     cr_expect_eq(status, expected, "%s: %s (%s)", word, loglin_strerror(status), loglin_last_error());
@@ -343,7 +336,8 @@ typedef struct argument_name {
     bool required;
 } argument_name;
 
-#define ARGUMENT(name, field, required) {name, offsetof(arguments, field), required}
+#define ARGUMENT(name, field, required)                                                                                \
+    { name, offsetof(arguments, field), required }
 
 static const argument_name INPUT_NAMES[] = {
     ARGUMENT("q", in.q, true),
@@ -354,9 +348,12 @@ static const argument_name INPUT_NAMES[] = {
     ARGUMENT("beta", in.beta, true),
 };
 static const argument_name FORWARD_NAMES[] = {
-    ARGUMENT("initial.values", initial.values, true), ARGUMENT("initial.position", initial.position, true),
-    ARGUMENT("final.values", final.values, true),     ARGUMENT("final.position", final.position, false),
-    ARGUMENT("o", o, true),                           ARGUMENT("workspace", workspace, true),
+    ARGUMENT("initial.values", initial.values, true),
+    ARGUMENT("initial.position", initial.position, true),
+    ARGUMENT("final.values", final.values, true),
+    ARGUMENT("final.position", final.position, false),
+    ARGUMENT("o", o, true),
+    ARGUMENT("workspace", workspace, true),
 };
 static const argument_name BACKWARD_NAMES[] = {
     ARGUMENT("initial.values", initial.values, true),
@@ -375,8 +372,7 @@ static const argument_name BACKWARD_NAMES[] = {
 
 /* Each buffer in turn: missing, too short by one, and with an offset that wraps around. */
 static void expect_arguments_checked(const call_fixture *f, call_function *call, const argument_name *names,
-                                     size_t count)
-{
+                                     size_t count) {
     for (size_t i = 0; i < count; i++) {
         arguments a = f->good;
         loglin_buffer *buffer = (loglin_buffer *)((char *)&a + names[i].field);
@@ -396,8 +392,7 @@ static void expect_arguments_checked(const call_fixture *f, call_function *call,
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
-Test(plan, calls_check_their_buffers)
-{
+Test(plan, calls_check_their_buffers) {
     for (int op = 0; op < 2; op++) {
         call_fixture f = open_calls((loglin_op)op);
         if (loglin_workspace_size(f.plan, LOGLIN_FORWARD) < loglin_workspace_size(f.plan, LOGLIN_BACKWARD)) {
@@ -414,8 +409,7 @@ Test(plan, calls_check_their_buffers)
     }
 }
 
-Test(plan, calls_check_their_other_arguments)
-{
+Test(plan, calls_check_their_other_arguments) {
     call_fixture f = open_calls(LOGLIN_MAMBA2);
     call_function *const calls[] = {call_forward, call_backward, call_step};
     const loglin_buffer extra = exact_buffer(65536);
@@ -441,9 +435,9 @@ Test(plan, calls_check_their_other_arguments)
     a.final.log_decay = (loglin_buffer){.mem = extra.mem, .offset = 16384 - 71};
     expect_call_refused(call_forward, f.plan, &a, LOGLIN_BUFFER_TOO_SMALL, "log_decay");
     expect_call_refused(call_step, f.plan, &a, LOGLIN_BUFFER_TOO_SMALL, "log_decay");
-    cr_expect_eq(loglin_forward(f.plan, NULL, NULL, f.good.o, NULL, f.good.workspace, support_open()->queue, 0, NULL,
-                                NULL),
-                 LOGLIN_INVALID_ARGUMENT);
+    cr_expect_eq(
+        loglin_forward(f.plan, NULL, NULL, f.good.o, NULL, f.good.workspace, support_open()->queue, 0, NULL, NULL),
+        LOGLIN_INVALID_ARGUMENT);
     cr_expect_eq(loglin_backward(f.plan, &f.good.in, NULL, f.good.d_o, f.good.dfinal, NULL, f.good.workspace,
                                  support_open()->queue, 0, NULL, NULL),
                  LOGLIN_INVALID_ARGUMENT);
@@ -454,8 +448,7 @@ Test(plan, calls_check_their_other_arguments)
     close_calls(&f);
 }
 
-Test(plan, delta_rule_has_no_log_decay)
-{
+Test(plan, delta_rule_has_no_log_decay) {
     call_fixture f = open_calls(LOGLIN_GATED_DELTA);
     const loglin_buffer extra = exact_buffer(65536);
     arguments a = f.good;
@@ -469,8 +462,7 @@ Test(plan, delta_rule_has_no_log_decay)
     close_calls(&f);
 }
 
-Test(plan, calls_need_their_phase)
-{
+Test(plan, calls_need_their_phase) {
     call_function *const calls[] = {call_forward, call_backward, call_step};
     call_fixture f = open_calls(LOGLIN_MAMBA2);
     for (unsigned planned = 0; planned < 3; planned++) {
@@ -487,8 +479,7 @@ Test(plan, calls_need_their_phase)
     close_calls(&f);
 }
 
-Test(plan, initial_states_must_be_planned)
-{
+Test(plan, initial_states_must_be_planned) {
     call_fixture f = open_calls(LOGLIN_MAMBA2);
     loglin_problem problem = f.problem;
     problem.max_position = 0;
@@ -499,8 +490,7 @@ Test(plan, initial_states_must_be_planned)
     close_calls(&f);
 }
 
-Test(plan, queue_must_be_of_its_context)
-{
+Test(plan, queue_must_be_of_its_context) {
     call_fixture f = open_calls(LOGLIN_MAMBA2);
     cl_device_id id = support_open()->id;
     cl_int status = CL_SUCCESS;
@@ -515,8 +505,7 @@ Test(plan, queue_must_be_of_its_context)
     close_calls(&f);
 }
 
-Test(plan, packed_problems_need_their_bounds)
-{
+Test(plan, packed_problems_need_their_bounds) {
     static const size_t lengths[] = {10, 20};
     const support_case c = {.lengths = lengths, .sequences = 2};
     support_data *data = support_data_make(&c);

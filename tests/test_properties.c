@@ -10,8 +10,7 @@ static const int32_t POSITIONS[] = {21, 0};
 
 /* ---- Causality -------------------------------------------------------------------------------------------------- */
 
-static void change_from(double *x, size_t sequences, size_t length, size_t row, size_t first)
-{
+static void change_from(double *x, size_t sequences, size_t length, size_t row, size_t first) {
     for (size_t i = 0; x != NULL && i < sequences * length * row; i++) {
         if (i / row % length >= first) {
             x[i] *= 0.5; /* exact in every storage type */
@@ -20,8 +19,7 @@ static void change_from(double *x, size_t sequences, size_t length, size_t row, 
 }
 
 /* The outputs of tokens before `first` are the same bits whatever comes at `first` and later. */
-static const char *causal_at(const support_data *data, const support_results *before, size_t first)
-{
+static const char *causal_at(const support_data *data, const support_results *before, size_t first) {
     const support_case *c = &data->c;
     support_data *changed = support_slice(data, 0, c->length);
     support_results *after = support_results_make(changed);
@@ -38,7 +36,8 @@ static const char *causal_at(const support_data *data, const support_results *be
     const char *failure = support_forward(changed, after);
     const size_t row = c->heads * c->dim_v;
     for (size_t n = 0; failure == NULL && n < c->batch; n++) {
-        if (memcmp(before->o + n * c->length * row, after->o + n * c->length * row, first * row * sizeof(double)) != 0) {
+        if (memcmp(before->o + n * c->length * row, after->o + n * c->length * row, first * row * sizeof(double)) !=
+            0) {
             failure = support_failure(data, "inputs from token %zu on change outputs before it", first);
         }
     }
@@ -50,8 +49,7 @@ static const char *causal_at(const support_data *data, const support_results *be
     return failure;
 }
 
-static const char *check_causal(const support_case *c)
-{
+static const char *check_causal(const support_case *c) {
     static const size_t firsts[] = {1, 15, 16, 17, 63, 64, 65, 100, 149};
     support_data *data = support_data_make(c);
     support_results *results = support_results_make(data);
@@ -65,19 +63,19 @@ static const char *check_causal(const support_case *c)
     return failure;
 }
 
-Test(properties, causality)
-{
+Test(properties, causality) {
     for (size_t chunk = 16; chunk <= 256; chunk *= 4) {
         expect_everywhere(check_causal, (support_case){.length = 150, .batch = 2, .chunk = chunk});
     }
-    expect_everywhere(check_causal, (support_case){.length = 150, .batch = 2, .chunk = 32, .positions = POSITIONS,
-                                                   .normalize_qk = 1, .dtype = LOGLIN_BF16});
+    expect_everywhere(
+        check_causal,
+        (support_case){
+            .length = 150, .batch = 2, .chunk = 32, .positions = POSITIONS, .normalize_qk = 1, .dtype = LOGLIN_BF16});
 }
 
 /* ---- Linearity in v --------------------------------------------------------------------------------------------- */
 
-static const char *check_linear(const support_case *c)
-{
+static const char *check_linear(const support_case *c) {
     support_data *data = support_data_make(c);
     data->engine = LOGLIN_ENGINE_BLAS;
     support_results *first = support_results_make(data);
@@ -106,15 +104,13 @@ static const char *check_linear(const support_case *c)
     return failure;
 }
 
-Test(properties, linearity_in_v)
-{
+Test(properties, linearity_in_v) {
     expect_everywhere(check_linear, (support_case){.length = 200, .dim_v = 11});
 }
 
 /* ---- All level weights 1 ---------------------------------------------------------------------------------------- */
 
-static void weights_of_one(support_data *data)
-{
+static void weights_of_one(support_data *data) {
     for (size_t i = 0; i < data->n_levels; i++) {
         data->level_scales[i] = 1.0;
     }
@@ -122,8 +118,7 @@ static void weights_of_one(support_data *data)
 
 /* One token of plain (gated, delta rule) linear attention: S [K, V] takes k, v in, and o = S^T q. */
 static void plain_token(const support_case *c, double *s, const double *q, const double *k, const double *v, double g,
-                        const double *beta, double *o)
-{
+                        const double *beta, double *o) {
     for (size_t j = 0; j < c->dim_v; j++) {
         double held = 0.0;
         for (size_t i = 0; i < c->dim_k; i++) {
@@ -139,8 +134,7 @@ static void plain_token(const support_case *c, double *s, const double *q, const
     }
 }
 
-static void plain_attention(const support_data *data, double *o)
-{
+static void plain_attention(const support_data *data, double *o) {
     const support_case *c = &data->c;
     for (size_t h = 0; h < c->heads; h++) {
         double *s = support_alloc(c->dim_k * c->dim_v, sizeof *s);
@@ -155,8 +149,7 @@ static void plain_attention(const support_data *data, double *o)
     }
 }
 
-static const char *check_plain(const support_case *c)
-{
+static const char *check_plain(const support_case *c) {
     support_data *data = support_data_make(c);
     data->engine = LOGLIN_ENGINE_BLAS;
     support_results *got = support_results_make(data);
@@ -172,18 +165,15 @@ static const char *check_plain(const support_case *c)
     return failure;
 }
 
-Test(properties, level_weights_of_one_are_plain_attention)
-{
-    expect_everywhere(check_plain,
-                      (support_case){.length = 300, .heads = 4, .groups = 2, .adjust = weights_of_one});
+Test(properties, level_weights_of_one_are_plain_attention) {
+    expect_everywhere(check_plain, (support_case){.length = 300, .heads = 4, .groups = 2, .adjust = weights_of_one});
     expect_everywhere(check_plain, (support_case){.length = 300, .no_gates = true, .adjust = weights_of_one});
 }
 
 /* ---- Level gradients -------------------------------------------------------------------------------------------- */
 
 /* sum_l lambda dlambda = do . o, and columns without a key have gradient exactly 0. */
-static const char *check_level_gradients(const support_case *c)
-{
+static const char *check_level_gradients(const support_case *c) {
     support_data *data = support_data_make(c);
     data->engine = LOGLIN_ENGINE_BLAS;
     support_results *got = support_results_make(data);
@@ -208,8 +198,8 @@ static const char *check_level_gradients(const support_case *c)
         }
     }
     if (failure == NULL) {
-        failure = support_compare(data, "sum of lambda dlambda", from_levels, from_output, data->n_gates,
-                                  SUPPORT_GRADIENT);
+        failure =
+            support_compare(data, "sum of lambda dlambda", from_levels, from_output, data->n_gates, SUPPORT_GRADIENT);
     }
     free(from_output);
     free(from_levels);
@@ -218,8 +208,7 @@ static const char *check_level_gradients(const support_case *c)
     return failure;
 }
 
-Test(properties, level_gradients)
-{
+Test(properties, level_gradients) {
     expect_everywhere(check_level_gradients, (support_case){.length = 200, .heads = 2, .extra_levels = 6, .chunk = 32});
     expect_everywhere(check_level_gradients,
                       (support_case){.length = 100, .heads = 2, .batch = 2, .positions = POSITIONS, .extra_levels = 1});
@@ -228,8 +217,7 @@ Test(properties, level_gradients)
 
 /* ---- Determinism ------------------------------------------------------------------------------------------------ */
 
-static const char *check_deterministic(const support_case *c)
-{
+static const char *check_deterministic(const support_case *c) {
     support_data *data = support_data_make(c);
     data->engine = LOGLIN_ENGINE_BLAS;
     support_results *first = support_results_make(data);
@@ -246,8 +234,7 @@ static const char *check_deterministic(const support_case *c)
     return failure;
 }
 
-Test(properties, determinism)
-{
+Test(properties, determinism) {
     expect_everywhere(check_deterministic, (support_case){.length = 300,
                                                           .batch = 2,
                                                           .heads = 4,

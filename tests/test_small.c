@@ -14,8 +14,7 @@ static const int32_t PACKED_POSITIONS[] = {0, 3, 16, 7, 1};
 static size_t passed;
 static size_t failed;
 
-static void count_result(const char *failure)
-{
+static void count_result(const char *failure) {
     if (failure == NULL) {
         passed++;
         return;
@@ -24,8 +23,7 @@ static void count_result(const char *failure)
     fprintf(stderr, "%s\n", failure);
 }
 
-static void check_calls(const support_case *c)
-{
+static void check_calls(const support_case *c) {
     count_result(support_check_forward(c));
     count_result(support_check_backward(c));
     if (c->lengths == NULL) {
@@ -33,8 +31,7 @@ static void check_calls(const support_case *c)
     }
 }
 
-int main(void)
-{
+int main(void) {
     const support_case cases[] = {
         {.length = 1, .heads = 1, .dim_k = 1, .dim_v = 1},
         {.length = 37, .dim_k = 3, .dim_v = 5, .chunk = 16, .final_states = true},

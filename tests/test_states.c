@@ -19,8 +19,7 @@ typedef struct piece {
 } piece;
 
 /* Rows of a piece of every sequence to their place in the whole. */
-static void place(const support_data *data, const piece *p, size_t row, const double *from, double *whole)
-{
+static void place(const support_data *data, const piece *p, size_t row, const double *from, double *whole) {
     for (size_t n = 0; n < data->sequences; n++) {
         memcpy(whole + (n * data->c.length + p->first) * row, from + n * p->count * row,
                p->count * row * sizeof *whole);
@@ -28,8 +27,7 @@ static void place(const support_data *data, const piece *p, size_t row, const do
 }
 
 /* A piece as a problem of its own, from the states after the tokens before it; states NULL at the very beginning. */
-static support_data *cut(const support_data *data, const piece *p, const double *states)
-{
+static support_data *cut(const support_data *data, const piece *p, const double *states) {
     support_data *part = support_slice(data, p->first, p->count);
     part->c.final_states = true;
     part->engine = LOGLIN_ENGINE_BLAS;
@@ -46,8 +44,7 @@ static support_data *cut(const support_data *data, const piece *p, const double 
 
 /* Runs the pieces one after another; results are those of the whole.  states [pieces + 1]: before and after each. */
 static const char *run_pieces(const support_data *data, const piece *pieces, size_t count, support_results *whole,
-                              double **states)
-{
+                              double **states) {
     const char *failure = NULL;
     for (size_t i = 0; failure == NULL && i < count; i++) {
         support_data *part = cut(data, &pieces[i], states[i]);
@@ -66,8 +63,7 @@ static const char *run_pieces(const support_data *data, const piece *pieces, siz
 
 /* The gradients of the pieces, last to first, each handing the gradient of its initial states back. */
 static const char *run_gradients(const support_data *data, const piece *pieces, size_t count, double **states,
-                                 support_results *whole)
-{
+                                 support_results *whole) {
     const support_case *c = &data->c;
     const char *failure = NULL;
     double *dstates = NULL;
@@ -100,8 +96,7 @@ static const char *run_gradients(const support_data *data, const piece *pieces, 
 }
 
 static void expect_pieces(const support_data *data, const support_results *expected, const piece *pieces, size_t count,
-                          bool gradients)
-{
+                          bool gradients) {
     support_results *got = support_results_make(data);
     double **states = support_alloc(count + 1, sizeof *states);
     if (data->initial != NULL) {
@@ -128,8 +123,7 @@ static void expect_pieces(const support_data *data, const support_results *expec
 
 typedef void pieces_test(const support_data *data, const support_results *expected);
 
-static void with_expectation(support_case c, bool gradients, pieces_test *run)
-{
+static void with_expectation(support_case c, bool gradients, pieces_test *run) {
     for (int op = 0; op < 2; op++) {
         for (int partition = 0; partition < 2; partition++) {
             c.op = (loglin_op)op;
@@ -149,28 +143,25 @@ static void with_expectation(support_case c, bool gradients, pieces_test *run)
 
 /* ---- Two pieces: every split point ------------------------------------------------------------------------------ */
 
-static void split_everywhere(const support_data *data, const support_results *expected)
-{
+static void split_everywhere(const support_data *data, const support_results *expected) {
     for (size_t first = 1; first < data->c.length; first++) {
         const piece pieces[] = {{0, first, BY_FORWARD}, {first, data->c.length - first, BY_FORWARD}};
         expect_pieces(data, expected, pieces, 2, false);
     }
 }
 
-Test(states, every_split_with_chunk_16)
-{
-    with_expectation((support_case){.length = 67, .batch = 2, .chunk = 16, .final_states = true, .positions = POSITIONS},
-                     false, split_everywhere);
+Test(states, every_split_with_chunk_16) {
+    with_expectation(
+        (support_case){.length = 67, .batch = 2, .chunk = 16, .final_states = true, .positions = POSITIONS}, false,
+        split_everywhere);
 }
 
-Test(states, every_split_with_chunk_32)
-{
+Test(states, every_split_with_chunk_32) {
     with_expectation((support_case){.length = 130, .heads = 1, .chunk = 32, .final_states = true}, false,
                      split_everywhere);
 }
 
-static void split_somewhere(const support_data *data, const support_results *expected)
-{
+static void split_somewhere(const support_data *data, const support_results *expected) {
     static const size_t splits[] = {1, 16, 63, 64, 65, 96, 127, 128, 129, 150};
     for (size_t i = 0; i < sizeof splits / sizeof splits[0]; i++) {
         const size_t rest = data->c.length - splits[i];
@@ -179,18 +170,17 @@ static void split_somewhere(const support_data *data, const support_results *exp
     }
 }
 
-Test(states, splits_with_chunk_64)
-{
-    with_expectation((support_case){.length = 200, .batch = 3, .chunk = 64, .final_states = true,
-                                    .positions = POSITIONS},
-                     false, split_somewhere);
-    with_expectation((support_case){.length = 200, .chunk = 64, .final_states = true, .normalize_qk = 1, .scale = 0.5f,
-                                    .no_gates = true},
-                     false, split_somewhere);
+Test(states, splits_with_chunk_64) {
+    with_expectation(
+        (support_case){.length = 200, .batch = 3, .chunk = 64, .final_states = true, .positions = POSITIONS}, false,
+        split_somewhere);
+    with_expectation(
+        (support_case){
+            .length = 200, .chunk = 64, .final_states = true, .normalize_qk = 1, .scale = 0.5f, .no_gates = true},
+        false, split_somewhere);
 }
 
-static void forward_and_steps(const support_data *data, const support_results *expected)
-{
+static void forward_and_steps(const support_data *data, const support_results *expected) {
     for (size_t first = 1; first < data->c.length; first += 6) {
         const size_t rest = data->c.length - first;
         const piece steps_last[] = {{0, first, BY_FORWARD}, {first, rest, BY_STEPS}};
@@ -200,20 +190,22 @@ static void forward_and_steps(const support_data *data, const support_results *e
     }
 }
 
-Test(states, forward_and_steps)
-{
-    with_expectation((support_case){.length = 70, .batch = 3, .chunk = 16, .final_states = true,
-                                    .positions = POSITIONS},
-                     false, forward_and_steps);
-    with_expectation((support_case){.length = 70, .batch = 2, .chunk = 32, .final_states = true,
-                                    .dtype = LOGLIN_BF16, .weight_dtype = LOGLIN_BF16},
+Test(states, forward_and_steps) {
+    with_expectation(
+        (support_case){.length = 70, .batch = 3, .chunk = 16, .final_states = true, .positions = POSITIONS}, false,
+        forward_and_steps);
+    with_expectation((support_case){.length = 70,
+                                    .batch = 2,
+                                    .chunk = 32,
+                                    .final_states = true,
+                                    .dtype = LOGLIN_BF16,
+                                    .weight_dtype = LOGLIN_BF16},
                      false, forward_and_steps);
 }
 
 /* ---- Many pieces, with gradients -------------------------------------------------------------------------------- */
 
-static void many_pieces(const support_data *data, const support_results *expected)
-{
+static void many_pieces(const support_data *data, const support_results *expected) {
     static const piece pieces[] = {{0, 1, BY_FORWARD},   {1, 2, BY_FORWARD},   {3, 13, BY_FORWARD},
                                    {16, 17, BY_FORWARD}, {33, 40, BY_FORWARD}, {73, 27, BY_FORWARD}};
     expect_pieces(data, expected, pieces, sizeof pieces / sizeof pieces[0], true);
@@ -223,39 +215,39 @@ static void many_pieces(const support_data *data, const support_results *expecte
     }
 }
 
-Test(states, gradients_of_pieces)
-{
-    with_expectation((support_case){.length = 100, .batch = 3, .chunk = 16, .positions = POSITIONS,
+Test(states, gradients_of_pieces) {
+    with_expectation(
+        (support_case){.length = 100, .batch = 3, .chunk = 16, .positions = POSITIONS, .final_states = true}, true,
+        many_pieces);
+    with_expectation((support_case){.length = 100,
+                                    .heads = 4,
+                                    .groups = 2,
+                                    .chunk = 32,
+                                    .normalize_qk = 1,
+                                    .scale = 0.7f,
                                     .final_states = true},
-                     true, many_pieces);
-    with_expectation((support_case){.length = 100, .heads = 4, .groups = 2, .chunk = 32, .normalize_qk = 1,
-                                    .scale = 0.7f, .final_states = true},
                      true, many_pieces);
 }
 
 /* ---- One call --------------------------------------------------------------------------------------------------- */
 
-Test(states, initial_positions)
-{
+Test(states, initial_positions) {
     static const int32_t positions[][3] = {{1, 2, 3}, {0, 0, 0}, {15, 16, 17}, {63, 100, 64}, {1000, 7, 129}};
     for (size_t i = 0; i < sizeof positions / sizeof positions[0]; i++) {
         for (size_t chunk = 16; chunk <= 64; chunk *= 4) {
-            expect_everywhere(support_check_forward, (support_case){.length = 100,
-                                                                    .batch = 3,
-                                                                    .chunk = chunk,
-                                                                    .positions = positions[i],
-                                                                    .final_states = true});
+            expect_everywhere(
+                support_check_forward,
+                (support_case){
+                    .length = 100, .batch = 3, .chunk = chunk, .positions = positions[i], .final_states = true});
         }
-        expect_everywhere(support_check_forward, (support_case){.length = 1,
-                                                                .batch = 3,
-                                                                .positions = positions[i],
-                                                                .final_states = true,
-                                                                .extra_levels = 2});
+        expect_everywhere(
+            support_check_forward,
+            (support_case){
+                .length = 1, .batch = 3, .positions = positions[i], .final_states = true, .extra_levels = 2});
     }
 }
 
-Test(states, initial_states_only_and_in_place)
-{
+Test(states, initial_states_only_and_in_place) {
     expect_everywhere(support_check_forward, (support_case){.length = 70, .batch = 3, .positions = POSITIONS});
     expect_everywhere(support_check_forward, (support_case){.length = 70,
                                                             .batch = 3,
@@ -266,16 +258,13 @@ Test(states, initial_states_only_and_in_place)
                                                             .positions = POSITIONS,
                                                             .final_states = true,
                                                             .in_place = true});
-    expect_dtypes(support_check_forward, (support_case){.length = 70,
-                                                        .batch = 3,
-                                                        .positions = POSITIONS,
-                                                        .final_states = true,
-                                                        .in_place = true,
-                                                        .offset = 9});
+    expect_dtypes(
+        support_check_forward,
+        (support_case){
+            .length = 70, .batch = 3, .positions = POSITIONS, .final_states = true, .in_place = true, .offset = 9});
 }
 
-Test(states, log_decay)
-{
+Test(states, log_decay) {
     for (int partition = 0; partition < 2; partition++) {
         support_case c = {.partition = (loglin_partition)partition,
                           .length = 70,

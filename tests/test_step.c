@@ -8,25 +8,23 @@
 
 static const int32_t POSITIONS[] = {5, 0, 62};
 
-Test(step, equals_forward)
-{
+Test(step, equals_forward) {
     expect_everywhere(support_check_decode, (support_case){.length = 1, .final_states = true});
     expect_everywhere(support_check_decode, (support_case){.length = 140, .batch = 2, .final_states = true});
     expect_everywhere(support_check_decode,
                       (support_case){.length = 40, .heads = 6, .groups = 3, .dim_k = 3, .dim_v = 5});
-    expect_everywhere(support_check_decode, (support_case){.length = 20, .heads = 4, .groups = 4, .dim_k = 48, .dim_v = 72});
+    expect_everywhere(support_check_decode,
+                      (support_case){.length = 20, .heads = 4, .groups = 4, .dim_k = 48, .dim_v = 72});
     expect_everywhere(support_check_decode, (support_case){.length = 9, .dim_k = 192, .dim_v = 384});
     expect_everywhere(support_check_decode, (support_case){.length = 20, .dim_k = 1, .dim_v = 1, .final_states = true});
 }
 
-Test(step, dtypes)
-{
+Test(step, dtypes) {
     expect_dtypes(support_check_decode,
                   (support_case){.length = 40, .batch = 2, .dim_k = 16, .dim_v = 24, .final_states = true});
 }
 
-Test(step, options)
-{
+Test(step, options) {
     expect_everywhere(support_check_decode, (support_case){.length = 40, .no_gates = true, .final_states = true});
     expect_everywhere(support_check_decode, (support_case){.length = 40, .normalize_qk = 1, .scale = 0.3f});
     expect_everywhere(support_check_decode, (support_case){.length = 40, .extra_levels = 9, .final_states = true});
@@ -36,8 +34,7 @@ Test(step, options)
 }
 
 /* Levels that do not exist hold NaN at the start of every case; these start in the middle of things. */
-Test(step, positions_differ)
-{
+Test(step, positions_differ) {
     expect_everywhere(support_check_decode,
                       (support_case){.length = 40, .batch = 3, .positions = POSITIONS, .final_states = true});
     expect_everywhere(support_check_decode, (support_case){.length = 40,
@@ -50,8 +47,7 @@ Test(step, positions_differ)
                                                            .dtype = LOGLIN_F16});
 }
 
-Test(step, log_decay)
-{
+Test(step, log_decay) {
     for (int partition = 0; partition < 2; partition++) {
         support_case c = {.partition = (loglin_partition)partition,
                           .length = 140,
@@ -66,15 +62,13 @@ Test(step, log_decay)
     }
 }
 
-static void fall_deep(support_data *data)
-{
+static void fall_deep(support_data *data) {
     for (size_t i = 0; i < data->n_gates; i++) {
         data->g[i] = i % 3 == 0 ? -50.0 : -0.01;
     }
 }
 
-Test(step, log_decay_far_below_zero)
-{
+Test(step, log_decay_far_below_zero) {
     for (int partition = 0; partition < 2; partition++) {
         const support_case c = {.partition = (loglin_partition)partition,
                                 .length = 140,
@@ -94,8 +88,7 @@ typedef struct session {
     support_array values, log_decay, position, o;
 } session;
 
-static session open_session(const support_case *c)
-{
+static session open_session(const support_case *c) {
     session s = {.data = support_data_make(c)};
     const loglin_problem problem = support_problem(s.data, LOGLIN_STEP);
     support_require(loglin_plan_create(support_open()->device, &problem, &s.plan), "loglin_plan_create");
@@ -113,8 +106,7 @@ static session open_session(const support_case *c)
     return s;
 }
 
-static void close_session(session *s)
-{
+static void close_session(session *s) {
     support_array_free(&s->values);
     support_array_free(&s->log_decay);
     support_array_free(&s->position);
@@ -124,8 +116,7 @@ static void close_session(session *s)
 }
 
 /* Takes token t of every sequence; o [N, H, V] comes back. */
-static void step_once(const session *s, size_t t, double *o)
-{
+static void step_once(const session *s, size_t t, double *o) {
     support_data *token = support_slice(s->data, t, 1);
     const loglin_dtype dtype = token->c.dtype;
     const loglin_dtype weights = token->c.weight_dtype;
@@ -148,9 +139,8 @@ static void step_once(const session *s, size_t t, double *o)
                                 .log_decay = support_buffer(&s->log_decay),
                                 .position = support_buffer(&s->position)};
     cl_event done = NULL;
-    support_require(
-        loglin_step(s->plan, &in, &state, support_buffer(&s->o), support_open()->queue, 0, NULL, &done),
-        "loglin_step");
+    support_require(loglin_step(s->plan, &in, &state, support_buffer(&s->o), support_open()->queue, 0, NULL, &done),
+                    "loglin_step");
     support_require(clWaitForEvents(1, &done), "clWaitForEvents");
     clReleaseEvent(done);
     cr_expect(support_read(&s->o, o), "o: written outside its array");
@@ -163,16 +153,14 @@ static void step_once(const session *s, size_t t, double *o)
     support_data_free(token);
 }
 
-static void set_position(const session *s, size_t n, int32_t position)
-{
+static void set_position(const session *s, size_t n, int32_t position) {
     support_require(clEnqueueWriteBuffer(support_open()->queue, s->position.mem, CL_TRUE, n * sizeof position,
                                          sizeof position, &position, 0, NULL, NULL),
                     "clEnqueueWriteBuffer");
 }
 
 /* Sequence 1 is reset after RESET tokens: from there on it is the sequence that begins there. */
-static void expect_reset(const support_case *c)
-{
+static void expect_reset(const support_case *c) {
     enum { RESET = 13 };
     session s = open_session(c);
     const support_data *data = s.data;
@@ -189,9 +177,8 @@ static void expect_reset(const support_case *c)
         }
         step_once(&s, t, o);
         for (size_t n = 0; n < data->sequences; n++) {
-            const double *expected = n == 1 && t >= RESET
-                                         ? restarted->o + (n * late->c.length + t - RESET) * row
-                                         : whole->o + (n * data->c.length + t) * row;
+            const double *expected = n == 1 && t >= RESET ? restarted->o + (n * late->c.length + t - RESET) * row
+                                                          : whole->o + (n * data->c.length + t) * row;
             expect_pass(support_compare(data, "o", o + n * row, expected, row, SUPPORT_OUTPUT));
         }
     }
@@ -202,8 +189,7 @@ static void expect_reset(const support_case *c)
     close_session(&s);
 }
 
-Test(step, resets_one_sequence)
-{
+Test(step, resets_one_sequence) {
     for (int partition = 0; partition < 2; partition++) {
         support_case c = {.partition = (loglin_partition)partition, .batch = 3, .length = 30};
         expect_reset(&c);
@@ -216,8 +202,7 @@ Test(step, resets_one_sequence)
 }
 
 /* Levels that no key has reached yet still hold the NaN they were filled with. */
-static void expect_untouched_levels(const support_case *c)
-{
+static void expect_untouched_levels(const support_case *c) {
     enum { TOKENS = 6 };
     session s = open_session(c);
     const support_data *data = s.data;
@@ -244,8 +229,7 @@ static void expect_untouched_levels(const support_case *c)
     close_session(&s);
 }
 
-Test(step, touches_existing_levels_only)
-{
+Test(step, touches_existing_levels_only) {
     for (int op = 0; op < 2; op++) {
         for (int partition = 0; partition < 2; partition++) {
             const support_case c = {.op = (loglin_op)op,
@@ -259,8 +243,7 @@ Test(step, touches_existing_levels_only)
 }
 
 /* 2^(L-1) tokens fill the levels: the next step of that sequence is refused, the others go on. */
-static void expect_refusal_beyond_levels(const support_case *c)
-{
+static void expect_refusal_beyond_levels(const support_case *c) {
     session s = open_session(c);
     const support_data *data = s.data;
     const size_t row = data->c.heads * data->c.dim_v;
@@ -296,8 +279,7 @@ static void expect_refusal_beyond_levels(const support_case *c)
     close_session(&s);
 }
 
-Test(step, position_beyond_levels)
-{
+Test(step, position_beyond_levels) {
     for (int partition = 0; partition < 2; partition++) {
         support_case c = {.partition = (loglin_partition)partition, .batch = 2, .length = 16};
         expect_refusal_beyond_levels(&c);

@@ -6,8 +6,7 @@ static const size_t MIXED[] = {0, 1, 0, 63, 64, 65, 1, 2, 0, 130, 0};
 static const int32_t MIXED_POSITIONS[] = {0, 3, 17, 0, 64, 1, 200, 15, 5, 100, 31};
 enum { MIXED_COUNT = sizeof MIXED / sizeof MIXED[0] };
 
-static void expect_lengths(const size_t *lengths, size_t sequences)
-{
+static void expect_lengths(const size_t *lengths, size_t sequences) {
     for (size_t chunk = 16; chunk <= 64; chunk *= 4) {
         const support_case c = {.lengths = lengths, .sequences = sequences, .chunk = chunk, .final_states = true};
         expect_everywhere(support_check_forward, c);
@@ -15,13 +14,11 @@ static void expect_lengths(const size_t *lengths, size_t sequences)
     }
 }
 
-Test(varlen, mixed_lengths)
-{
+Test(varlen, mixed_lengths) {
     expect_lengths(MIXED, MIXED_COUNT);
 }
 
-Test(varlen, single_tokens_and_empty_sequences)
-{
+Test(varlen, single_tokens_and_empty_sequences) {
     static const size_t ones[] = {1, 1, 1, 1, 1, 1, 1};
     static const size_t mostly_empty[] = {0, 0, 0, 0, 0, 1, 0, 0};
     static const size_t one_sequence[] = {100};
@@ -32,8 +29,7 @@ Test(varlen, single_tokens_and_empty_sequences)
     expect_lengths(around_empty, sizeof around_empty / sizeof around_empty[0]);
 }
 
-Test(varlen, states_at_positions)
-{
+Test(varlen, states_at_positions) {
     for (size_t chunk = 16; chunk <= 64; chunk *= 2) {
         const support_case c = {.lengths = MIXED,
                                 .sequences = MIXED_COUNT,
@@ -45,8 +41,7 @@ Test(varlen, states_at_positions)
     }
 }
 
-Test(varlen, states_in_place)
-{
+Test(varlen, states_in_place) {
     expect_everywhere(support_check_forward, (support_case){.lengths = MIXED,
                                                             .sequences = MIXED_COUNT,
                                                             .positions = MIXED_POSITIONS,
@@ -54,8 +49,7 @@ Test(varlen, states_in_place)
                                                             .in_place = true});
 }
 
-Test(varlen, options)
-{
+Test(varlen, options) {
     const support_case c = {.lengths = MIXED,
                             .sequences = MIXED_COUNT,
                             .positions = MIXED_POSITIONS,

@@ -9,5 +9,8 @@ loglin_cli_status loglin_cli_devices(int argc, char **argv);
 loglin_cli_status loglin_cli_forward(int argc, char **argv);
 loglin_cli_status loglin_cli_backward(int argc, char **argv);
 loglin_cli_status loglin_cli_decode(int argc, char **argv);
+loglin_cli_status loglin_cli_logits(int argc, char **argv);
+loglin_cli_status loglin_cli_generate(int argc, char **argv);
+loglin_cli_status loglin_cli_perplexity(int argc, char **argv);
 
 #endif

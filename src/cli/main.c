@@ -14,6 +14,9 @@ static const struct {
     {"forward", loglin_cli_forward, "compute the output and the final states of a file's sequences"},
     {"backward", loglin_cli_backward, "compute the gradients"},
     {"decode", loglin_cli_decode, "compute what forward does, token by token"},
+    {"logits", loglin_cli_logits, "compute a language model's logits of token ids"},
+    {"generate", loglin_cli_generate, "continue a text with a language model"},
+    {"perplexity", loglin_cli_perplexity, "score a text with a language model"},
 };
 
 enum { COMMAND_COUNT = sizeof commands / sizeof commands[0] };
@@ -27,7 +30,7 @@ static loglin_cli_status print_help(FILE *stream) {
                           "\n"
                           "commands:\n");
     for (size_t i = 0; i < COMMAND_COUNT; ++i) {
-        (void)fprintf(stream, "  %-10s%s\n", commands[i].name, commands[i].summary);
+        (void)fprintf(stream, "  %-12s%s\n", commands[i].name, commands[i].summary);
     }
     return LOGLIN_CLI_OK;
 }

@@ -323,7 +323,7 @@ void loglin_chunkwise_gradients(loglin_tape *tape, const loglin_operator *rule, 
     }
     add_carried(tape, context);
     if (p->columns > 0) {
-        loglin_tape_launch(tape, CHUNK_decay_gradient, head_matrices(tape), 1, 1,
+        loglin_tape_launch(tape, CHUNK_decay_gradient, p->dim_k, 1, head_matrices(tape),
                            ARGUMENTS(UINT(dfinal && tape->panel.near)));
         if (call->out.dinitial_states.mem != NULL) {
             loglin_tape_launch(tape, CHUNK_initial_gradient, p->dim_v, p->dim_k, head_matrices(tape),
