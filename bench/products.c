@@ -23,36 +23,32 @@ enum { runs = 7 };
     } while (0)
 
 /* Eight independent chains of float16, so that neither latency nor memory limits it. */
-static const char peak_source[] =
-    "__kernel void peak(__global float *out, float a, float b) {\n"
-    "    float16 x[8];\n"
-    "    #pragma unroll\n"
-    "    for (int i = 0; i < 8; i++) { x[i] = (float16)(a + (float)i); }\n"
-    "    for (int n = 0; n < 4096; n++) {\n"
-    "        #pragma unroll\n"
-    "        for (int i = 0; i < 8; i++) { x[i] = fma(x[i], (float16)a, (float16)b); }\n"
-    "    }\n"
-    "    float16 sum = 0.0f;\n"
-    "    #pragma unroll\n"
-    "    for (int i = 0; i < 8; i++) { sum += x[i]; }\n"
-    "    out[get_global_id(0)] = sum.s0 + sum.s7 + sum.sf;\n"
-    "}\n";
+static const char peak_source[] = "__kernel void peak(__global float *out, float a, float b) {\n"
+                                  "    float16 x[8];\n"
+                                  "    #pragma unroll\n"
+                                  "    for (int i = 0; i < 8; i++) { x[i] = (float16)(a + (float)i); }\n"
+                                  "    for (int n = 0; n < 4096; n++) {\n"
+                                  "        #pragma unroll\n"
+                                  "        for (int i = 0; i < 8; i++) { x[i] = fma(x[i], (float16)a, (float16)b); }\n"
+                                  "    }\n"
+                                  "    float16 sum = 0.0f;\n"
+                                  "    #pragma unroll\n"
+                                  "    for (int i = 0; i < 8; i++) { sum += x[i]; }\n"
+                                  "    out[get_global_id(0)] = sum.s0 + sum.s7 + sum.sf;\n"
+                                  "}\n";
 
-static double seconds(void)
-{
+static double seconds(void) {
     struct timespec time;
     (void)timespec_get(&time, TIME_UTC);
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
-static int ascending(const void *a, const void *b)
-{
+static int ascending(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-static double median(double *values)
-{
+static double median(double *values) {
     qsort(values, runs, sizeof values[0], ascending);
     return values[runs / 2];
 }
@@ -62,8 +58,7 @@ typedef struct fma_peak {
     size_t items;
 } fma_peak;
 
-static fma_peak make_peak(cl_context context, cl_device_id id, cl_mem out, size_t items)
-{
+static fma_peak make_peak(cl_context context, cl_device_id id, cl_mem out, size_t items) {
     const char *source = peak_source;
     cl_int code;
     cl_program program = clCreateProgramWithSource(context, 1, &source, NULL, &code);
@@ -80,16 +75,14 @@ static fma_peak make_peak(cl_context context, cl_device_id id, cl_mem out, size_
 }
 
 /* Flops a second of one run. */
-static double run_peak(const fma_peak *peak, cl_command_queue queue)
-{
+static double run_peak(const fma_peak *peak, cl_command_queue queue) {
     const double start = seconds();
     CHECK(clEnqueueNDRangeKernel(queue, peak->kernel, 1, NULL, &peak->items, NULL, 0, NULL, NULL));
     CHECK(clFinish(queue));
     return (double)peak->items * 4096 * 8 * 16 * 2 / (seconds() - start);
 }
 
-static double run_product(const loglin_gemm *gemm, cl_command_queue queue)
-{
+static double run_product(const loglin_gemm *gemm, cl_command_queue queue) {
     const double start = seconds();
     CHECK(loglin_gemm_enqueue(gemm, queue));
     CHECK(clFinish(queue));
@@ -97,8 +90,7 @@ static double run_product(const loglin_gemm *gemm, cl_command_queue queue)
 }
 
 static loglin_gemm product(cl_mem buffer, size_t m, size_t n, size_t k, size_t batch, bool transpose_a,
-                           bool transpose_b)
-{
+                           bool transpose_b) {
     return (loglin_gemm){
         .transpose_a = transpose_a,
         .transpose_b = transpose_b,
@@ -113,8 +105,7 @@ static loglin_gemm product(cl_mem buffer, size_t m, size_t n, size_t k, size_t b
     };
 }
 
-int main(void)
-{
+int main(void) {
     enum { chunk = 64, dim_k = 128, dim_v = 64, columns = 6, batch = 256 };
     cl_device_id id;
     loglin_device *device;

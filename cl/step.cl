@@ -39,17 +39,8 @@
 #ifndef STEP_DELTA
 #define STEP_DELTA 0 /* 1: the gated delta rule */
 #endif
-#ifndef STEP_STRONG
-#define STEP_STRONG 0 /* 1: the strong partition */
-#endif
 #ifndef STEP_NORMALIZE
 #define STEP_NORMALIZE 0 /* 1: q and k are divided by sqrt(sum of squares + 1e-6) */
-#endif
-#ifndef STEP_DTYPE
-#define STEP_DTYPE 0 /* of q, k, v, o: 0 float, 1 half, 2 bfloat16 */
-#endif
-#ifndef STEP_WEIGHT_DTYPE
-#define STEP_WEIGHT_DTYPE 0 /* of level_scales and beta */
 #endif
 
 /* The schedule. */
@@ -98,53 +89,6 @@ typedef STEP_NAME(float, STEP_WIDTH) step_vec;
 #define STEP_VSTORE(x, p) STEP_NAME(vstore, STEP_WIDTH)(x, 0, p)
 #endif
 
-#if STEP_DTYPE == 0
-typedef float step_data;
-#elif STEP_DTYPE == 1
-typedef half step_data;
-#else
-typedef ushort step_data;
-#endif
-#if STEP_WEIGHT_DTYPE == 0
-typedef float step_weight;
-#elif STEP_WEIGHT_DTYPE == 1
-typedef half step_weight;
-#else
-typedef ushort step_weight;
-#endif
-
-inline float step_load(__global const step_data *p) {
-#if STEP_DTYPE == 0
-    return *p;
-#elif STEP_DTYPE == 1
-    return vload_half(0, p);
-#else
-    return as_float((uint)*p << 16);
-#endif
-}
-
-inline float step_load_weight(__global const step_weight *p) {
-#if STEP_WEIGHT_DTYPE == 0
-    return *p;
-#elif STEP_WEIGHT_DTYPE == 1
-    return vload_half(0, p);
-#else
-    return as_float((uint)*p << 16);
-#endif
-}
-
-/* To nearest, ties to even. */
-inline void step_store(float x, __global step_data *p) {
-#if STEP_DTYPE == 0
-    *p = x;
-#elif STEP_DTYPE == 1
-    vstore_half_rte(x, 0, p);
-#else
-    const uint bits = as_uint(x);
-    *p = isnan(x) ? (ushort)0x7fc0 : (ushort)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-#endif
-}
-
 /* A position that the levels do not cover; one below 0 is beyond them as well. */
 inline bool step_is_beyond(uint position) {
     return position >= 1u << (STEP_LEVELS - 1);
@@ -156,8 +100,8 @@ inline uint step_existing(uint position) {
         return 0;
     }
     const uint last = position - 1;
-#if STEP_STRONG
-    return (2u << (32 - clz(last))) - 1;
+#if STRONG
+    return (2u << bit_length(last)) - 1;
 #else
     return last << 1 | 1;
 #endif
@@ -166,7 +110,7 @@ inline uint step_existing(uint position) {
 /* The old levels, among those that exist, whose sum is level `to` >= 1 once token `position` has come. */
 inline uint step_sources(uint position, uint to) {
     const uint z = popcount((position & -position) - 1); /* trailing zero bits; 32 for position 0 */
-#if STEP_STRONG
+#if STRONG
     const uint sources = to <= z + 1 ? 1u << (to - 1) : to == z + 2 ? 3u << (to - 1) : 1u << to;
 #else
     const uint sources = to <= z ? 0 : to == z + 1 ? (2u << z) - 1 : 1u << to;
@@ -191,14 +135,14 @@ inline bool step_has_row(uint r) {
 }
 
 __kernel __attribute__((reqd_work_group_size(STEP_ITEMS, 1, 1))) void
-step_token(__global const step_data *q, ulong q_offset, __global const step_data *k, ulong k_offset,
-           __global const step_data *v, ulong v_offset, __global const float *g, ulong g_offset,
-           __global const step_weight *level_scales, ulong level_scales_offset, __global const step_weight *beta,
+step_token(__global const storage *q, ulong q_offset, __global const storage *k, ulong k_offset,
+           __global const storage *v, ulong v_offset, __global const float *g, ulong g_offset,
+           __global const weight *level_scales, ulong level_scales_offset, __global const weight *beta,
            ulong beta_offset, __global float *values, ulong values_offset, __global const float *log_decay,
-           ulong log_decay_offset, __global const int *position, ulong position_offset, __global step_data *o,
+           ulong log_decay_offset, __global const int *position, ulong position_offset, __global storage *o,
            ulong o_offset, float scale) {
     __local float query[STEP_K], key[STEP_K];
-    __local float decay[STEP_LEVELS], weight[STEP_LEVELS];
+    __local float decay[STEP_LEVELS], weights[STEP_LEVELS];
     __local float sums[STEP_ITEMS * (STEP_PARTS * STEP_VECTORS * STEP_WIDTH + 3)];
 
     const uint item = get_local_id(0);
@@ -226,12 +170,12 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
         const bool is_read = l == 0 || step_sources(now, l) != 0;
         const float before = log_decay && decays ? log_decay[log_decay_offset + head * STEP_LEVELS + l] : 0.0f;
         decay[l] = decays ? exp(gate + before) : 0.0f;
-        weight[l] = is_read ? step_load_weight(level_scales + l) : 0.0f;
+        weights[l] = is_read ? load_weight(level_scales, l) : 0.0f;
     }
     float qq = 0.0f, kk = 0.0f, qk = 0.0f;
     for (uint r = item; r < STEP_K; r += STEP_ITEMS) {
-        const float x = step_load(q + r);
-        const float y = step_load(k + r);
+        const float x = load(q, r);
+        const float y = load(k, r);
         query[r] = x;
         key[r] = y;
         qq += x * x;
@@ -251,12 +195,12 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
     }
     STEP_BARRIER();
 
-    const float writing = STEP_DELTA ? step_load_weight(beta + beta_offset + head) : 1.0f;
+    const float writing = STEP_DELTA ? load_weight(beta, beta_offset + head) : 1.0f;
     step_vec token[STEP_VECTORS], out[STEP_VECTORS];
     for (uint c = 0; c < STEP_VECTORS; ++c) {
         float x[STEP_WIDTH];
         for (uint j = 0; j < STEP_WIDTH; ++j) {
-            x[j] = inside ? writing * step_load(v + c * STEP_WIDTH + j) : 0.0f;
+            x[j] = inside ? writing * load(v, c * STEP_WIDTH + j) : 0.0f;
         }
         token[c] = STEP_VLOAD(x);
         out[c] = 0.0f;
@@ -309,7 +253,7 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
             for (uint c = 0; c < STEP_VECTORS; ++c) {
                 const step_vec removed = writing * STEP_VLOAD(sums + slot + c * STEP_WIDTH);
                 const step_vec query_sum = STEP_VLOAD(sums + STEP_BLOCK + slot + c * STEP_WIDTH);
-                out[c] += weight[to] * forget * (query_sum - query_key * removed);
+                out[c] += weights[to] * forget * (query_sum - query_key * removed);
                 STEP_UNROLL
                 for (uint i = 0; i < STEP_ROWS; ++i) {
                     const uint r = first + i * STEP_LANES;
@@ -325,7 +269,7 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
                 for (uint i = 0; i < STEP_ROWS; ++i) {
                     const uint r = first + i * STEP_LANES;
                     if (step_has_row(r)) {
-                        out[c] += weight[to] * query[r] * tile[i * STEP_VECTORS + c];
+                        out[c] += weights[to] * query[r] * tile[i * STEP_VECTORS + c];
                     }
                 }
             }
@@ -359,11 +303,11 @@ step_token(__global const step_data *q, ulong q_offset, __global const step_data
     }
     if (inside && lane == 0) {
         for (uint c = 0; c < STEP_VECTORS; ++c) {
-            STEP_VSTORE(STEP_VLOAD(sums + slot + c * STEP_WIDTH) + weight[0] * query_key * token[c],
+            STEP_VSTORE(STEP_VLOAD(sums + slot + c * STEP_WIDTH) + weights[0] * query_key * token[c],
                         sums + slot + c * STEP_WIDTH);
         }
         for (uint j = 0; j < STEP_VECTORS * STEP_WIDTH; ++j) {
-            step_store(is_beyond ? as_float(0x7fc00000) : sums[slot + j], o + j);
+            store(o, j, is_beyond ? as_float(0x7fc00000) : sums[slot + j]);
         }
     }
 }

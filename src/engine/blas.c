@@ -24,7 +24,7 @@ static const size_t max_matrices = 65535;
 typedef struct phase_layout {
     loglin_panel panel; /* at[] and table from the workspace's start */
     size_t tiles, panel_waves, panels;
-    size_t slots;                               /* of the whole call */
+    size_t slots;                         /* of the whole call */
     size_t saved_e, saved_v, saved_write; /* backward: what each panel starts from */
     size_t carried_v, carried_write;      /* backward: matrices of a wave */
     size_t floats;
@@ -37,21 +37,18 @@ struct loglin_engine_state {
     phase_layout forward, backward;
 };
 
-static size_t minimum(size_t a, size_t b)
-{
+static size_t minimum(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
-static size_t maximum(size_t a, size_t b)
-{
+static size_t maximum(size_t a, size_t b) {
     return a > b ? a : b;
 }
 
 /* ---- Layout ------------------------------------------------------------------------------------------------------ */
 
 /* Everything of the panel but the division into waves. */
-static loglin_panel panel_of(const loglin_problem *problem)
-{
+static loglin_panel panel_of(const loglin_problem *problem) {
     unsigned bits = 0;
     while (((size_t)1 << bits) < problem->chunk) {
         bits++;
@@ -82,15 +79,13 @@ static loglin_panel panel_of(const loglin_problem *problem)
     };
 }
 
-static size_t matrix_floats(const loglin_panel *panel, int region)
-{
+static size_t matrix_floats(const loglin_panel *panel, int region) {
     const loglin_region_shape shape = loglin_region_shape_of(panel, region);
     return shape.rows * shape.columns * shape.count;
 }
 
 /* Floats of all regions for a panel of so many waves; sets at[]. */
-static size_t place_regions(loglin_panel *panel, size_t waves, bool gradients, bool normalize)
-{
+static size_t place_regions(loglin_panel *panel, size_t waves, bool gradients, bool normalize) {
     size_t end = 0;
     for (int region = 0; region < REGION_COUNT; region++) {
         const loglin_region_need need = loglin_region_need_of(panel, region, gradients, normalize);
@@ -101,24 +96,21 @@ static size_t place_regions(loglin_panel *panel, size_t waves, bool gradients, b
     return end;
 }
 
-static size_t reserve(size_t *end, size_t floats)
-{
+static size_t reserve(size_t *end, size_t floats) {
     const size_t at = *end;
     *end += floats;
     return at;
 }
 
 /* Waves of the longest sequence; all slots of packed sequences in a row. */
-static size_t count_waves(const loglin_problem *problem)
-{
+static size_t count_waves(const loglin_problem *problem) {
     if (problem->sequences > 0) {
         return problem->length / problem->chunk + 2 * problem->sequences + 1;
     }
     return (problem->length + problem->chunk - 1) / problem->chunk + (problem->max_position > 0 ? 1 : 0);
 }
 
-static loglin_status lay_out(const loglin_problem *problem, bool gradients, phase_layout *layout)
-{
+static loglin_status lay_out(const loglin_problem *problem, bool gradients, phase_layout *layout) {
     loglin_panel panel = panel_of(problem);
     const size_t waves = count_waves(problem), sequences = panel.packed ? 1 : panel.sequences;
     panel.batch_width = 1;
@@ -163,8 +155,7 @@ static loglin_status lay_out(const loglin_problem *problem, bool gradients, phas
 
 /* ---- Creation ---------------------------------------------------------------------------------------------------- */
 
-static void destroy(loglin_engine_state *state)
-{
+static void destroy(loglin_engine_state *state) {
     if (state == NULL) {
         return;
     }
@@ -176,17 +167,15 @@ static void destroy(loglin_engine_state *state)
     free(state);
 }
 
-static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state)
-{
+static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
     static const char *const names[CHUNK_KERNEL_COUNT] = {
 #define LOGLIN_CHUNK_KERNEL_NAME(name) "chunk_" #name,
         LOGLIN_CHUNK_KERNELS(LOGLIN_CHUNK_KERNEL_NAME)
 #undef LOGLIN_CHUNK_KERNEL_NAME
     };
-    static const char *const files[] = {"panel.cl",        "common.cl",       "chunk_gather.cl",
-                                        "chunk_layout.cl", "chunk_levels.cl", "chunk_operators.cl",
-                                        "chunk_states.cl", "chunk_adjoints.cl", "chunk_gradients.cl",
-                                        NULL};
+    static const char *const files[] = {
+        "panel.cl",           "common.cl",       "chunk_gather.cl",   "chunk_layout.cl",    "chunk_levels.cl",
+        "chunk_operators.cl", "chunk_states.cl", "chunk_adjoints.cl", "chunk_gradients.cl", NULL};
     char options[128];
     (void)snprintf(options, sizeof options, "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d", (int)problem->dtype,
                    (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG);
@@ -202,8 +191,7 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     return LOGLIN_OK;
 }
 
-static loglin_status prepare(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state)
-{
+static loglin_status prepare(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
     RETURN_IF_ERROR(lay_out(problem, false, &state->forward));
     if ((problem->phases & LOGLIN_BACKWARD) != 0) {
         RETURN_IF_ERROR(lay_out(problem, true, &state->backward));
@@ -212,8 +200,7 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
     return loglin_gemm_prepare(device);
 }
 
-static loglin_status create(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state)
-{
+static loglin_status create(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state) {
     loglin_engine_state *made = calloc(1, sizeof *made);
     if (made == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "blas engine: out of host memory");
@@ -230,8 +217,7 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
     return LOGLIN_OK;
 }
 
-static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase)
-{
+static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
     return (phase == LOGLIN_BACKWARD ? state->backward.floats : state->forward.floats) * sizeof(float);
 }
 
@@ -239,8 +225,7 @@ static size_t workspace_size(const loglin_engine_state *state, loglin_phase phas
 
 /* A tape on the workspace, started behind the caller's events, with the slot table filled in. */
 static loglin_tape start(loglin_engine_state *state, const phase_layout *layout, const loglin_call *call,
-                         loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait, const cl_event *wait)
-{
+                         loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait, const cl_event *wait) {
     loglin_tape tape = {.queue = queue, .workspace = workspace.mem, .kernels = state->kernels, .panel = layout->panel};
     for (int region = 0; region < REGION_COUNT; region++) {
         tape.panel.at[region] += workspace.offset;
@@ -260,8 +245,7 @@ static loglin_tape start(loglin_engine_state *state, const phase_layout *layout,
     return tape;
 }
 
-static loglin_status finish(loglin_tape *tape, cl_event *event)
-{
+static loglin_status finish(loglin_tape *tape, cl_event *event) {
     if (tape->status == LOGLIN_OK && event != NULL) {
         const cl_int code = clEnqueueMarkerWithWaitList(tape->queue, 0, NULL, event);
         if (code != CL_SUCCESS) {
@@ -271,16 +255,14 @@ static loglin_status finish(loglin_tape *tape, cl_event *event)
     return tape->status;
 }
 
-static void enter_panel(loglin_tape *tape, const phase_layout *layout, size_t tile, size_t panel)
-{
+static void enter_panel(loglin_tape *tape, const phase_layout *layout, size_t tile, size_t panel) {
     const size_t waves = layout->panel.waves, first = panel * layout->panel_waves;
     tape->panel.first_slot = (tile * waves + first) * layout->panel.batch_width;
     tape->panel.slots = (unsigned)(minimum(layout->panel_waves, waves - first) * layout->panel.batch_width);
 }
 
 /* The matrices of one wave of a region, between places in the workspace. */
-static void carry(loglin_tape *tape, int region, size_t from, size_t to, unsigned how)
-{
+static void carry(loglin_tape *tape, int region, size_t from, size_t to, unsigned how) {
     const loglin_region_shape shape = loglin_region_shape_of(&tape->panel, region);
     const size_t count = shape.rows * shape.columns;
     loglin_tape_launch(tape, CHUNK_carry, count, 1, tape->panel.batch_width * shape.count,
@@ -288,20 +270,17 @@ static void carry(loglin_tape *tape, int region, size_t from, size_t to, unsigne
 }
 
 /* Where the wave of a region stands; -1 is the one before the panel. */
-static size_t wave_at(const loglin_tape *tape, int region, long wave)
-{
+static size_t wave_at(const loglin_tape *tape, int region, long wave) {
     const size_t size = matrix_floats(&tape->panel, region) * tape->panel.batch_width;
     return wave < 0 ? tape->panel.at[region] - size : tape->panel.at[region] + (size_t)wave * size;
 }
 
-static long panel_waves(const loglin_tape *tape)
-{
+static long panel_waves(const loglin_tape *tape) {
     return (long)(tape->panel.slots / tape->panel.batch_width);
 }
 
 /* What the first panel of a tile starts from: no states, no chunk before. */
-static void begin_tile(loglin_tape *tape)
-{
+static void begin_tile(loglin_tape *tape) {
     if (tape->panel.columns > 0) {
         carry(tape, REGION_E, 0, wave_at(tape, REGION_E, 0), CARRY_ZERO);
     }
@@ -312,8 +291,7 @@ static void begin_tile(loglin_tape *tape)
 }
 
 /* What the next panel starts from: the states behind the last wave, and that wave's keys and values. */
-static void leave_panel(loglin_tape *tape)
-{
+static void leave_panel(loglin_tape *tape) {
     const long waves = panel_waves(tape);
     if (tape->panel.columns > 0) {
         carry(tape, REGION_E, wave_at(tape, REGION_E, waves), wave_at(tape, REGION_E, 0), CARRY_COPY);
@@ -326,8 +304,7 @@ static void leave_panel(loglin_tape *tape)
 
 /* Sequences without tokens: `to` = `from` where its levels exist. */
 static void keep_states(loglin_tape *tape, const loglin_call *call, loglin_buffer from, loglin_buffer log_decay,
-                        loglin_buffer to)
-{
+                        loglin_buffer to) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_keep, p->dim_v, p->dim_k, (size_t)p->sequences * p->heads,
                        ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position), BUFFER(from),
@@ -335,8 +312,7 @@ static void keep_states(loglin_tape *tape, const loglin_call *call, loglin_buffe
 }
 
 static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
-                             cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event)
-{
+                             cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
     const phase_layout *layout = &state->forward;
     loglin_tape tape = start(state, layout, call, workspace, queue, num_wait, wait);
     for (size_t tile = 0; tile < layout->tiles; tile++) {
@@ -360,14 +336,12 @@ static loglin_status forward(loglin_engine_state *state, const loglin_call *call
 }
 
 /* The wave of a region that a panel starts from, saved. */
-static size_t saved_at(const loglin_tape *tape, size_t workspace, size_t saved, int region, size_t panel)
-{
+static size_t saved_at(const loglin_tape *tape, size_t workspace, size_t saved, int region, size_t panel) {
     return workspace + saved + panel * matrix_floats(&tape->panel, region) * tape->panel.batch_width;
 }
 
 /* Saves what a panel starts from, or (restore) starts it from there. */
-static void save_panel(loglin_tape *tape, const phase_layout *layout, size_t workspace, size_t panel, bool restore)
-{
+static void save_panel(loglin_tape *tape, const phase_layout *layout, size_t workspace, size_t panel, bool restore) {
     const struct {
         int region;
         long wave;
@@ -394,8 +368,7 @@ typedef struct handover {
     bool first; /* the tile's last panel, which is handed nothing */
 } handover;
 
-static void add_carried(loglin_tape *tape, void *context)
-{
+static void add_carried(loglin_tape *tape, void *context) {
     const handover *from = context;
     if (tape->panel.near == 0 || from->first) {
         return;
@@ -406,16 +379,14 @@ static void add_carried(loglin_tape *tape, void *context)
           CARRY_ADD);
 }
 
-static void begin_gradients(loglin_tape *tape)
-{
+static void begin_gradients(loglin_tape *tape) {
     if (tape->panel.near) {
         carry(tape, REGION_D_V, 0, wave_at(tape, REGION_D_V, -1), CARRY_ZERO);
         carry(tape, REGION_D_WRITE, 0, wave_at(tape, REGION_D_WRITE, -1), CARRY_ZERO);
     }
 }
 
-static void hand_over(loglin_tape *tape, const handover *to)
-{
+static void hand_over(loglin_tape *tape, const handover *to) {
     if (tape->panel.columns > 0) {
         carry(tape, REGION_D_E, wave_at(tape, REGION_D_E, 0), wave_at(tape, REGION_D_E, (long)to->layout->panel_waves),
               CARRY_COPY);
@@ -429,8 +400,7 @@ static void hand_over(loglin_tape *tape, const handover *to)
 
 /* The panels of a tile forwards, for the states that each one starts from. */
 static void save_tile(loglin_tape *tape, const loglin_engine_state *state, const loglin_call *call, size_t workspace,
-                      size_t tile)
-{
+                      size_t tile) {
     const phase_layout *layout = &state->backward;
     for (size_t panel = 0; panel < layout->panels; panel++) {
         enter_panel(tape, layout, tile, panel);
@@ -443,8 +413,7 @@ static void save_tile(loglin_tape *tape, const loglin_engine_state *state, const
 }
 
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
-                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event)
-{
+                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
     const phase_layout *layout = &state->backward;
     loglin_tape tape = start(state, layout, call, workspace, queue, num_wait, wait);
     for (size_t tile = 0; tile < layout->tiles; tile++) {
@@ -472,8 +441,7 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
 }
 
 /* It takes every problem; too large a panel is found when the plan lays it out. */
-static const char *refuses(const loglin_device *device, const loglin_problem *problem)
-{
+static const char *refuses(const loglin_device *device, const loglin_problem *problem) {
     (void)device;
     (void)problem;
     return NULL;

@@ -14,8 +14,7 @@
  */
 static const size_t always_direct = 1u << 20;
 
-static loglin_status gemm_status(CLBlastStatusCode code)
-{
+static loglin_status gemm_status(CLBlastStatusCode code) {
     if (code == CLBlastSuccess) {
         return LOGLIN_OK;
     }
@@ -23,13 +22,11 @@ static loglin_status gemm_status(CLBlastStatusCode code)
 }
 
 /* One past the last element that a matrix of a batch reaches. */
-static size_t matrix_end(const loglin_matrix *matrix, size_t rows, size_t columns, size_t batch)
-{
+static size_t matrix_end(const loglin_matrix *matrix, size_t rows, size_t columns, size_t batch) {
     return matrix->offset + (batch - 1) * matrix->stride + (rows - 1) * matrix->row + columns;
 }
 
-loglin_status loglin_gemm_enqueue(const loglin_gemm *gemm, cl_command_queue queue)
-{
+loglin_status loglin_gemm_enqueue(const loglin_gemm *gemm, cl_command_queue queue) {
     const size_t m = gemm->m, n = gemm->n, k = gemm->k;
     const size_t ends[] = {
         matrix_end(&gemm->a, gemm->transpose_a ? k : m, gemm->transpose_a ? m : k, gemm->batch),
@@ -46,20 +43,20 @@ loglin_status loglin_gemm_enqueue(const loglin_gemm *gemm, cl_command_queue queu
     }
     return gemm_status(CLBlastSgemmStridedBatched(
         CLBlastLayoutRowMajor, gemm->transpose_a ? CLBlastTransposeYes : CLBlastTransposeNo,
-        gemm->transpose_b ? CLBlastTransposeYes : CLBlastTransposeNo, m, n, k, gemm->alpha, gemm->a.mem,
-        gemm->a.offset, gemm->a.row, gemm->a.stride, gemm->b.mem, gemm->b.offset, gemm->b.row, gemm->b.stride,
-        gemm->beta, gemm->c.mem, gemm->c.offset, gemm->c.row, gemm->c.stride, gemm->batch, &queue, NULL));
+        gemm->transpose_b ? CLBlastTransposeYes : CLBlastTransposeNo, m, n, k, gemm->alpha, gemm->a.mem, gemm->a.offset,
+        gemm->a.row, gemm->a.stride, gemm->b.mem, gemm->b.offset, gemm->b.row, gemm->b.stride, gemm->beta, gemm->c.mem,
+        gemm->c.offset, gemm->c.row, gemm->c.stride, gemm->batch, &queue, NULL));
 }
 
 /* A first product of every kind, so that none compiles later. */
-static loglin_status warm_up(loglin_device *device)
-{
+static loglin_status warm_up(loglin_device *device) {
     enum { size = 4 };
     cl_int code;
     cl_command_queue queue = clCreateCommandQueue(device->context, device->id, 0, &code);
     RETURN_IF_CL_ERROR(code);
     float zeros[3 * size * size] = {0};
-    cl_mem buffer = clCreateBuffer(device->context, CL_MEM_READ_WRITE | CL_MEM_COPY_HOST_PTR, sizeof zeros, zeros, &code);
+    cl_mem buffer =
+        clCreateBuffer(device->context, CL_MEM_READ_WRITE | CL_MEM_COPY_HOST_PTR, sizeof zeros, zeros, &code);
     loglin_status status = LOGLIN_OK;
     if (code != CL_SUCCESS) {
         status = loglin_fail(code, "clCreateBuffer: %s", loglin_strerror(code));
@@ -88,14 +85,13 @@ static loglin_status warm_up(loglin_device *device)
     return status;
 }
 
-loglin_status loglin_gemm_prepare(loglin_device *device)
-{
+loglin_status loglin_gemm_prepare(loglin_device *device) {
     loglin_status status = LOGLIN_OK;
     mtx_lock(&device->lock);
     if (!device->gemm_ready) {
         const char *name = "XGEMM_MIN_INDIRECT_SIZE";
-        status = gemm_status(CLBlastOverrideParameters(device->id, "GemmRoutine", CLBlastPrecisionSingle, 1, &name,
-                                                       &always_direct));
+        status = gemm_status(
+            CLBlastOverrideParameters(device->id, "GemmRoutine", CLBlastPrecisionSingle, 1, &name, &always_direct));
         if (status == LOGLIN_OK) {
             status = warm_up(device);
         }

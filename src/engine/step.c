@@ -2,6 +2,7 @@
 /* The decode step: chooses the schedule of cl/step.cl for a problem and a device, and enqueues its two kernels. */
 #include "engine/step.h"
 
+#include "plan/problem.h"
 #include "runtime/device.h"
 #include "runtime/program.h"
 #include "runtime/status.h"
@@ -39,14 +40,10 @@ static size_t next_power_of_two(size_t x) {
     return power;
 }
 
-static size_t num_sequences(const loglin_problem *problem) {
-    return problem->sequences != 0 ? problem->sequences : problem->batch;
-}
-
 /* Work-groups that a schedule makes of a problem. */
 static size_t num_groups(const loglin_problem *problem, const schedule *tiling) {
     const size_t block = tiling->columns * tiling->vectors * tiling->width;
-    return num_sequences(problem) * problem->heads * ceil_div(problem->dim_v, block);
+    return loglin_problem_sequences(problem) * problem->heads * ceil_div(problem->dim_v, block);
 }
 
 /*
@@ -99,7 +96,7 @@ static schedule gpu_schedule(const loglin_device *device, const loglin_problem *
 static void write_options(const loglin_problem *problem, const schedule *tiling, char *options, size_t capacity) {
     snprintf(options, capacity,
              "-DSTEP_K=%zu -DSTEP_V=%zu -DSTEP_HEADS=%zu -DSTEP_GROUPS=%zu -DSTEP_LEVELS=%zu -DSTEP_DELTA=%d"
-             " -DSTEP_STRONG=%d -DSTEP_NORMALIZE=%d -DSTEP_DTYPE=%d -DSTEP_WEIGHT_DTYPE=%d -DSTEP_WIDTH=%zu"
+             " -DSTRONG=%d -DSTEP_NORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTEP_WIDTH=%zu"
              " -DSTEP_VECTORS=%zu -DSTEP_COLUMNS=%zu -DSTEP_LANES=%zu -DSTEP_ROWS=%zu -DSTEP_ADVANCE_ITEMS=%zu",
              problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
              problem->op == LOGLIN_GATED_DELTA, problem->partition == LOGLIN_STRONG, problem->normalize_qk != 0,
@@ -108,7 +105,7 @@ static void write_options(const loglin_problem *problem, const schedule *tiling,
 }
 
 loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem *problem, loglin_stepper **stepper) {
-    static const char *const names[] = {"step.cl", NULL};
+    static const char *const names[] = {"common.cl", "step.cl", NULL};
     const schedule tiling = device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem);
     char options[640]; /* 16 numbers of at most 20 digits and their names */
     write_options(problem, &tiling, options, sizeof(options));
@@ -123,7 +120,7 @@ loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem 
         .step_items = tiling.lanes * tiling.columns,
         .advance_items = tiling.advance_items,
         .step_groups = num_groups(problem, &tiling),
-        .advance_groups = num_sequences(problem),
+        .advance_groups = loglin_problem_sequences(problem),
         .scale = problem->scale,
     };
     cl_int code;

@@ -18,8 +18,7 @@ static const struct {
 #undef LOGLIN_REGION_ROW
 };
 
-static size_t dimension_of(const loglin_panel *panel, region_dimension dimension)
-{
+static size_t dimension_of(const loglin_panel *panel, region_dimension dimension) {
     switch (dimension) {
     case DIM_1:
         return 1;
@@ -36,8 +35,7 @@ static size_t dimension_of(const loglin_panel *panel, region_dimension dimension
     }
 }
 
-loglin_region_shape loglin_region_shape_of(const loglin_panel *panel, int region)
-{
+loglin_region_shape loglin_region_shape_of(const loglin_panel *panel, int region) {
     return (loglin_region_shape){
         .rows = dimension_of(panel, regions[region].rows),
         .columns = dimension_of(panel, regions[region].columns),
@@ -45,8 +43,7 @@ loglin_region_shape loglin_region_shape_of(const loglin_panel *panel, int region
     };
 }
 
-loglin_region_need loglin_region_need_of(const loglin_panel *panel, int region, bool gradients, bool normalize)
-{
+loglin_region_need loglin_region_need_of(const loglin_panel *panel, int region, bool gradients, bool normalize) {
     const unsigned have = (panel->delta ? DELTA : 0u) | (gradients ? GRAD : 0u) | (panel->columns > 0 ? LEVELS : 0u) |
                           (panel->near ? NEAR : 0u) | (normalize ? NORM : 0u) | FRONT | BACK;
     const unsigned when = regions[region].when;
@@ -58,8 +55,7 @@ loglin_region_need loglin_region_need_of(const loglin_panel *panel, int region, 
 }
 
 /* What is enqueued next must see what was enqueued before. */
-static void barrier(loglin_tape *tape)
-{
+static void barrier(loglin_tape *tape) {
     if (!tape->in_order && tape->status == LOGLIN_OK) {
         const cl_int code = clEnqueueBarrierWithWaitList(tape->queue, 0, NULL, NULL);
         if (code != CL_SUCCESS) {
@@ -69,8 +65,7 @@ static void barrier(loglin_tape *tape)
 }
 
 /* Sets one argument, or two for a buffer; counts them on. */
-static cl_int set_argument(cl_kernel kernel, const loglin_argument *argument, cl_uint *index)
-{
+static cl_int set_argument(cl_kernel kernel, const loglin_argument *argument, cl_uint *index) {
     if (argument->kind == ARGUMENT_BUFFER) {
         const cl_ulong offset = argument->buffer.offset;
         const cl_int code = clSetKernelArg(kernel, (*index)++, sizeof(cl_mem),
@@ -86,8 +81,7 @@ static cl_int set_argument(cl_kernel kernel, const loglin_argument *argument, cl
 }
 
 void loglin_tape_launch(loglin_tape *tape, loglin_chunk_kernel id, size_t x, size_t y, size_t z,
-                        const loglin_argument *arguments)
-{
+                        const loglin_argument *arguments) {
     if (tape->status != LOGLIN_OK || x == 0 || y == 0 || z == 0) {
         return;
     }
@@ -112,8 +106,7 @@ void loglin_tape_launch(loglin_tape *tape, loglin_chunk_kernel id, size_t x, siz
 }
 
 /* A region's matrices from a slot on. */
-static loglin_matrix region_matrices(const loglin_tape *tape, int region, size_t first_slot, bool before)
-{
+static loglin_matrix region_matrices(const loglin_tape *tape, int region, size_t first_slot, bool before) {
     const loglin_region_shape shape = loglin_region_shape_of(&tape->panel, region);
     const size_t size = shape.rows * shape.columns;
     const size_t back = before ? tape->panel.batch_width * shape.count * size : 0;
@@ -125,8 +118,7 @@ static loglin_matrix region_matrices(const loglin_tape *tape, int region, size_t
     };
 }
 
-void loglin_tape_product(loglin_tape *tape, loglin_product product)
-{
+void loglin_tape_product(loglin_tape *tape, loglin_product product) {
     if (tape->status != LOGLIN_OK) {
         return;
     }

@@ -49,7 +49,9 @@
     X(row_gradients)
 
 #define LOGLIN_CHUNK_KERNEL_ENUM(name) CHUNK_##name,
-typedef enum loglin_chunk_kernel { LOGLIN_CHUNK_KERNELS(LOGLIN_CHUNK_KERNEL_ENUM) CHUNK_KERNEL_COUNT } loglin_chunk_kernel;
+typedef enum loglin_chunk_kernel {
+    LOGLIN_CHUNK_KERNELS(LOGLIN_CHUNK_KERNEL_ENUM) CHUNK_KERNEL_COUNT
+} loglin_chunk_kernel;
 
 typedef struct loglin_tape {
     loglin_status status;
@@ -81,7 +83,7 @@ typedef struct loglin_product {
     int c, a, b; /* regions, the same number of matrices each */
     bool transpose_a, transpose_b;
     float alpha, beta;
-    size_t first_slot, slots; /* slots 0: the whole panel */
+    size_t first_slot, slots;          /* slots 0: the whole panel */
     bool a_before, b_before, c_before; /* the operand belongs to the slot one wave before */
 } loglin_product;
 

@@ -38,7 +38,7 @@ struct loglin_model {
     cl_mem head;                                /* the embedding, retained once more, where they are tied */
     size_t vector_at[LOGLIN_LAYER_VECTORS];     /* element offsets in a layer's vectors */
     cl_mem final_norm;
-    cl_mem no_bias; /* zeros, for the head */
+    cl_mem no_bias; /* zeros, for the head and the MLP */
     uint64_t parameters, weight_bytes;
 };
 

@@ -262,7 +262,7 @@ static loglin_status upload_final_vectors(const upload *up, const loglin_lm_tens
     if (values == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of memory", norm->name);
     }
-    loglin_status status = upload_floats(up, "the head's bias", values, vocabulary, &up->model->no_bias);
+    loglin_status status = upload_floats(up, "the zero bias", values, room, &up->model->no_bias);
     if (status == LOGLIN_OK) {
         status = read_vector(up, norm, values);
     }

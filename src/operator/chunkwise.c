@@ -1,25 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "operator/chunkwise.h"
 
-static size_t head_matrices(const loglin_tape *tape)
-{
+static size_t head_matrices(const loglin_tape *tape) {
     return (size_t)tape->panel.slots * tape->panel.heads;
 }
 
-static size_t group_matrices(const loglin_tape *tape)
-{
+static size_t group_matrices(const loglin_tape *tape) {
     return (size_t)tape->panel.slots * tape->panel.groups;
 }
 
-static void gather_values(loglin_tape *tape, loglin_buffer from, int region)
-{
+static void gather_values(loglin_tape *tape, loglin_buffer from, int region) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_gather_v, p->dim_v, p->chunk, head_matrices(tape),
                        ARGUMENTS(BUFFER(from), UINT((size_t)region)));
 }
 
-static void gather(loglin_tape *tape, const loglin_call *call)
-{
+static void gather(loglin_tape *tape, const loglin_call *call) {
     const loglin_panel *p = &tape->panel;
     if (call->normalize) {
         loglin_tape_launch(tape, CHUNK_norms, p->chunk, 1, group_matrices(tape),
@@ -32,8 +28,7 @@ static void gather(loglin_tape *tape, const loglin_call *call)
                        ARGUMENTS(BUFFER(call->in.g), BUFFER(call->in.beta)));
 }
 
-void loglin_chunkwise_states(loglin_tape *tape, const loglin_operator *rule, const loglin_call *call)
-{
+void loglin_chunkwise_states(loglin_tape *tape, const loglin_operator *rule, const loglin_call *call) {
     const loglin_panel *p = &tape->panel;
     gather(tape, call);
     loglin_tape_product(
@@ -46,31 +41,28 @@ void loglin_chunkwise_states(loglin_tape *tape, const loglin_operator *rule, con
     rule->map(tape);
     if (p->columns > 0) {
         loglin_tape_product(
-            tape, (loglin_product){
-                      .c = REGION_OWN, .a = REGION_WRITE, .b = REGION_V, .transpose_a = true, .alpha = 1.0f});
+            tape,
+            (loglin_product){.c = REGION_OWN, .a = REGION_WRITE, .b = REGION_V, .transpose_a = true, .alpha = 1.0f});
         loglin_tape_launch(tape, CHUNK_begin, p->dim_v, p->dim_k, head_matrices(tape),
                            ARGUMENTS(BUFFER(call->initial.values), BUFFER(call->initial.log_decay)));
         rule->walk(tape);
     }
 }
 
-static void weigh(loglin_tape *tape, const loglin_call *call, int from, int to)
-{
+static void weigh(loglin_tape *tape, const loglin_call *call, int from, int to) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_weigh, p->chunk, p->chunk, head_matrices(tape),
                        ARGUMENTS(BUFFER(call->in.level_scales), UINT((size_t)from), UINT((size_t)to)));
 }
 
-static void weigh_near(loglin_tape *tape, const loglin_call *call, int from, int to)
-{
+static void weigh_near(loglin_tape *tape, const loglin_call *call, int from, int to) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_weigh_near, p->chunk, p->chunk, head_matrices(tape),
                        ARGUMENTS(BUFFER(call->in.level_scales), UINT((size_t)from), UINT((size_t)to)));
 }
 
 /* MZ, MZ_NEAR and Y: all that the output is a sum of. */
-static void reads(loglin_tape *tape, const loglin_call *call)
-{
+static void reads(loglin_tape *tape, const loglin_call *call) {
     weigh(tape, call, REGION_Z, REGION_MZ);
     if (tape->panel.near) {
         loglin_tape_product(tape, (loglin_product){.c = REGION_Z_NEAR,
@@ -87,8 +79,7 @@ static void reads(loglin_tape *tape, const loglin_call *call)
 }
 
 /* WRITE_NEAR: the keys of the chunk before, through this chunk. */
-static void near_keys(loglin_tape *tape)
-{
+static void near_keys(loglin_tape *tape) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_near_keys, p->dim_k, p->chunk, head_matrices(tape), ARGUMENTS(UINT(0)));
     if (p->delta) {
@@ -98,26 +89,21 @@ static void near_keys(loglin_tape *tape)
                                                    .transpose_b = true,
                                                    .alpha = 1.0f,
                                                    .a_before = true});
-        loglin_tape_product(tape, (loglin_product){.c = REGION_WRITE_NEAR,
-                                                   .a = REGION_M_NEAR,
-                                                   .b = REGION_WRITE,
-                                                   .alpha = -1.0f,
-                                                   .beta = 1.0f});
+        loglin_tape_product(
+            tape, (loglin_product){
+                      .c = REGION_WRITE_NEAR, .a = REGION_M_NEAR, .b = REGION_WRITE, .alpha = -1.0f, .beta = 1.0f});
     }
 }
 
-void loglin_chunkwise_outputs(loglin_tape *tape, const loglin_call *call)
-{
+void loglin_chunkwise_outputs(loglin_tape *tape, const loglin_call *call) {
     const loglin_panel *p = &tape->panel;
     reads(tape, call);
     loglin_tape_product(tape, (loglin_product){.c = REGION_O, .a = REGION_MZ, .b = REGION_V, .alpha = 1.0f});
     if (tape->panel.near) {
-        loglin_tape_product(tape, (loglin_product){.c = REGION_O,
-                                                   .a = REGION_MZ_NEAR,
-                                                   .b = REGION_V,
-                                                   .alpha = 1.0f,
-                                                   .beta = 1.0f,
-                                                   .b_before = true});
+        loglin_tape_product(
+            tape,
+            (loglin_product){
+                .c = REGION_O, .a = REGION_MZ_NEAR, .b = REGION_V, .alpha = 1.0f, .beta = 1.0f, .b_before = true});
     }
     loglin_tape_launch(tape, CHUNK_combine, p->dim_v, p->chunk, head_matrices(tape),
                        ARGUMENTS(BUFFER(call->in.level_scales), BUFFER(call->o)));
@@ -130,8 +116,7 @@ void loglin_chunkwise_outputs(loglin_tape *tape, const loglin_call *call)
     }
 }
 
-static void zero(loglin_tape *tape, int region)
-{
+static void zero(loglin_tape *tape, int region) {
     const loglin_region_shape shape = loglin_region_shape_of(&tape->panel, region);
     const size_t at = tape->panel.at[region], count = shape.rows * shape.columns;
     loglin_tape_launch(tape, CHUNK_carry, count, 1, tape->panel.slots * shape.count,
@@ -139,8 +124,7 @@ static void zero(loglin_tape *tape, int region)
 }
 
 /* D_MZ, D_MZ_NEAR, D_V, D_READ and D_E from dO; dlevel_scales on the way. */
-static void read_gradients(loglin_tape *tape, const loglin_call *call)
-{
+static void read_gradients(loglin_tape *tape, const loglin_call *call) {
     const loglin_panel *p = &tape->panel;
     const bool near = tape->panel.near;
     gather_values(tape, call->d_o, REGION_D_O);
@@ -185,8 +169,7 @@ static void read_gradients(loglin_tape *tape, const loglin_call *call)
 }
 
 /* D_WRITE, D_V and D_K_START through the states. */
-static void state_gradients(loglin_tape *tape, const loglin_operator *rule, const loglin_call *call)
-{
+static void state_gradients(loglin_tape *tape, const loglin_operator *rule, const loglin_call *call) {
     const loglin_panel *p = &tape->panel;
     zero(tape, REGION_D_WRITE);
     if (p->delta) {
@@ -196,19 +179,16 @@ static void state_gradients(loglin_tape *tape, const loglin_operator *rule, cons
         return;
     }
     rule->retreat(tape, call->dfinal_states);
-    loglin_tape_product(tape, (loglin_product){.c = REGION_D_WRITE,
-                                               .a = REGION_V,
-                                               .b = REGION_D_OWN,
-                                               .transpose_b = true,
-                                               .alpha = 1.0f,
-                                               .beta = 1.0f});
+    loglin_tape_product(
+        tape,
+        (loglin_product){
+            .c = REGION_D_WRITE, .a = REGION_V, .b = REGION_D_OWN, .transpose_b = true, .alpha = 1.0f, .beta = 1.0f});
     loglin_tape_product(
         tape, (loglin_product){.c = REGION_D_V, .a = REGION_WRITE, .b = REGION_D_OWN, .alpha = 1.0f, .beta = 1.0f});
 }
 
 /* What the keys of the chunk before get of this chunk's reads. */
-static void near_gradients(loglin_tape *tape)
-{
+static void near_gradients(loglin_tape *tape) {
     loglin_tape_product(tape, (loglin_product){.c = REGION_D_WRITE,
                                                .a = REGION_D_MZ_NEAR,
                                                .b = REGION_READ,
@@ -226,8 +206,7 @@ static void near_gradients(loglin_tape *tape)
 }
 
 /* And of the final states that hold them: the adjoint of near_keys. */
-static void near_key_gradients(loglin_tape *tape)
-{
+static void near_key_gradients(loglin_tape *tape) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_near_keys, p->dim_k, p->chunk, head_matrices(tape), ARGUMENTS(UINT(1)));
     if (!p->delta) {
@@ -241,12 +220,7 @@ static void near_key_gradients(loglin_tape *tape)
          .transpose_a = true,
          .alpha = -1.0f,
          .beta = 1.0f},
-        {.c = REGION_D_WRITE,
-         .a = REGION_D_M_NEAR,
-         .b = REGION_K_START,
-         .alpha = 1.0f,
-         .beta = 1.0f,
-         .c_before = true},
+        {.c = REGION_D_WRITE, .a = REGION_D_M_NEAR, .b = REGION_K_START, .alpha = 1.0f, .beta = 1.0f, .c_before = true},
         {.c = REGION_D_K_START,
          .a = REGION_D_M_NEAR,
          .b = REGION_WRITE,
@@ -260,8 +234,7 @@ static void near_key_gradients(loglin_tape *tape)
     }
 }
 
-static void final_gradients(loglin_tape *tape, const loglin_call *call)
-{
+static void final_gradients(loglin_tape *tape, const loglin_call *call) {
     const loglin_panel *p = &tape->panel;
     const bool near = tape->panel.near;
     if (near) {
@@ -277,8 +250,7 @@ static void final_gradients(loglin_tape *tape, const loglin_call *call)
 }
 
 /* From the adjoints of the chunks' maps to the caller's gradients. */
-static void scatter_gradients(loglin_tape *tape, const loglin_call *call)
-{
+static void scatter_gradients(loglin_tape *tape, const loglin_call *call) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_scatter_v, p->dim_v, p->chunk, head_matrices(tape),
                        ARGUMENTS(BUFFER(call->out.dv), UINT(REGION_D_V)));
@@ -296,8 +268,7 @@ static void scatter_gradients(loglin_tape *tape, const loglin_call *call)
         tape, (loglin_product){.c = REGION_D_KEY, .a = REGION_D_QK, .b = REGION_Q, .transpose_a = true, .alpha = 1.0f});
     if (p->delta) {
         loglin_tape_product(
-            tape,
-            (loglin_product){.c = REGION_D_KEY, .a = REGION_D_KK, .b = REGION_KEY, .alpha = 1.0f, .beta = 1.0f});
+            tape, (loglin_product){.c = REGION_D_KEY, .a = REGION_D_KK, .b = REGION_KEY, .alpha = 1.0f, .beta = 1.0f});
     }
     loglin_tape_launch(tape, CHUNK_row_gradients, p->dim_k, p->chunk, group_matrices(tape), NO_ARGUMENTS);
     if (call->normalize) {
@@ -308,8 +279,7 @@ static void scatter_gradients(loglin_tape *tape, const loglin_call *call)
 }
 
 void loglin_chunkwise_gradients(loglin_tape *tape, const loglin_operator *rule, const loglin_call *call,
-                                void (*add_carried)(loglin_tape *tape, void *context), void *context)
-{
+                                void (*add_carried)(loglin_tape *tape, void *context), void *context) {
     const loglin_panel *p = &tape->panel;
     const bool dfinal = call->dfinal_states.mem != NULL;
     reads(tape, call);

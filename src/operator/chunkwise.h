@@ -12,7 +12,8 @@ typedef struct loglin_operator {
     void (*map)(loglin_tape *tape);  /* Z, READ and WRITE of every chunk, from QK, KK, the gates and beta */
     void (*walk)(loglin_tape *tape); /* E of all waves, from that of the first, OWN and the maps */
     void (*retreat)(loglin_tape *tape, loglin_buffer dfinal_states); /* D_E, D_E_END, D_OWN, backwards */
-    void (*map_gradients)(loglin_tape *tape); /* from D_MZ, D_READ, D_WRITE (and D_K_START) to what gates and keys need */
+    void (*map_gradients)(
+        loglin_tape *tape); /* from D_MZ, D_READ, D_WRITE (and D_K_START) to what gates and keys need */
 } loglin_operator;
 
 extern const loglin_operator loglin_mamba2, loglin_gated_delta;

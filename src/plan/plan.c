@@ -18,20 +18,18 @@ struct loglin_plan {
     loglin_problem problem; /* filled in */
     bool chunk_given;
     const loglin_engine_class *engine;
-    char engine_reason[160]; /* why this engine */
+    char engine_reason[160];    /* why this engine */
     loglin_engine_state *state; /* forward and backward; NULL if only steps are planned */
     loglin_stepper *stepper;    /* NULL if no steps are planned */
 };
 
 /* ---- Creation ---------------------------------------------------------------------------------------------------- */
 
-static bool plans(const loglin_plan *plan, unsigned phases)
-{
+static bool plans(const loglin_plan *plan, unsigned phases) {
     return (plan->problem.phases & phases) != 0;
 }
 
-static loglin_status check_allocation(const loglin_plan *plan, loglin_phase phase)
-{
+static loglin_status check_allocation(const loglin_plan *plan, loglin_phase phase) {
     const size_t size = loglin_workspace_size(plan, phase);
     if (plans(plan, phase) && size > plan->device->info.max_allocation) {
         return loglin_fail(LOGLIN_UNSUPPORTED,
@@ -44,8 +42,7 @@ static loglin_status check_allocation(const loglin_plan *plan, loglin_phase phas
 }
 
 /* The engine asked for, or the first that takes the problem. */
-static loglin_status choose_engine(loglin_plan *plan)
-{
+static loglin_status choose_engine(loglin_plan *plan) {
     static const struct {
         loglin_engine choice;
         const loglin_engine_class *engine;
@@ -71,8 +68,7 @@ static loglin_status choose_engine(loglin_plan *plan)
     return loglin_fail(LOGLIN_INTERNAL, "no engine takes the problem");
 }
 
-static loglin_status create_parts(loglin_plan *plan)
-{
+static loglin_status create_parts(loglin_plan *plan) {
     if (plans(plan, LOGLIN_FORWARD | LOGLIN_BACKWARD)) {
         RETURN_IF_ERROR(choose_engine(plan));
         RETURN_IF_ERROR(plan->engine->create(plan->device, &plan->problem, &plan->state));
@@ -85,8 +81,7 @@ static loglin_status create_parts(loglin_plan *plan)
     return LOGLIN_OK;
 }
 
-loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *problem, loglin_plan **plan)
-{
+loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *problem, loglin_plan **plan) {
     if (device == NULL || plan == NULL) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is NULL", device == NULL ? "device" : "plan");
     }
@@ -113,8 +108,7 @@ loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *pr
     return LOGLIN_OK;
 }
 
-void loglin_plan_destroy(loglin_plan *plan)
-{
+void loglin_plan_destroy(loglin_plan *plan) {
     if (plan == NULL) {
         return;
     }
@@ -128,36 +122,33 @@ void loglin_plan_destroy(loglin_plan *plan)
 
 /* ---- What a plan can tell ---------------------------------------------------------------------------------------- */
 
-size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity)
-{
+size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity) {
     static const char *const dtypes[] = {"f32", "f16", "bf16"};
     const loglin_problem *p = &plan->problem;
     char calls[384] = "";
     if (plan->state != NULL) {
         (void)snprintf(calls, sizeof calls, ", engine %s (%s), chunk %zu (%s), workspace %zu bytes forward",
-                       plan->engine->name, plan->engine_reason, p->chunk,
-                       plan->chunk_given ? "as asked" : "default", loglin_workspace_size(plan, LOGLIN_FORWARD));
+                       plan->engine->name, plan->engine_reason, p->chunk, plan->chunk_given ? "as asked" : "default",
+                       loglin_workspace_size(plan, LOGLIN_FORWARD));
         const size_t used = strlen(calls);
         if (plans(plan, LOGLIN_BACKWARD)) {
             (void)snprintf(calls + used, sizeof calls - used, ", %zu backward",
                            loglin_workspace_size(plan, LOGLIN_BACKWARD));
         }
     }
-    const int length = snprintf(text, capacity, "%s, %s partition, %s, %zu heads in %zu groups, K %zu, V %zu%s%s on %s",
-                                p->op == LOGLIN_GATED_DELTA ? "gated delta rule" : "scalar-gated",
-                                p->partition == LOGLIN_STRONG ? "strong" : "weak", dtypes[p->dtype], p->heads,
-                                p->groups, p->dim_k, p->dim_v, calls, plan->stepper != NULL ? ", steps" : "",
-                                plan->device->info.name);
+    const int length =
+        snprintf(text, capacity, "%s, %s partition, %s, %zu heads in %zu groups, K %zu, V %zu%s%s on %s",
+                 p->op == LOGLIN_GATED_DELTA ? "gated delta rule" : "scalar-gated",
+                 p->partition == LOGLIN_STRONG ? "strong" : "weak", dtypes[p->dtype], p->heads, p->groups, p->dim_k,
+                 p->dim_v, calls, plan->stepper != NULL ? ", steps" : "", plan->device->info.name);
     return length > 0 ? (size_t)length : 0;
 }
 
-size_t loglin_workspace_size(const loglin_plan *plan, loglin_phase phase)
-{
+size_t loglin_workspace_size(const loglin_plan *plan, loglin_phase phase) {
     return phase == LOGLIN_STEP || plan->state == NULL ? 0 : plan->engine->workspace_size(plan->state, phase);
 }
 
-size_t loglin_state_size(const loglin_plan *plan)
-{
+size_t loglin_state_size(const loglin_plan *plan) {
     return loglin_problem_counts(&plan->problem, 0).states * sizeof(float);
 }
 
@@ -171,8 +162,7 @@ typedef struct checked_buffer {
     bool required;
 } checked_buffer;
 
-static loglin_status check_buffers(const checked_buffer *buffers, size_t count)
-{
+static loglin_status check_buffers(const checked_buffer *buffers, size_t count) {
     for (size_t i = 0; i < count; i++) {
         RETURN_IF_ERROR(loglin_buffer_check(buffers[i].name, buffers[i].buffer, buffers[i].count, buffers[i].size,
                                             buffers[i].required));
@@ -185,8 +175,7 @@ static loglin_status check_buffers(const checked_buffer *buffers, size_t count)
                   sizeof((const checked_buffer[]){__VA_ARGS__}) / sizeof(checked_buffer))
 
 static loglin_status check_call(const loglin_plan *plan, loglin_phase phase, const void *in, cl_command_queue queue,
-                                cl_uint num_wait, const cl_event *wait)
-{
+                                cl_uint num_wait, const cl_event *wait) {
     if (plan == NULL || in == NULL || queue == NULL) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is NULL", plan == NULL ? "plan" : in == NULL ? "in" : "queue");
     }
@@ -209,8 +198,7 @@ static loglin_status check_call(const loglin_plan *plan, loglin_phase phase, con
     return LOGLIN_OK;
 }
 
-static loglin_status check_inputs(const loglin_plan *plan, const loglin_inputs *in, bool one_token)
-{
+static loglin_status check_inputs(const loglin_plan *plan, const loglin_inputs *in, bool one_token) {
     const loglin_problem *p = &plan->problem;
     const loglin_counts n = loglin_problem_counts(p, one_token);
     const size_t size = loglin_dtype_size(p->dtype), weight = loglin_dtype_size(p->weight_dtype);
@@ -222,16 +210,15 @@ static loglin_status check_inputs(const loglin_plan *plan, const loglin_inputs *
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "cu_seqlens is given, expected none: %s",
                            one_token ? "a step takes one token of every sequence" : "problem.sequences is 0");
     }
-    return CHECK_BUFFERS({"q", in->q, n.qk, size, true}, {"k", in->k, n.qk, size, true},
-                         {"v", in->v, n.vo, size, true}, {"g", in->g, n.gates, sizeof(float), false},
+    return CHECK_BUFFERS({"q", in->q, n.qk, size, true}, {"k", in->k, n.qk, size, true}, {"v", in->v, n.vo, size, true},
+                         {"g", in->g, n.gates, sizeof(float), false},
                          {"level_scales", in->level_scales, n.level_scales, weight, true},
                          {"beta", in->beta, n.gates, weight, delta},
                          {"cu_seqlens", in->cu_seqlens, n.sequences + 1, sizeof(cl_int), packed});
 }
 
 static loglin_status check_state(const loglin_plan *plan, const char *name, const loglin_state *state,
-                                 bool needs_position)
-{
+                                 bool needs_position) {
     const loglin_problem *p = &plan->problem;
     const loglin_counts n = loglin_problem_counts(p, 0);
     char values[64], log_decay[64], position[64];
@@ -247,8 +234,7 @@ static loglin_status check_state(const loglin_plan *plan, const char *name, cons
 }
 
 /* Checks the initial states, and puts them into the call. */
-static loglin_status take_initial(const loglin_plan *plan, const loglin_state *initial, loglin_call *call)
-{
+static loglin_status take_initial(const loglin_plan *plan, const loglin_state *initial, loglin_call *call) {
     if (initial == NULL) {
         return LOGLIN_OK;
     }
@@ -260,18 +246,16 @@ static loglin_status take_initial(const loglin_plan *plan, const loglin_state *i
     return check_state(plan, "initial", initial, true);
 }
 
-static loglin_status check_workspace(const loglin_plan *plan, loglin_phase phase, loglin_buffer workspace)
-{
-    return CHECK_BUFFERS({"workspace", workspace, loglin_workspace_size(plan, phase) / sizeof(float), sizeof(float),
-                          true});
+static loglin_status check_workspace(const loglin_plan *plan, loglin_phase phase, loglin_buffer workspace) {
+    return CHECK_BUFFERS(
+        {"workspace", workspace, loglin_workspace_size(plan, phase) / sizeof(float), sizeof(float), true});
 }
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------- */
 
 loglin_status loglin_forward(loglin_plan *plan, const loglin_inputs *in, const loglin_state *initial, loglin_buffer o,
                              const loglin_state *final, loglin_buffer workspace, cl_command_queue queue,
-                             cl_uint num_wait, const cl_event *wait, cl_event *event)
-{
+                             cl_uint num_wait, const cl_event *wait, cl_event *event) {
     RETURN_IF_ERROR(check_call(plan, LOGLIN_FORWARD, in, queue, num_wait, wait));
     RETURN_IF_ERROR(check_inputs(plan, in, false));
     loglin_call call = {.in = *in, .o = o, .normalize = plan->problem.normalize_qk != 0};
@@ -286,8 +270,7 @@ loglin_status loglin_forward(loglin_plan *plan, const loglin_inputs *in, const l
     return plan->engine->forward(plan->state, &call, workspace, queue, num_wait, wait, event);
 }
 
-static loglin_status check_gradients(const loglin_plan *plan, const loglin_gradients *out, bool has_initial)
-{
+static loglin_status check_gradients(const loglin_plan *plan, const loglin_gradients *out, bool has_initial) {
     const loglin_problem *p = &plan->problem;
     const loglin_counts n = loglin_problem_counts(p, 0);
     const size_t size = loglin_dtype_size(p->dtype), weight = loglin_dtype_size(p->weight_dtype);
@@ -307,8 +290,7 @@ static loglin_status check_gradients(const loglin_plan *plan, const loglin_gradi
 loglin_status loglin_backward(loglin_plan *plan, const loglin_inputs *in, const loglin_state *initial,
                               loglin_buffer d_o, loglin_buffer dfinal_states, const loglin_gradients *out,
                               loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait, const cl_event *wait,
-                              cl_event *event)
-{
+                              cl_event *event) {
     RETURN_IF_ERROR(check_call(plan, LOGLIN_BACKWARD, in, queue, num_wait, wait));
     RETURN_IF_ERROR(check_inputs(plan, in, false));
     if (out == NULL) {
@@ -329,8 +311,7 @@ loglin_status loglin_backward(loglin_plan *plan, const loglin_inputs *in, const 
 }
 
 loglin_status loglin_step(loglin_plan *plan, const loglin_inputs *in, const loglin_state *state, loglin_buffer o,
-                          cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event)
-{
+                          cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
     RETURN_IF_ERROR(check_call(plan, LOGLIN_STEP, in, queue, num_wait, wait));
     RETURN_IF_ERROR(check_inputs(plan, in, true));
     if (state == NULL) {

@@ -9,8 +9,7 @@
 /* Tokens and positions are counted in int on the device. */
 static const size_t max_tokens = (size_t)INT32_MAX;
 
-size_t loglin_num_levels(size_t length)
-{
+size_t loglin_num_levels(size_t length) {
     size_t levels = 1;
     for (size_t rest = length > 0 ? length - 1 : 0; rest > 0; rest >>= 1) {
         levels++;
@@ -18,8 +17,7 @@ size_t loglin_num_levels(size_t length)
     return levels;
 }
 
-size_t loglin_check_gates(const float *g, size_t count)
-{
+size_t loglin_check_gates(const float *g, size_t count) {
     for (size_t i = 0; i < count; i++) {
         if (!(g[i] <= 0.0f) || !isfinite(g[i])) {
             return i;
@@ -28,34 +26,29 @@ size_t loglin_check_gates(const float *g, size_t count)
     return count;
 }
 
-size_t loglin_dtype_size(loglin_dtype dtype)
-{
+size_t loglin_dtype_size(loglin_dtype dtype) {
     return dtype == LOGLIN_F32 ? 4 : 2;
 }
 
-size_t loglin_problem_sequences(const loglin_problem *problem)
-{
+size_t loglin_problem_sequences(const loglin_problem *problem) {
     return problem->sequences > 0 ? problem->sequences : problem->batch;
 }
 
-static loglin_status check_range(const char *name, size_t value, size_t low, size_t high)
-{
+static loglin_status check_range(const char *name, size_t value, size_t low, size_t high) {
     if (value < low || value > high) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "problem.%s is %zu, expected %zu to %zu", name, value, low, high);
     }
     return LOGLIN_OK;
 }
 
-static loglin_status check_choice(const char *name, int value, int last)
-{
+static loglin_status check_choice(const char *name, int value, int last) {
     if (value < 0 || value > last) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "problem.%s is %d, expected 0 to %d", name, value, last);
     }
     return LOGLIN_OK;
 }
 
-static loglin_status check_choices(const loglin_problem *problem)
-{
+static loglin_status check_choices(const loglin_problem *problem) {
     RETURN_IF_ERROR(check_choice("op", (int)problem->op, LOGLIN_GATED_DELTA));
     RETURN_IF_ERROR(check_choice("partition", (int)problem->partition, LOGLIN_STRONG));
     RETURN_IF_ERROR(check_choice("dtype", (int)problem->dtype, LOGLIN_BF16));
@@ -77,8 +70,7 @@ static loglin_status check_choices(const loglin_problem *problem)
     return LOGLIN_OK;
 }
 
-static loglin_status check_shape(const loglin_problem *problem)
-{
+static loglin_status check_shape(const loglin_problem *problem) {
     RETURN_IF_ERROR(check_range("batch", problem->batch, 1, max_tokens));
     RETURN_IF_ERROR(check_range("length", problem->length, 1, max_tokens));
     RETURN_IF_ERROR(check_range("heads", problem->heads, 1, 65535));
@@ -110,8 +102,7 @@ static loglin_status check_shape(const loglin_problem *problem)
 }
 
 /* Enough levels for the longest sequence, and arrays whose bytes can be counted. */
-static loglin_status check_sizes(const loglin_problem *filled)
-{
+static loglin_status check_sizes(const loglin_problem *filled) {
     const size_t end = filled->max_length + filled->max_position;
     if (end > max_tokens) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT,
@@ -130,8 +121,7 @@ static loglin_status check_sizes(const loglin_problem *filled)
     return LOGLIN_OK;
 }
 
-loglin_status loglin_problem_validate(const loglin_problem *problem, loglin_problem *filled)
-{
+loglin_status loglin_problem_validate(const loglin_problem *problem, loglin_problem *filled) {
     if (problem == NULL) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "problem is NULL");
     }
@@ -144,8 +134,7 @@ loglin_status loglin_problem_validate(const loglin_problem *problem, loglin_prob
     return check_sizes(filled);
 }
 
-loglin_counts loglin_problem_counts(const loglin_problem *problem, int one_token)
-{
+loglin_counts loglin_problem_counts(const loglin_problem *problem, int one_token) {
     const size_t sequences = loglin_problem_sequences(problem);
     const size_t tokens = one_token ? sequences : problem->batch * problem->length;
     return (loglin_counts){
@@ -159,8 +148,7 @@ loglin_counts loglin_problem_counts(const loglin_problem *problem, int one_token
     };
 }
 
-loglin_status loglin_buffer_check(const char *name, loglin_buffer buffer, size_t count, size_t size, int required)
-{
+loglin_status loglin_buffer_check(const char *name, loglin_buffer buffer, size_t count, size_t size, int required) {
     if (buffer.mem == NULL) {
         return required ? loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is missing, expected a buffer of %zu elements", name,
                                       count)
