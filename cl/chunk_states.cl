@@ -142,15 +142,15 @@ __kernel void chunk_final(const loglin_panel p, const __global float *ws, __glob
     }
 }
 
-/* A sequence without tokens keeps its states; levels that do not exist become zeros.  Over sequences and heads. */
+/* A sequence without tokens keeps its states; levels that do not exist become zeros.  Over (sequence and head, row of K, column of V). */
 __kernel void chunk_keep(const loglin_panel p, __global float *ws, const __global int *cu_seqlens, ulong cu_offset,
                          const __global int *position, ulong position_offset, const __global float *from,
                          ulong from_offset, const __global float *log_decay, ulong decay_offset, __global float *to,
                          ulong to_offset) {
-    const uint i = get_global_id(0), k = get_global_id(1), matrix = get_global_id(2);
+    const uint matrix = get_global_id(0), k = get_global_id(1), i = get_global_id(2);
     const uint sequence = matrix / p.heads, head = matrix % p.heads;
     (void)ws;
-    if (i >= p.dim_v || sequence_length(p, cu_seqlens + cu_offset, sequence) > 0) {
+    if (sequence >= p.sequences || sequence_length(p, cu_seqlens + cu_offset, sequence) > 0) {
         return;
     }
     const uint time = position ? sequence_position(position + position_offset, sequence) : 0;

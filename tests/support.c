@@ -53,19 +53,9 @@ static void open_device(support_device *opened) {
 
 static support_device the_device;
 
-static void close_device(void) {
-    loglin_device_destroy(the_device.device);
-    if (the_device.out_of_order != NULL) {
-        clReleaseCommandQueue(the_device.out_of_order);
-    }
-    clReleaseCommandQueue(the_device.queue);
-    clReleaseContext(the_device.context);
-}
-
 const support_device *support_open(void) {
     if (the_device.device == NULL) {
-        open_device(&the_device);
-        atexit(close_device);
+        open_device(&the_device); /* to the end of the process: some drivers are gone when exit handlers run */
     }
     return &the_device;
 }

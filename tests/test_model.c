@@ -2,6 +2,7 @@
 /* Language models: two trained ones against their recorded outputs, small ones against float64, and bad checkpoints. */
 #include "loglin_model.h"
 
+#include "runtime/device.h"
 #include "support.h"
 #include "support_lm.h"
 
@@ -571,6 +572,19 @@ static void check_shape(const shape_case *shape)
 
 Test(model, every_shape)
 {
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        check_shape(&shapes[i]);
+    }
+}
+
+/* The kernels and products for GPUs, on whatever device is here: the same answers. */
+Test(model, as_on_a_gpu)
+{
+    support_open()->device->is_cpu = false;
+    for (size_t i = 0; i < 2; i++) {
+        check_logits(trained[i], NULL, 1e-4);
+        check_many(trained[i], NULL, MANY, NULL);
+    }
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         check_shape(&shapes[i]);
     }

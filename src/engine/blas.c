@@ -306,7 +306,7 @@ static void leave_panel(loglin_tape *tape) {
 static void keep_states(loglin_tape *tape, const loglin_call *call, loglin_buffer from, loglin_buffer log_decay,
                         loglin_buffer to) {
     const loglin_panel *p = &tape->panel;
-    loglin_tape_launch(tape, CHUNK_keep, p->dim_v, p->dim_k, (size_t)p->sequences * p->heads,
+    loglin_tape_launch(tape, CHUNK_keep, (size_t)p->sequences * p->heads, p->dim_k, p->dim_v,
                        ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position), BUFFER(from),
                                  BUFFER(log_decay), BUFFER(to)));
 }
