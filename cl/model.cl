@@ -118,28 +118,23 @@ void sum16_over_group(float16 x, __local float *sums, __local float *scratch) {
     vstore16(x, 0, sums);
 #else
     const uint me = get_local_id(0);
-    float lanes[16];
-    vstore16(x, 0, lanes);
+    vstore16(x, me, scratch);
     barrier(CLK_LOCAL_MEM_FENCE);
-    for (uint j = 0; j < 16; j++) {
-        scratch[j * LOCAL + me] = lanes[j];
-    }
-    barrier(CLK_LOCAL_MEM_FENCE);
-    const uint parts = LOCAL / 16; /* each value is summed by so many work-items, then by one */
-    float part = 0.0f;
-    for (uint i = me % parts; i < LOCAL; i += parts) {
-        part += scratch[me / parts * LOCAL + i];
+    float part = 0.0f; /* each value is summed by LOCAL / 16 work-items, then by one */
+    for (uint i = me / 16; i < LOCAL; i += LOCAL / 16) {
+        part += scratch[i * 16 + me % 16];
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     scratch[me] = part;
     barrier(CLK_LOCAL_MEM_FENCE);
     if (me < 16) {
         float sum = 0.0f;
-        for (uint i = 0; i < parts; i++) {
-            sum += scratch[me * parts + i];
+        for (uint i = me; i < LOCAL; i += 16) {
+            sum += scratch[i];
         }
         sums[me] = sum;
     }
+    barrier(CLK_LOCAL_MEM_FENCE); /* here, so that no work-item has to keep 16 values across a barrier */
 #endif
 }
 
@@ -350,20 +345,22 @@ __kernel void add_product(const __global float *y, ulong y_stride, const __globa
     __local float *sums = scratch + 16 * LOCAL;
     const uint last = first_block(blocks, get_group_id(0) + 1);
     for (uint block = first_block(blocks, get_group_id(0)); block < last; block++) {
-        float16 part = 0.0f;
+        const uint lane = get_local_id(0) * VEC;
+        floatv total = 0.0f;
         for (uint start = 0; start < columns; start += slice) {
             const uint count = min(slice, columns - start);
             if (count < columns || block == first_block(blocks, get_group_id(0))) {
                 barrier(CLK_LOCAL_MEM_FENCE);
                 copy_to_local(y + token * y_stride + start, count, prepared);
             }
-            part += multiply_block(w + ((ulong)block * columns + start) * 16, prepared, count);
+            sum16_over_group(multiply_block(w + ((ulong)block * columns + start) * 16, prepared, count), sums, scratch);
+            if (lane < 16) {
+                total += loadv_local(sums + lane);
+            }
         }
-        sum16_over_group(part, sums, scratch);
-        const uint lane = get_local_id(0) * VEC;
         if (lane < 16) {
             __global float *to = x + token * x_stride + block * 16 + lane;
-            storev(loadv(to) + loadv_local(sums + lane), to);
+            storev(loadv(to) + total, to);
         }
     }
 }

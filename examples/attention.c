@@ -46,8 +46,8 @@ int main(void) {
 
     loglin_device *device;
     loglin_plan *plan;
-    const loglin_problem problem = {.batch = 1, .length = LENGTH, .heads = HEADS, .groups = 1,
-                                    .dim_k = DIM_K, .dim_v = DIM_V, .levels = LEVELS};
+    const loglin_problem problem = {
+        .batch = 1, .length = LENGTH, .heads = HEADS, .groups = 1, .dim_k = DIM_K, .dim_v = DIM_V, .levels = LEVELS};
     check(loglin_device_create(context, id, &device), "loglin_device_create");
     check(loglin_plan_create(device, &problem, &plan), "loglin_plan_create");
 

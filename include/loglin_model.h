@@ -56,7 +56,7 @@ typedef struct loglin_model_options {
 
 typedef struct loglin_model_info {
     loglin_op op;
-    size_t vocabulary;  /* ids are 0 .. vocabulary-1 */
+    size_t vocabulary; /* ids are 0 .. vocabulary-1 */
     size_t layers;
     size_t hidden;
     size_t heads, groups, dim_k, dim_v, levels; /* of the attention, as in loglin_problem */
@@ -64,8 +64,9 @@ typedef struct loglin_model_info {
     size_t max_length;                          /* tokens of a sequence at most: 2^(levels-1) */
     uint64_t parameters;
     uint64_t weight_bytes; /* on the device */
-    loglin_dtype weight_dtype; /* of the matrices on the device: as in the file, LOGLIN_F32 where the file mixes types */
-    uint64_t state_bytes;      /* that a session keeps for a sequence */
+    loglin_dtype
+        weight_dtype;     /* of the matrices on the device: as in the file, LOGLIN_F32 where the file mixes types */
+    uint64_t state_bytes; /* that a session keeps for a sequence */
 } loglin_model_info;
 
 /*

@@ -18,8 +18,7 @@
 
 /* ---- Making ------------------------------------------------------------------------------------------------------ */
 
-static loglin_lm parse_config(const char *config, size_t levels, size_t intermediate)
-{
+static loglin_lm parse_config(const char *config, size_t levels, size_t intermediate) {
     loglin_lm lm;
     support_require(loglin_lm_parse("config.json", config, strlen(config), &lm), "loglin_lm_parse");
     lm.levels = levels;
@@ -28,8 +27,7 @@ static loglin_lm parse_config(const char *config, size_t levels, size_t intermed
 }
 
 /* Matrices keep the scale of their input, norms are near 1, the rest is small. */
-static double random_value(const loglin_lm_tensor *place, support_random *random)
-{
+static double random_value(const loglin_lm_tensor *place, support_random *random) {
     const double x = support_normal(random);
     if (place->is_matrix) {
         return place->matrix == LOGLIN_MATRIX_EMBEDDING ? x : x / sqrt((double)place->shape[1]);
@@ -48,8 +46,7 @@ static double random_value(const loglin_lm_tensor *place, support_random *random
     }
 }
 
-static loglin_tensor make_tensor(const loglin_lm_tensor *place, loglin_tensor_dtype dtype, support_random *random)
-{
+static loglin_tensor make_tensor(const loglin_lm_tensor *place, loglin_tensor_dtype dtype, support_random *random) {
     loglin_tensor tensor = {.dtype = dtype, .rank = place->rank};
     size_t count = 1;
     for (size_t i = 0; i < place->rank; i++) {
@@ -72,16 +69,14 @@ static loglin_tensor make_tensor(const loglin_lm_tensor *place, loglin_tensor_dt
 }
 
 static void add_tensors(support_lm *lm, const loglin_lm_tensor *places, size_t count, loglin_tensor_dtype dtype,
-                        support_random *random)
-{
+                        support_random *random) {
     for (size_t i = 0; i < count; i++) {
         lm->tensors[lm->count++] = make_tensor(&places[i], places[i].is_matrix ? dtype : LOGLIN_TENSOR_F32, random);
     }
 }
 
 support_lm support_lm_make(const char *config, loglin_tensor_dtype dtype, size_t levels, size_t intermediate,
-                           uint64_t seed)
-{
+                           uint64_t seed) {
     const loglin_lm shape = parse_config(config, levels, intermediate);
     support_lm lm = {.config = config};
     support_random random = {seed};
@@ -93,17 +88,15 @@ support_lm support_lm_make(const char *config, loglin_tensor_dtype dtype, size_t
     return lm;
 }
 
-void support_lm_free(support_lm *lm)
-{
+void support_lm_free(support_lm *lm) {
     for (size_t i = 0; i < lm->count; i++) {
-        free((void *)(uintptr_t)lm->tensors[i].name);
-        free((void *)(uintptr_t)lm->tensors[i].data);
+        free((void *)lm->tensors[i].name);
+        free((void *)lm->tensors[i].data);
     }
     lm->count = 0;
 }
 
-loglin_tensor *support_lm_find(support_lm *lm, const char *name)
-{
+loglin_tensor *support_lm_find(support_lm *lm, const char *name) {
     for (size_t i = 0; i < lm->count; i++) {
         if (strcmp(lm->tensors[i].name, name) == 0) {
             return &lm->tensors[i];
@@ -114,8 +107,7 @@ loglin_tensor *support_lm_find(support_lm *lm, const char *name)
 
 /* ---- Files ------------------------------------------------------------------------------------------------------- */
 
-void support_write_text(const char *folder, const char *name, const char *text)
-{
+void support_write_text(const char *folder, const char *name, const char *text) {
     char path[512];
     (void)snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *file = fopen(path, "wb");
@@ -124,8 +116,7 @@ void support_write_text(const char *folder, const char *name, const char *text)
     }
 }
 
-static void write_tensors(const char *folder, const char *name, const loglin_tensor *tensors, size_t count)
-{
+static void write_tensors(const char *folder, const char *name, const loglin_tensor *tensors, size_t count) {
     char path[512];
     loglin_tensor_error error;
     (void)snprintf(path, sizeof path, "%s/%s", folder, name);
@@ -134,8 +125,7 @@ static void write_tensors(const char *folder, const char *name, const loglin_ten
     }
 }
 
-void support_lm_write(const support_lm *lm, const char *folder, size_t shards)
-{
+void support_lm_write(const support_lm *lm, const char *folder, size_t shards) {
     support_write_text(folder, "config.json", lm->config);
     if (shards == 1) {
         write_tensors(folder, "model.safetensors", lm->tensors, lm->count);
@@ -158,16 +148,14 @@ void support_lm_write(const support_lm *lm, const char *folder, size_t shards)
     free(index);
 }
 
-void support_make_folder(char *folder, size_t capacity)
-{
+void support_make_folder(char *folder, size_t capacity) {
     (void)snprintf(folder, capacity, "/tmp/loglin-model-XXXXXX");
     if (mkdtemp(folder) == NULL) {
         support_die("no folder %s", folder);
     }
 }
 
-void support_remove_folder(const char *folder)
-{
+void support_remove_folder(const char *folder) {
     DIR *directory = opendir(folder);
     if (directory == NULL) {
         return;
@@ -192,8 +180,7 @@ typedef struct reference {
 } reference;
 
 /* A tensor's values, to be freed. */
-static double *values_of(support_lm *lm, const char *prefix, const char *name)
-{
+static double *values_of(support_lm *lm, const char *prefix, const char *name) {
     char full[256];
     (void)snprintf(full, sizeof full, "%s%s", prefix, name);
     const loglin_tensor *tensor = support_lm_find(lm, full);
@@ -209,24 +196,21 @@ static double *values_of(support_lm *lm, const char *prefix, const char *name)
 }
 
 /* Zeros where `present` is not set. */
-static double *optional_values(support_lm *lm, const char *prefix, const char *name, bool present, size_t count)
-{
+static double *optional_values(support_lm *lm, const char *prefix, const char *name, bool present, size_t count) {
     return present ? values_of(lm, prefix, name) : support_alloc(count, sizeof(double));
 }
 
-static double sigmoid(double x)
-{
+static double sigmoid(double x) {
     return 1 / (1 + exp(-x));
 }
 
-static double softplus(double x)
-{
+static double softplus(double x) {
     return x > 30 ? x : log1p(exp(x));
 }
 
 /* x W^T, to be freed. */
-static double *multiply(reference *r, const char *prefix, const char *name, const double *x, size_t columns, size_t rows)
-{
+static double *multiply(reference *r, const char *prefix, const char *name, const double *x, size_t columns,
+                        size_t rows) {
     double *w = values_of(r->model, prefix, name);
     double *y = support_alloc(r->length * rows, sizeof *y);
     for (size_t t = 0; t < r->length; t++) {
@@ -241,8 +225,7 @@ static double *multiply(reference *r, const char *prefix, const char *name, cons
 }
 
 /* In place, over segments. */
-static void normalize(double *x, size_t count, size_t segment, double eps)
-{
+static void normalize(double *x, size_t count, size_t segment, double eps) {
     for (size_t start = 0; start < count; start += segment) {
         double sum = 0;
         for (size_t i = start; i < start + segment; i++) {
@@ -254,8 +237,7 @@ static void normalize(double *x, size_t count, size_t segment, double eps)
     }
 }
 
-static double *norm(reference *r, const char *prefix, const char *name)
-{
+static double *norm(reference *r, const char *prefix, const char *name) {
     const size_t hidden = r->lm.hidden;
     double *weight = values_of(r->model, prefix, name);
     double *h = support_alloc(r->length * hidden, sizeof *h);
@@ -269,8 +251,7 @@ static double *norm(reference *r, const char *prefix, const char *name)
 }
 
 /* silu(conv(x)) of columns at.. of rows of `stride`, to be freed. */
-static double *convolve(reference *r, const char *name, const double *x, size_t stride, size_t at, size_t channels)
-{
+static double *convolve(reference *r, const char *name, const double *x, size_t stride, size_t at, size_t channels) {
     char tensor[64];
     (void)snprintf(tensor, sizeof tensor, "%s.weight", name);
     double *taps = values_of(r->model, r->prefix, tensor);
@@ -292,8 +273,7 @@ static double *convolve(reference *r, const char *name, const double *x, size_t 
     return y;
 }
 
-static double *attend(const reference *r, const oracle_inputs *in)
-{
+static double *attend(const reference *r, const oracle_inputs *in) {
     const loglin_lm *lm = &r->lm;
     const size_t starts[2] = {0, r->length};
     const bool delta = lm->op == LOGLIN_GATED_DELTA;
@@ -315,8 +295,7 @@ static double *attend(const reference *r, const oracle_inputs *in)
 }
 
 /* The columns at .. at+count-1 of every row, to be freed. */
-static double *columns_of(const reference *r, const double *x, size_t stride, size_t at, size_t count)
-{
+static double *columns_of(const reference *r, const double *x, size_t stride, size_t at, size_t count) {
     double *y = support_alloc(r->length * count, sizeof *y);
     for (size_t t = 0; t < r->length; t++) {
         memcpy(y + t * count, x + t * stride + at, count * sizeof *y);
@@ -325,8 +304,7 @@ static double *columns_of(const reference *r, const double *x, size_t stride, si
 }
 
 /* g from the time steps, and softplus(L * dl). */
-static void make_gates(reference *r, double *dt, double *g, double *level)
-{
+static void make_gates(reference *r, double *dt, double *g, double *level) {
     const loglin_lm *lm = &r->lm;
     double *bias = values_of(r->model, r->prefix, "dt_bias");
     double *a_log = values_of(r->model, r->prefix, "A_log");
@@ -344,8 +322,7 @@ static void make_gates(reference *r, double *dt, double *g, double *level)
 }
 
 /* The gate and the norm of the output, in place; `tile` times the same weights. */
-static void finish_output(reference *r, const char *name, const double *z, size_t tile, double *y)
-{
+static void finish_output(reference *r, const char *name, const double *z, size_t tile, double *y) {
     const loglin_lm *lm = &r->lm;
     const size_t width = lm->inner / tile;
     double *weight = values_of(r->model, r->prefix, name);
@@ -359,15 +336,13 @@ static void finish_output(reference *r, const char *name, const double *z, size_
     free(weight);
 }
 
-static void add_to(double *x, const double *y, size_t count)
-{
+static void add_to(double *x, const double *y, size_t count) {
     for (size_t i = 0; i < count; i++) {
         x[i] += y[i];
     }
 }
 
-static void run_mamba2(reference *r, const double *h)
-{
+static void run_mamba2(reference *r, const double *h) {
     const loglin_lm *lm = &r->lm;
     const size_t n = r->length;
     const size_t qk = lm->groups * lm->dim_k;
@@ -409,8 +384,7 @@ static void run_mamba2(reference *r, const double *h)
     }
 }
 
-static double *stream(reference *r, const double *h, char which, size_t channels)
-{
+static double *stream(reference *r, const double *h, char which, size_t channels) {
     char name[32];
     (void)snprintf(name, sizeof name, "%c_proj.weight", which);
     double *p = multiply(r, r->prefix, name, h, r->lm.hidden, channels);
@@ -420,8 +394,7 @@ static double *stream(reference *r, const double *h, char which, size_t channels
     return y;
 }
 
-static void run_gated_delta(reference *r, const double *h)
-{
+static void run_gated_delta(reference *r, const double *h) {
     const loglin_lm *lm = &r->lm;
     double *q = stream(r, h, 'q', lm->heads * lm->dim_k);
     double *k = stream(r, h, 'k', lm->heads * lm->dim_k);
@@ -446,8 +419,7 @@ static void run_gated_delta(reference *r, const double *h)
     }
 }
 
-static void run_mlp(reference *r, const char *prefix)
-{
+static void run_mlp(reference *r, const char *prefix) {
     const size_t width = r->lm.intermediate;
     double *h = norm(r, prefix, "mlp_norm.weight");
     double *gate = multiply(r, prefix, "mlp.gate_proj.weight", h, r->lm.hidden, width);
@@ -463,8 +435,7 @@ static void run_mlp(reference *r, const char *prefix)
     free(down);
 }
 
-static void run_layer(reference *r, size_t layer)
-{
+static void run_layer(reference *r, size_t layer) {
     const bool delta = r->lm.op == LOGLIN_GATED_DELTA;
     char prefix[48];
     (void)snprintf(prefix, sizeof prefix, delta ? "model.layers.%zu." : "backbone.layers.%zu.", layer);
@@ -479,8 +450,7 @@ static void run_layer(reference *r, size_t layer)
     run_mlp(r, prefix);
 }
 
-void support_lm_logits(support_lm *model, const int32_t *ids, size_t length, double *logits)
-{
+void support_lm_logits(support_lm *model, const int32_t *ids, size_t length, double *logits) {
     const bool delta = strstr(model->config, "h_gated_deltanet") != NULL;
     const char *outer = delta ? "model." : "backbone.";
     char name[64];

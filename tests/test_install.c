@@ -4,8 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-Test(install, examples)
-{
+Test(install, examples) {
 #ifdef __SANITIZE_ADDRESS__
     cr_skip_test("the examples are not built with sanitizers");
 #else

@@ -22,23 +22,20 @@ enum { VOCABULARY = 256 };
 
 /* ---- Helpers ----------------------------------------------------------------------------------------------------- */
 
-static loglin_model *open_model(const char *folder, const loglin_model_options *options)
-{
+static loglin_model *open_model(const char *folder, const loglin_model_options *options) {
     const support_device *device = support_open();
     loglin_model *model = NULL;
     support_require(loglin_model_open(device->device, device->queue, folder, options, &model), folder);
     return model;
 }
 
-static loglin_session *start(loglin_model *model, size_t sequences)
-{
+static loglin_session *start(loglin_model *model, size_t sequences) {
     loglin_session *session = NULL;
     support_require(loglin_session_create(model, support_open()->queue, sequences, &session), "loglin_session_create");
     return session;
 }
 
-static loglin_safetensors *open_expected(const char *folder)
-{
+static loglin_safetensors *open_expected(const char *folder) {
     char path[512];
     loglin_tensor_error error;
     loglin_safetensors *file = NULL;
@@ -50,8 +47,7 @@ static loglin_safetensors *open_expected(const char *folder)
 }
 
 /* A copy of a tensor's data, aligned, to be freed. */
-static void *copy_of(const loglin_safetensors *file, const char *name, size_t *count)
-{
+static void *copy_of(const loglin_safetensors *file, const char *name, size_t *count) {
     const loglin_tensor *tensor = loglin_safetensors_find(file, name);
     if (tensor == NULL) {
         support_die("no tensor %s", name);
@@ -62,8 +58,7 @@ static void *copy_of(const loglin_safetensors *file, const char *name, size_t *c
     return data;
 }
 
-static double error_of(const float *got, const float *expected, size_t count)
-{
+static double error_of(const float *got, const float *expected, size_t count) {
     double difference = 0;
     double sum = 0;
     for (size_t i = 0; i < count; i++) {
@@ -74,8 +69,7 @@ static double error_of(const float *got, const float *expected, size_t count)
     return isfinite(difference) ? sqrt(difference / sum) : HUGE_VAL;
 }
 
-static size_t best_of(const float *logits, float *lead)
-{
+static size_t best_of(const float *logits, float *lead) {
     size_t best = 0;
     float second = -HUGE_VALF;
     for (size_t i = 1; i < VOCABULARY; i++) {
@@ -92,8 +86,7 @@ static size_t best_of(const float *logits, float *lead)
 
 /* ---- Trained models ---------------------------------------------------------------------------------------------- */
 
-static void check_logits(const char *folder, const loglin_model_options *options, double threshold)
-{
+static void check_logits(const char *folder, const loglin_model_options *options, double threshold) {
     loglin_safetensors *file = open_expected(folder);
     size_t length = 0;
     size_t count = 0;
@@ -113,8 +106,7 @@ static void check_logits(const char *folder, const loglin_model_options *options
     free(logits);
 }
 
-Test(model, logits)
-{
+Test(model, logits) {
     const loglin_model_options blas = {.engine = LOGLIN_ENGINE_BLAS};
     for (size_t i = 0; i < 2; i++) {
         check_logits(trained[i], NULL, 1e-4);
@@ -122,16 +114,14 @@ Test(model, logits)
     }
 }
 
-Test(model, logits_in_pieces)
-{
+Test(model, logits_in_pieces) {
     const loglin_model_options options = {.piece = 100};
     for (size_t i = 0; i < 2; i++) {
         check_logits(trained[i], &options, 1e-4);
     }
 }
 
-Test(model, logits_in_16_bit_storage)
-{
+Test(model, logits_in_16_bit_storage) {
     const loglin_model_options half = {.dtype = LOGLIN_F16};
     const loglin_model_options bfloat = {.dtype = LOGLIN_BF16};
     for (size_t i = 0; i < 2; i++) {
@@ -140,8 +130,7 @@ Test(model, logits_in_16_bit_storage)
     }
 }
 
-static void check_greedy(const char *folder)
-{
+static void check_greedy(const char *folder) {
     loglin_safetensors *file = open_expected(folder);
     size_t prompt = 0;
     size_t total = 0;
@@ -167,15 +156,13 @@ static void check_greedy(const char *folder)
     free(expected);
 }
 
-Test(model, greedy_continuation)
-{
+Test(model, greedy_continuation) {
     check_greedy(MAMBA2);
     check_greedy(GATED_DELTA);
 }
 
 /* Bits per byte of a window's bytes but the first. */
-static double bits_of_window(loglin_session *session, const int32_t *ids, size_t window, float *logits)
-{
+static double bits_of_window(loglin_session *session, const int32_t *ids, size_t window, float *logits) {
     double bits = 0;
     support_require(loglin_session_reset(session, 0), "loglin_session_reset");
     support_require(loglin_session_score(session, ids, window, logits), "loglin_session_score");
@@ -190,8 +177,7 @@ static double bits_of_window(loglin_session *session, const int32_t *ids, size_t
     return bits / (double)(window - 1);
 }
 
-static void check_bits_per_byte(const char *folder, size_t window)
-{
+static void check_bits_per_byte(const char *folder, size_t window) {
     enum { WINDOWS = 8, BYTES = 16384 };
     static unsigned char text[BYTES];
     FILE *stream = fopen(TEST_DATA_DIR "/kjv-val.txt", "rb");
@@ -221,15 +207,13 @@ static void check_bits_per_byte(const char *folder, size_t window)
     free(logits);
 }
 
-Test(model, bits_per_byte)
-{
+Test(model, bits_per_byte) {
     check_bits_per_byte(MAMBA2, 2048);
     check_bits_per_byte(GATED_DELTA, 1024);
 }
 
 /* Prefill of the first n bytes, then steps, at every n: the logits after the last byte are those of one pass. */
-static void check_splits(const char *folder)
-{
+static void check_splits(const char *folder) {
     enum { LENGTH = 200 };
     loglin_safetensors *file = open_expected(folder);
     size_t length = 0;
@@ -256,19 +240,16 @@ static void check_splits(const char *folder)
     free(ids);
 }
 
-Test(model, every_split_of_mamba2)
-{
+Test(model, every_split_of_mamba2) {
     check_splits(MAMBA2);
 }
 
-Test(model, every_split_of_gated_delta)
-{
+Test(model, every_split_of_gated_delta) {
     check_splits(GATED_DELTA);
 }
 
 /* Prefill in two pieces, also of fewer tokens than the convolution looks back. */
-Test(model, prefill_in_two_pieces)
-{
+Test(model, prefill_in_two_pieces) {
     enum { LENGTH = 200 };
     static const size_t splits[] = {1, 2, 3, 4, 63, 64, 65, 100, 197, 198, 199};
     for (size_t m = 0; m < 2; m++) {
@@ -302,8 +283,7 @@ enum { MANY = 5, STEPS = 12 };
 static const size_t lengths[MANY] = {17, 1, 64, 3, 40};
 
 /* What each sequence alone gives after its prompt and STEPS steps. */
-static void run_alone(loglin_model *model, const int32_t *ids, size_t sequences, float *logits)
-{
+static void run_alone(loglin_model *model, const int32_t *ids, size_t sequences, float *logits) {
     loglin_session *session = start(model, 1);
     for (size_t n = 0; n < sequences; n++) {
         support_require(loglin_session_reset(session, 0), "loglin_session_reset");
@@ -314,8 +294,7 @@ static void run_alone(loglin_model *model, const int32_t *ids, size_t sequences,
 }
 
 /* Prefills and steps all of them together; a save and a load into another session between the steps. */
-static void run_together(loglin_model *model, const int32_t *ids, size_t sequences, const char *path, float *logits)
-{
+static void run_together(loglin_model *model, const int32_t *ids, size_t sequences, const char *path, float *logits) {
     loglin_session *session = start(model, sequences);
     for (size_t n = 0; n < sequences; n++) {
         support_require(loglin_session_prefill(session, n, ids + n, lengths[n], NULL), "loglin_session_prefill");
@@ -339,8 +318,7 @@ static void run_together(loglin_model *model, const int32_t *ids, size_t sequenc
     loglin_session_destroy(session);
 }
 
-static void check_many(const char *folder, const loglin_model_options *options, size_t sequences, const char *path)
-{
+static void check_many(const char *folder, const loglin_model_options *options, size_t sequences, const char *path) {
     loglin_safetensors *file = open_expected(folder);
     size_t length = 0;
     int32_t *ids = copy_of(file, "input_ids", &length);
@@ -358,8 +336,7 @@ static void check_many(const char *folder, const loglin_model_options *options, 
     free(ids);
 }
 
-Test(model, sequences_at_different_positions)
-{
+Test(model, sequences_at_different_positions) {
     const loglin_model_options small = {.piece = 2}; /* fewer tokens than sequences */
     for (size_t i = 0; i < 2; i++) {
         check_many(trained[i], NULL, 2, NULL);
@@ -368,8 +345,7 @@ Test(model, sequences_at_different_positions)
     }
 }
 
-Test(model, save_and_load)
-{
+Test(model, save_and_load) {
     char folder[64];
     char path[128];
     support_make_folder(folder, sizeof folder);
@@ -384,14 +360,13 @@ Test(model, save_and_load)
 /* Writes a session's file again with one tensor or the metadata changed. */
 typedef struct state_change {
     const char *what;
-    const char *version;   /* NULL: as it was */
-    const char *drop;      /* a tensor to leave out */
-    int32_t position;      /* -2: as it was */
+    const char *version; /* NULL: as it was */
+    const char *drop;    /* a tensor to leave out */
+    int32_t position;    /* -2: as it was */
     bool not_finite, extra;
 } state_change;
 
-static void write_changed(const char *from, const char *to, const state_change *change)
-{
+static void write_changed(const char *from, const char *to, const state_change *change) {
     loglin_safetensors *file = NULL;
     loglin_tensor_error error;
     loglin_tensor tensors[32];
@@ -421,8 +396,8 @@ static void write_changed(const char *from, const char *to, const state_change *
     if (change->extra) {
         tensors[count++] = (loglin_tensor){.name = "more", .rank = 1, .shape = {1}, .data = &extra, .size = 4};
     }
-    const loglin_tensor_metadata metadata[] = {
-        {"format", "loglin-session"}, {"version", change->version != NULL ? change->version : "1"}};
+    const loglin_tensor_metadata metadata[] = {{"format", "loglin-session"},
+                                               {"version", change->version != NULL ? change->version : "1"}};
     if (!loglin_safetensors_write(to, tensors, count, metadata, 2, &error)) {
         support_die("%s", error.text);
     }
@@ -430,8 +405,7 @@ static void write_changed(const char *from, const char *to, const state_change *
     free(values);
 }
 
-Test(model, bad_session_files)
-{
+Test(model, bad_session_files) {
     static const state_change changes[] = {
         {.what = "version", .version = "2", .position = -2},
         {.what = "missing tensor", .drop = "conv.1", .position = -2},
@@ -467,8 +441,7 @@ Test(model, bad_session_files)
     support_remove_folder(folder);
 }
 
-Test(model, bad_arguments)
-{
+Test(model, bad_arguments) {
     loglin_model *model = open_model(GATED_DELTA, NULL);
     loglin_session *session = start(model, 2);
     float logits[2 * VOCABULARY];
@@ -529,11 +502,11 @@ static const shape_case shapes[] = {
     {DELTA_CONFIG("\"hidden_size\": 32, \"num_heads\": 2, \"head_dim\": 48, \"expand_v\": 1.5, \"conv_size\": 2, "
                   "\"conv_bias\": true, \"tie_word_embeddings\": true, \"intermediate_size\": null"),
      LOGLIN_TENSOR_BF16, 7, 64, 4},
-    {DELTA_CONFIG("\"hidden_size\": 7, \"num_heads\": 1, \"head_dim\": 1, \"expand_v\": 3"), LOGLIN_TENSOR_F16, 7, 5, 1},
+    {DELTA_CONFIG("\"hidden_size\": 7, \"num_heads\": 1, \"head_dim\": 1, \"expand_v\": 3"), LOGLIN_TENSOR_F16, 7, 5,
+     1},
 };
 
-static void check_shape(const shape_case *shape)
-{
+static void check_shape(const shape_case *shape) {
     enum { LENGTH = 45, SPLIT = 20 };
     char folder[64];
     int32_t ids[LENGTH];
@@ -570,16 +543,14 @@ static void check_shape(const shape_case *shape)
     free(logits);
 }
 
-Test(model, every_shape)
-{
+Test(model, every_shape) {
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         check_shape(&shapes[i]);
     }
 }
 
 /* The kernels and products for GPUs, on whatever device is here: the same answers. */
-Test(model, as_on_a_gpu)
-{
+Test(model, as_on_a_gpu) {
     support_open()->device->is_cpu = false;
     for (size_t i = 0; i < 2; i++) {
         check_logits(trained[i], NULL, 1e-4);
@@ -591,8 +562,7 @@ Test(model, as_on_a_gpu)
 }
 
 /* A sequence ends where the levels end, and the whole of it is right. */
-Test(model, full_length)
-{
+Test(model, full_length) {
     enum { LENGTH = 8 };
     char folder[64];
     const int32_t ids[LENGTH + 1] = {3, 1, 4, 1, 5, 9, 2, 6, 5};
@@ -623,8 +593,7 @@ static const char good_config[] =
     MAMBA2_CONFIG("\"hidden_size\": 16, \"expand\": 2, \"num_heads\": 2, \"head_dim\": 16, \"state_size\": 8");
 
 /* Opening fails with this status, and the error text holds `text`. */
-static void expect_refused(const char *folder, loglin_status status, const char *text)
-{
+static void expect_refused(const char *folder, loglin_status status, const char *text) {
     const support_device *device = support_open();
     loglin_model *model = NULL;
     cr_expect_eq(loglin_model_open(device->device, device->queue, folder, NULL, &model), status, "%s: %s", text,
@@ -633,8 +602,7 @@ static void expect_refused(const char *folder, loglin_status status, const char 
     cr_expect_not_null(strstr(loglin_last_error(), text), "\"%s\", expected \"%s\" in it", loglin_last_error(), text);
 }
 
-Test(model, bad_configs)
-{
+Test(model, bad_configs) {
     static const struct {
         const char *config;
         loglin_status status;
@@ -650,8 +618,8 @@ Test(model, bad_configs)
         {MAMBA2_CONFIG("\"hidden_size\": 1.5"), LOGLIN_BAD_FILE, "hidden_size is not an integer"},
         {MAMBA2_CONFIG("\"hidden_size\": \"16\""), LOGLIN_BAD_FILE, "hidden_size is not an integer"},
         {MAMBA2_CONFIG("\"hidden_size\": 16"), LOGLIN_BAD_FILE, "num_heads is missing"},
-        {MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 2, \"head_dim\": 1000, \"state_size\": 8"),
-         LOGLIN_BAD_FILE, "head_dim is 1000, expected 1 to 512"},
+        {MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 2, \"head_dim\": 1000, \"state_size\": 8"), LOGLIN_BAD_FILE,
+         "head_dim is 1000, expected 1 to 512"},
         {MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 2, \"head_dim\": 8, \"state_size\": 8"), LOGLIN_BAD_FILE,
          "expand * hidden_size is 32, expected num_heads * head_dim = 16"},
         {MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 8, \"state_size\": 8, \"n_groups\": 3"),
@@ -689,8 +657,7 @@ Test(model, bad_configs)
     support_remove_folder(folder);
 }
 
-Test(model, bad_tensors)
-{
+Test(model, bad_tensors) {
     static const char in_proj[] = "backbone.layers.1.mixer.in_proj.weight";
     char folder[64];
     support_make_folder(folder, sizeof folder);
@@ -745,8 +712,7 @@ Test(model, bad_tensors)
     expect_refused(folder, LOGLIN_IO, folder);
 }
 
-Test(model, bad_levels)
-{
+Test(model, bad_levels) {
     char folder[64];
     support_make_folder(folder, sizeof folder);
     support_lm lm = support_lm_make(good_config, LOGLIN_TENSOR_F32, 7, 20, 3);
@@ -759,8 +725,7 @@ Test(model, bad_levels)
     support_remove_folder(folder);
 }
 
-Test(model, bad_indexes)
-{
+Test(model, bad_indexes) {
     static const struct {
         const char *index;
         const char *text;
@@ -796,8 +761,7 @@ Test(model, bad_indexes)
 }
 
 /* A tensor in two shards. */
-Test(model, duplicate_tensor)
-{
+Test(model, duplicate_tensor) {
     char folder[64];
     support_make_folder(folder, sizeof folder);
     support_lm lm = support_lm_make(good_config, LOGLIN_TENSOR_F32, 7, 20, 3);

@@ -64,8 +64,7 @@ static void print_help(void) {
                  "Continues a prompt.  A model with a vocabulary of 256 speaks bytes: they are printed as they come.\n"
                  "Others are given ids, as \"17,4,256\", and print ids.  Speeds are on standard error at the end.\n"
                  "\n"
-                 "options:\n" LOGLIN_CLI_MODEL_HELP
-                 "  --prompt TEXT         what to continue\n"
+                 "options:\n" LOGLIN_CLI_MODEL_HELP "  --prompt TEXT         what to continue\n"
                  "  --ids LIST            the same as token ids\n"
                  "  --tokens N            how many tokens to generate\n"
                  "  --temperature X       sample from logits / X; 0 (default) takes the most probable token\n"
@@ -110,8 +109,8 @@ static loglin_cli_status parse(int argc, char **argv, generate_run *run) {
 
 /* ---- The prompt ------------------------------------------------------------------------------------------------- */
 
-static loglin_cli_status parse_ids(generate_run *run) {
-    const char *next = run->id_list;
+static loglin_cli_status parse_ids(generate_run *run, const char *list) {
+    const char *next = list;
     for (run->id_count = 0;; ++next) {
         char *end;
         errno = 0;
@@ -131,10 +130,12 @@ static loglin_cli_status parse_ids(generate_run *run) {
 
 static loglin_cli_status read_prompt(generate_run *run) {
     const char *text = run->prompt != NULL ? run->prompt : run->id_list;
-    const size_t room = strlen(text);
+    const size_t room = text != NULL ? strlen(text) : 0;
     if (run->prompt != NULL && run->model.info.vocabulary != BYTE_VOCABULARY) {
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--prompt needs a model of bytes, this one has a vocabulary of %zu: "
-                               "give --ids", run->model.info.vocabulary);
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT,
+                               "--prompt needs a model of bytes, this one has a vocabulary of %zu: "
+                               "give --ids",
+                               run->model.info.vocabulary);
     }
     if (room == 0) {
         return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "the prompt is empty");
@@ -146,7 +147,7 @@ static loglin_cli_status read_prompt(generate_run *run) {
         return loglin_cli_fail(LOGLIN_CLI_FAILED, "out of memory");
     }
     if (run->id_list != NULL) {
-        return parse_ids(run);
+        return parse_ids(run, text);
     }
     for (size_t i = 0; i < room; ++i) {
         run->ids[i] = (unsigned char)text[i];

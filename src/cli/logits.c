@@ -24,8 +24,10 @@ typedef struct logits_run {
 } logits_run;
 
 static loglin_cli_status parse(int argc, char **argv, logits_run *run) {
-    static const struct option table[] = {
-        LOGLIN_CLI_MODEL_OPTIONS, {"check", no_argument, NULL, 'C'}, {"json", no_argument, NULL, 'J'}, {NULL, 0, NULL, 0}};
+    static const struct option table[] = {LOGLIN_CLI_MODEL_OPTIONS,
+                                          {"check", no_argument, NULL, 'C'},
+                                          {"json", no_argument, NULL, 'J'},
+                                          {NULL, 0, NULL, 0}};
     opterr = 0;
     for (int option; (option = getopt_long(argc, argv, ":", table, NULL)) != -1;) {
         if (option == 'C') {
@@ -44,8 +46,7 @@ static loglin_cli_status parse(int argc, char **argv, logits_run *run) {
                      "IN     input_ids [B,T], I32 or I64\n"
                      "OUT    logits [B,T,vocabulary], F32\n"
                      "\n"
-                     "options:\n" LOGLIN_CLI_MODEL_HELP
-                     "  --check               compare with the tensor logits in IN\n"
+                     "options:\n" LOGLIN_CLI_MODEL_HELP "  --check               compare with the tensor logits in IN\n"
                      "  --json                print the report as a JSON object\n"
                      "  --help                print this text\n");
         return LOGLIN_CLI_OK;
@@ -164,10 +165,10 @@ static loglin_cli_status compute(logits_run *run) {
 }
 
 static loglin_cli_status print_json(const logits_run *run) {
-    json_t *report = json_pack("{s:s, s:s, s:I, s:I, s:f, s:s, s:o}", "command", "logits", "model", run->options.folder,
-                               "batch", (json_int_t)run->batch, "length", (json_int_t)run->length, "run_ms", run->ms,
-                               "output", run->out, "error",
-                               run->check && isfinite(run->error) ? json_real(run->error) : json_null());
+    json_t *report =
+        json_pack("{s:s, s:s, s:I, s:I, s:f, s:s, s:o}", "command", "logits", "model", run->options.folder, "batch",
+                  (json_int_t)run->batch, "length", (json_int_t)run->length, "run_ms", run->ms, "output", run->out,
+                  "error", run->check && isfinite(run->error) ? json_real(run->error) : json_null());
     const bool printed = report != NULL && json_dumpf(report, stdout, JSON_INDENT(2)) == 0;
     (void)putchar('\n');
     json_decref(report);

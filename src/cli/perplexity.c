@@ -16,7 +16,7 @@ enum { BYTE_VOCABULARY = 256 };
 typedef struct perplexity_run {
     loglin_cli_model_options options;
     const char *path;
-    size_t window;
+    size_t window, limit; /* bytes of a window; windows at most, 0: all */
     loglin_cli_model model;
     FILE *stream;
     unsigned char *bytes; /* of a window */
@@ -29,11 +29,18 @@ typedef struct perplexity_run {
 
 static loglin_cli_status parse(int argc, char **argv, perplexity_run *run) {
     static const struct option table[] = {
-        LOGLIN_CLI_MODEL_OPTIONS, {"window", required_argument, NULL, 'W'}, {"json", no_argument, NULL, 'J'}, {NULL, 0, NULL, 0}};
+        LOGLIN_CLI_MODEL_OPTIONS,
+        {"window", required_argument, NULL, 'W'},
+        {"windows", required_argument, NULL, 'L'},
+        {"json", no_argument, NULL, 'J'},
+        {NULL, 0, NULL, 0},
+    };
     opterr = 0;
     for (int option; (option = getopt_long(argc, argv, ":", table, NULL)) != -1;) {
         if (option == 'W') {
             RETURN_IF_FAILED(loglin_cli_parse_size("--window", optarg, 2, 1 << 24, &run->window));
+        } else if (option == 'L') {
+            RETURN_IF_FAILED(loglin_cli_parse_size("--windows", optarg, 1, SIZE_MAX, &run->limit));
         } else if (option == 'J') {
             run->options.json = true;
         } else {
@@ -41,15 +48,16 @@ static loglin_cli_status parse(int argc, char **argv, perplexity_run *run) {
         }
     }
     if (run->options.help) {
-        (void)printf("usage: loglin perplexity --model DIR FILE --window W [OPTIONS]\n"
-                     "\n"
-                     "Scores a text with a model of bytes.  The text is cut into windows of W bytes, the rest is left\n"
-                     "out; the mean over the windows of the cross-entropy of their bytes 1 .. W-1 is printed, in bits.\n"
-                     "\n"
-                     "options:\n" LOGLIN_CLI_MODEL_HELP
-                     "  --window W            bytes of a window, at least 2\n"
-                     "  --json                print the report as a JSON object\n"
-                     "  --help                print this text\n");
+        (void)printf(
+            "usage: loglin perplexity --model DIR FILE --window W [OPTIONS]\n"
+            "\n"
+            "Scores a text with a model of bytes.  The text is cut into windows of W bytes, the rest is left\n"
+            "out; the mean over the windows of the cross-entropy of their bytes 1 .. W-1 is printed, in bits.\n"
+            "\n"
+            "options:\n" LOGLIN_CLI_MODEL_HELP "  --window W            bytes of a window, at least 2\n"
+            "  --windows N           only the first N windows\n"
+            "  --json                print the report as a JSON object\n"
+            "  --help                print this text\n");
         return LOGLIN_CLI_OK;
     }
     if (argc - optind != 1) {
@@ -98,7 +106,8 @@ static loglin_cli_status score_window(perplexity_run *run) {
 
 static loglin_cli_status allocate(perplexity_run *run) {
     if (run->model.info.vocabulary != BYTE_VOCABULARY) {
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "perplexity needs a model of bytes, this one has a vocabulary of %zu",
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT,
+                               "perplexity needs a model of bytes, this one has a vocabulary of %zu",
                                run->model.info.vocabulary);
     }
     run->bytes = malloc(run->window);
@@ -119,7 +128,8 @@ static loglin_cli_status score(perplexity_run *run) {
     RETURN_IF_FAILED(allocate(run));
     RETURN_IF_FAILED(loglin_cli_model_start(&run->model, 1));
     const double begin = loglin_cli_now_ms();
-    while (fread(run->bytes, 1, run->window, run->stream) == run->window) {
+    while ((run->limit == 0 || run->windows < run->limit) &&
+           fread(run->bytes, 1, run->window, run->stream) == run->window) {
         RETURN_IF_FAILED(score_window(run));
     }
     run->ms = loglin_cli_now_ms() - begin;
@@ -144,10 +154,10 @@ static loglin_cli_status report(const perplexity_run *run) {
         (void)printf("score      %.6f bits per byte\n", bits);
         return LOGLIN_CLI_OK;
     }
-    json_t *object = json_pack("{s:s, s:s, s:s, s:I, s:I, s:f, s:o}", "command", "perplexity", "model",
-                               run->options.folder, "file", run->path, "window", (json_int_t)run->window, "windows",
-                               (json_int_t)run->windows, "run_ms", run->ms, "bits_per_byte",
-                               isfinite(bits) ? json_real(bits) : json_null());
+    json_t *object =
+        json_pack("{s:s, s:s, s:s, s:I, s:I, s:f, s:o}", "command", "perplexity", "model", run->options.folder, "file",
+                  run->path, "window", (json_int_t)run->window, "windows", (json_int_t)run->windows, "run_ms", run->ms,
+                  "bits_per_byte", isfinite(bits) ? json_real(bits) : json_null());
     const bool printed = object != NULL && json_dumpf(object, stdout, JSON_INDENT(2)) == 0;
     (void)putchar('\n');
     json_decref(object);

@@ -12,8 +12,9 @@ loglin_status loglin_session_buffer(const loglin_session *session, const char *n
     const loglin_device *device = session->model->device;
     size_t bytes = 0;
     if (__builtin_mul_overflow(count > 0 ? count : 1, element, &bytes) || bytes > device->info.max_allocation) {
-        return loglin_fail(LOGLIN_UNSUPPORTED, "%s needs a buffer of %zu elements of %zu bytes, the device allows %llu bytes",
-                           name, count, element, (unsigned long long)device->info.max_allocation);
+        return loglin_fail(LOGLIN_UNSUPPORTED,
+                           "%s needs a buffer of %zu elements of %zu bytes, the device allows %llu bytes", name, count,
+                           element, (unsigned long long)device->info.max_allocation);
     }
     cl_int code = CL_SUCCESS;
     *mem = clCreateBuffer(device->context, CL_MEM_READ_WRITE, bytes, NULL, &code);
@@ -62,15 +63,14 @@ loglin_status loglin_activations_create(const loglin_session *session, size_t ro
     RETURN_IF_ERROR(loglin_session_buffer(session, "p", rows * a->p_stride + SLACK, sizeof(float), &a->p));
     RETURN_IF_ERROR(loglin_session_buffer(session, "conv_v", rows * lm->inner, sizeof(float), &a->conv_v));
     RETURN_IF_ERROR(loglin_session_buffer(session, "y", rows * a->y_stride, sizeof(float), &a->y));
-    RETURN_IF_ERROR(
-        loglin_session_buffer(session, "logits", logit_rows * a->logits_stride, sizeof(float), &a->logits));
+    RETURN_IF_ERROR(loglin_session_buffer(session, "logits", logit_rows * a->logits_stride, sizeof(float), &a->logits));
     RETURN_IF_ERROR(create_attention(session, a));
     return pass ? create_products(session, a) : LOGLIN_OK;
 }
 
 void loglin_activations_destroy(loglin_activations *a) {
-    const cl_mem buffers[] = {a->ids, a->x, a->h,            a->p,    a->conv_v, a->q, a->k,        a->v,
-                              a->g,   a->o, a->level_scales, a->beta, a->y,      a->unpacked, a->both, a->logits};
+    const cl_mem buffers[] = {a->ids,          a->x,    a->h, a->p,        a->conv_v, a->q,     a->k, a->v, a->g, a->o,
+                              a->level_scales, a->beta, a->y, a->unpacked, a->both,   a->logits};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++) {
         if (buffers[i] != NULL) {
             (void)clReleaseMemObject(buffers[i]);
@@ -135,8 +135,8 @@ loglin_status loglin_mix_launch(const loglin_session *session, const loglin_acti
         KERNEL_ARGUMENT(a->level_scales),
         KERNEL_ARGUMENT(a->beta),
     };
-    const size_t items = lm->conv_channels / program->mix +
-                         (lm->heads * lm->levels + program->vec - 1) / program->vec + lm->heads;
+    const size_t items =
+        lm->conv_channels / program->mix + (lm->heads * lm->levels + program->vec - 1) / program->vec + lm->heads;
     *launch = (loglin_launch){
         .kernel = kernel,
         .global = {(items + program->local - 1) / program->local * program->local, count * length},
@@ -153,5 +153,5 @@ size_t loglin_prepared_bytes(size_t columns) {
 }
 
 size_t loglin_scratch_bytes(const loglin_model_program *program) {
-    return (LOGLIN_BLOCK * program->local + 2 * LOGLIN_BLOCK) * sizeof(float);
+    return (LOGLIN_BLOCK * program->local + (size_t)2 * LOGLIN_BLOCK) * sizeof(float);
 }

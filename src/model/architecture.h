@@ -9,8 +9,8 @@
 typedef struct loglin_architecture {
     loglin_op op;
     const char *embedding, *final_norm; /* tensor names */
-    const char *layers;                 /* what the names of a layer's tensors begin with; its number and a dot follow */
-    const char *level, *gate;           /* of the level weights and the MLP's gate, behind the dot */
+    const char *layers;       /* what the names of a layer's tensors begin with; its number and a dot follow */
+    const char *level, *gate; /* of the level weights and the MLP's gate, behind the dot */
     /* Reads all keys that are the architecture's own; those that both have are there already. */
     loglin_status (*parse)(const loglin_config *config, loglin_lm *lm);
     /* The tensors of a layer; how many. */

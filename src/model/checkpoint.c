@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Opening a folder: nothing in it is believed before it is checked. */
-#define _DEFAULT_SOURCE /* madvise */
+#define _DEFAULT_SOURCE /* madvise; NOLINT(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
 #include "model/checkpoint.h"
 
 #include "model/config.h"
@@ -293,8 +293,8 @@ const loglin_tensor *loglin_checkpoint_at(const loglin_checkpoint *checkpoint, s
 const loglin_tensor *loglin_checkpoint_find(const loglin_checkpoint *checkpoint, const char *name) {
     const loglin_tensor tensor = {.name = name};
     const loglin_tensor *key = &tensor;
-    const loglin_tensor **found = bsearch(&key, checkpoint->tensors, checkpoint->tensor_count, sizeof(loglin_tensor *),
-                                          compare_tensors);
+    const loglin_tensor **found =
+        bsearch(&key, checkpoint->tensors, checkpoint->tensor_count, sizeof(loglin_tensor *), compare_tensors);
     return found != NULL ? *found : NULL;
 }
 
@@ -325,8 +325,8 @@ static loglin_status check_shape(const loglin_checkpoint *checkpoint, const logl
     char expected[100];
     print_shape(tensor->rank, tensor->shape, is, sizeof is);
     print_shape(rank, shape, expected, sizeof expected);
-    return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is [%s], expected [%s]", checkpoint->folder, tensor->name, is,
-                       expected);
+    return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is [%s], expected [%s]", checkpoint->folder, tensor->name,
+                       is, expected);
 }
 
 /* Index of the first value that is not finite; count if there is none. */
@@ -355,11 +355,11 @@ static size_t find_not_finite(const loglin_tensor *tensor) {
 }
 
 void loglin_checkpoint_forget(const loglin_tensor *tensor) {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    const uintptr_t begin = ((uintptr_t)tensor->data + page - 1) / page * page;
-    const uintptr_t end = ((uintptr_t)tensor->data + tensor->size) / page * page;
-    if (begin < end) {
-        (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    const unsigned char *data = tensor->data;
+    const size_t skip = (page - (uintptr_t)data % page) % page; /* to the first page that is all the tensor's */
+    if (tensor->size >= skip + page) {
+        (void)madvise((void *)(data + skip), (tensor->size - skip) / page * page, MADV_DONTNEED);
     }
 }
 
@@ -408,8 +408,8 @@ static loglin_status complete(const loglin_checkpoint *checkpoint, loglin_lm *lm
 static void mark_used(const loglin_checkpoint *checkpoint, const char *name, bool *used) {
     const loglin_tensor tensor = {.name = name};
     const loglin_tensor *key = &tensor;
-    const loglin_tensor **found = bsearch(&key, checkpoint->tensors, checkpoint->tensor_count, sizeof(loglin_tensor *),
-                                          compare_tensors);
+    const loglin_tensor **found =
+        bsearch(&key, checkpoint->tensors, checkpoint->tensor_count, sizeof(loglin_tensor *), compare_tensors);
     if (found != NULL) {
         used[found - checkpoint->tensors] = true;
     }

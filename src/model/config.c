@@ -92,8 +92,8 @@ loglin_status loglin_config_size(const loglin_config *config, const char *key, s
     }
     const json_int_t number = json_integer_value(entry);
     if (number < 0 || (uint64_t)number < min || (uint64_t)number > max) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: %s is %lld, expected %zu to %zu", config->path, key,
-                           (long long)number, min, max);
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: %s is %lld, expected %zu to %zu", config->path, key, (long long)number,
+                           min, max);
     }
     *value = (size_t)number;
     return LOGLIN_OK;

@@ -160,8 +160,8 @@ static loglin_status set_embed(const loglin_session *session, loglin_launch *lau
 
 static loglin_status set_layer(loglin_session *session, size_t layer) {
     static const loglin_model_kernel ids[LOGLIN_STEP_LAUNCHES] = {
-        [LOGLIN_STEP_IN] = LOGLIN_KERNEL_norm_product,      [LOGLIN_STEP_MIX] = LOGLIN_KERNEL_attention_inputs,
-        [LOGLIN_STEP_OUT] = LOGLIN_KERNEL_gated_product,    [LOGLIN_STEP_GATE_UP] = LOGLIN_KERNEL_norm_swiglu,
+        [LOGLIN_STEP_IN] = LOGLIN_KERNEL_norm_product,   [LOGLIN_STEP_MIX] = LOGLIN_KERNEL_attention_inputs,
+        [LOGLIN_STEP_OUT] = LOGLIN_KERNEL_gated_product, [LOGLIN_STEP_GATE_UP] = LOGLIN_KERNEL_norm_swiglu,
         [LOGLIN_STEP_DOWN] = LOGLIN_KERNEL_add_product,
     };
     const loglin_model *model = session->model;
@@ -171,10 +171,9 @@ static loglin_status set_layer(loglin_session *session, size_t layer) {
         RETURN_IF_ERROR(loglin_model_create_kernel(&session->program, ids[i], &launches[i].kernel));
     }
     const cl_mem vectors = model->layers[layer].vectors;
-    RETURN_IF_ERROR(set_norm_product(session, vectors, model->vector_at[LOGLIN_VECTOR_MIXER_NORM],
-                                     model->layers[layer].matrices[LOGLIN_MATRIX_IN], a->p_stride, vectors,
-                                     model->vector_at[LOGLIN_VECTOR_IN_BIAS], a->p, a->p_stride,
-                                     &launches[LOGLIN_STEP_IN]));
+    RETURN_IF_ERROR(set_norm_product(
+        session, vectors, model->vector_at[LOGLIN_VECTOR_MIXER_NORM], model->layers[layer].matrices[LOGLIN_MATRIX_IN],
+        a->p_stride, vectors, model->vector_at[LOGLIN_VECTOR_IN_BIAS], a->p, a->p_stride, &launches[LOGLIN_STEP_IN]));
     RETURN_IF_ERROR(loglin_mix_launch(session, a, layer, 0, session->sequences, 1, launches[LOGLIN_STEP_MIX].kernel,
                                       &launches[LOGLIN_STEP_MIX]));
     RETURN_IF_ERROR(set_out(session, layer, &launches[LOGLIN_STEP_OUT]));
@@ -193,8 +192,7 @@ loglin_status loglin_fast_step_create(loglin_session *session) {
     for (size_t layer = 0; layer < model->lm.layers; layer++) {
         RETURN_IF_ERROR(set_layer(session, layer));
     }
-    RETURN_IF_ERROR(
-        loglin_model_create_kernel(&session->program, LOGLIN_KERNEL_embed, &session->step_embed.kernel));
+    RETURN_IF_ERROR(loglin_model_create_kernel(&session->program, LOGLIN_KERNEL_embed, &session->step_embed.kernel));
     RETURN_IF_ERROR(set_embed(session, &session->step_embed));
     RETURN_IF_ERROR(
         loglin_model_create_kernel(&session->program, LOGLIN_KERNEL_norm_product, &session->step_head.kernel));

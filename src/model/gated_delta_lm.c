@@ -84,7 +84,8 @@ static size_t layer_tensors(const loglin_lm *lm, const char *prefix, loglin_lm_t
     tensors[n++] = loglin_lm_matrix_tensor(prefix, "attn.g_proj.weight", lm->inner, hidden, matrix, in.z);
     tensors[n++] = loglin_lm_matrix_tensor(prefix, "attn.b_proj.weight", lm->heads, hidden, matrix, in.beta);
     tensors[n++] = loglin_lm_matrix_tensor(prefix, "attn.a_proj.weight", lm->heads, hidden, matrix, in.dt);
-    tensors[n++] = loglin_lm_matrix_tensor(prefix, "attn.l_proj.weight", lm->heads * lm->levels, hidden, matrix, in.level);
+    tensors[n++] =
+        loglin_lm_matrix_tensor(prefix, "attn.l_proj.weight", lm->heads * lm->levels, hidden, matrix, in.level);
     tensors[n++] = loglin_lm_matrix_tensor(prefix, "attn.o_proj.weight", hidden, lm->inner, LOGLIN_MATRIX_OUT, 0);
     tensors[n++] = loglin_lm_vector_tensor(prefix, "attn.dt_bias", lm->heads, LOGLIN_VECTOR_DT_BIAS, 0);
     tensors[n++] = loglin_lm_vector_tensor(prefix, "attn.A_log", lm->heads, LOGLIN_VECTOR_A, 0);

@@ -19,7 +19,7 @@
     X(unpack)                                                                                                          \
     X(begin_product)                                                                                                   \
     X(finish_swiglu)                                                                                                   \
-    X(attention_inputs)                                                                                                           \
+    X(attention_inputs)                                                                                                \
     X(conv_tail)
 
 #define LOGLIN_MODEL_KERNEL_ENUM(name) LOGLIN_KERNEL_##name,
@@ -48,8 +48,10 @@ typedef struct loglin_kernel_argument {
     const void *value;
 } loglin_kernel_argument;
 
-#define KERNEL_ARGUMENT(variable) {sizeof(variable), &(variable)}
-#define KERNEL_LOCAL(bytes) {(bytes), NULL}
+#define KERNEL_ARGUMENT(variable)                                                                                      \
+    { sizeof(variable), &(variable) }
+#define KERNEL_LOCAL(bytes)                                                                                            \
+    { (bytes), NULL }
 
 loglin_status loglin_set_arguments(cl_kernel kernel, const loglin_kernel_argument *arguments, size_t count);
 

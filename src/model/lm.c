@@ -41,7 +41,7 @@ static loglin_status find_architecture(const loglin_config *config, const loglin
 }
 
 static loglin_status parse_keys(const loglin_config *config, loglin_lm *lm) {
-    const loglin_architecture *architecture = NULL;
+    const loglin_architecture *architecture = &loglin_mamba2_lm;
     RETURN_IF_ERROR(find_architecture(config, &architecture));
     double norm_eps = architecture == &loglin_mamba2_lm ? 1e-5 : 1e-6;
     *lm = (loglin_lm){.op = architecture->op, .dt_min = 0, .dt_max = INFINITY};
@@ -113,12 +113,11 @@ size_t loglin_lm_layer_tensors(const loglin_lm *lm, size_t layer, loglin_lm_tens
 size_t loglin_lm_model_tensors(const loglin_lm *lm, loglin_lm_tensor *tensors) {
     const loglin_architecture *architecture = architecture_of(lm);
     size_t n = 0;
-    tensors[n++] = loglin_lm_matrix_tensor("", architecture->embedding, lm->vocabulary, lm->hidden,
-                                           LOGLIN_MATRIX_EMBEDDING, 0);
+    tensors[n++] =
+        loglin_lm_matrix_tensor("", architecture->embedding, lm->vocabulary, lm->hidden, LOGLIN_MATRIX_EMBEDDING, 0);
     tensors[n++] = loglin_lm_vector_tensor("", architecture->final_norm, lm->hidden, LOGLIN_VECTOR_FINAL_NORM, 0);
     if (!lm->tied) {
-        tensors[n++] =
-            loglin_lm_matrix_tensor("", "lm_head.weight", lm->vocabulary, lm->hidden, LOGLIN_MATRIX_HEAD, 0);
+        tensors[n++] = loglin_lm_matrix_tensor("", "lm_head.weight", lm->vocabulary, lm->hidden, LOGLIN_MATRIX_HEAD, 0);
     }
     return n;
 }

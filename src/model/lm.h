@@ -31,7 +31,7 @@ typedef struct loglin_lm {
 
 /* Where things are among the columns of p, and q, k, v among the channels of the convolution. */
 typedef struct loglin_lm_layout {
-    size_t columns; /* of p */
+    size_t columns;                  /* of p */
     size_t z, conv, dt, beta, level; /* beta: LOGLIN_GATED_DELTA only */
     size_t q, k, v;
 } loglin_lm_layout;
@@ -79,12 +79,12 @@ typedef enum loglin_vector_id {
 typedef struct loglin_lm_tensor {
     char name[160];
     size_t rank, shape[3];
-    bool is_matrix;
     loglin_matrix_id matrix;
     loglin_vector_id vector;
-    size_t at;            /* first row of the matrix, first element of the vector (channel of LOGLIN_VECTOR_CONV) */
-    size_t repeat, tile;  /* of vectors: each element so often, then the whole so often */
-    bool interleave_odd;  /* of LOGLIN_MATRIX_GATE_UP: the blocks of up */
+    size_t at;           /* first row of the matrix, first element of the vector (channel of LOGLIN_VECTOR_CONV) */
+    size_t repeat, tile; /* of vectors: each element so often, then the whole so often */
+    bool is_matrix;      /* else a vector */
+    bool interleave_odd; /* of LOGLIN_MATRIX_GATE_UP: the blocks of up */
 } loglin_lm_tensor;
 
 enum { LOGLIN_LM_MAX_LAYER_TENSORS = 24, LOGLIN_LM_MODEL_TENSORS = 3 };

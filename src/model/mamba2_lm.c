@@ -61,7 +61,8 @@ static size_t layer_tensors(const loglin_lm *lm, const char *prefix, loglin_lm_t
     size_t n = loglin_lm_mlp_tensors(lm, prefix, tensors);
     tensors[n++] = loglin_lm_vector_tensor(prefix, "mixer_norm.weight", lm->hidden, LOGLIN_VECTOR_MIXER_NORM, 0);
     tensors[n++] = loglin_lm_matrix_tensor(prefix, "mixer.in_proj.weight", columns, lm->hidden, LOGLIN_MATRIX_IN, 0);
-    tensors[n++] = loglin_lm_matrix_tensor(prefix, "mixer.out_proj.weight", lm->hidden, lm->inner, LOGLIN_MATRIX_OUT, 0);
+    tensors[n++] =
+        loglin_lm_matrix_tensor(prefix, "mixer.out_proj.weight", lm->hidden, lm->inner, LOGLIN_MATRIX_OUT, 0);
     if (lm->bias) {
         tensors[n++] = loglin_lm_vector_tensor(prefix, "mixer.in_proj.bias", columns, LOGLIN_VECTOR_IN_BIAS, 0);
         tensors[n++] = loglin_lm_vector_tensor(prefix, "mixer.out_proj.bias", lm->hidden, LOGLIN_VECTOR_OUT_BIAS, 0);

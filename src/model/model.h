@@ -35,8 +35,8 @@ struct loglin_model {
     loglin_dtype matrix_dtype;
     loglin_layer *layers;
     cl_mem embedding;
-    cl_mem head;                                /* the embedding, retained once more, where they are tied */
-    size_t vector_at[LOGLIN_LAYER_VECTORS];     /* element offsets in a layer's vectors */
+    cl_mem head;                            /* the embedding, retained once more, where they are tied */
+    size_t vector_at[LOGLIN_LAYER_VECTORS]; /* element offsets in a layer's vectors */
     cl_mem final_norm;
     cl_mem no_bias; /* zeros, for the head and the MLP */
     uint64_t parameters, weight_bytes;

@@ -124,9 +124,9 @@ static loglin_status enqueue_tiles(loglin_session *session, const product *p) {
     const cl_uint bias_at = (cl_uint)p->bias_at;
     const cl_int add = p->add;
     const loglin_kernel_argument arguments[] = {
-        KERNEL_ARGUMENT(p->in),    KERNEL_ARGUMENT(in_stride), KERNEL_ARGUMENT(tokens),  KERNEL_ARGUMENT(run),
-        KERNEL_ARGUMENT(p->w),     KERNEL_ARGUMENT(columns),   KERNEL_ARGUMENT(p->bias), KERNEL_ARGUMENT(bias_at),
-        KERNEL_ARGUMENT(add),      KERNEL_ARGUMENT(p->y),      KERNEL_ARGUMENT(y_stride),
+        KERNEL_ARGUMENT(p->in), KERNEL_ARGUMENT(in_stride), KERNEL_ARGUMENT(tokens),   KERNEL_ARGUMENT(run),
+        KERNEL_ARGUMENT(p->w),  KERNEL_ARGUMENT(columns),   KERNEL_ARGUMENT(p->bias),  KERNEL_ARGUMENT(bias_at),
+        KERNEL_ARGUMENT(add),   KERNEL_ARGUMENT(p->y),      KERNEL_ARGUMENT(y_stride),
     };
     return LAUNCH(session, LOGLIN_KERNEL_product_tiles, arguments, p->blocks, (p->rows + RUN - 1) / RUN, 1);
 }
@@ -174,7 +174,7 @@ static loglin_status enqueue_product(loglin_session *session, const product *p) 
     const cl_uint bias_at = (cl_uint)p->bias_at;
     const cl_int add = p->add;
     const loglin_kernel_argument arguments[] = {
-        KERNEL_ARGUMENT(p->bias), KERNEL_ARGUMENT(bias_at), KERNEL_ARGUMENT(add),
+        KERNEL_ARGUMENT(p->bias), KERNEL_ARGUMENT(bias_at),  KERNEL_ARGUMENT(add),
         KERNEL_ARGUMENT(p->y),    KERNEL_ARGUMENT(y_stride),
     };
     RETURN_IF_ERROR(LAUNCH(session, LOGLIN_KERNEL_begin_product, arguments, p->blocks * LOGLIN_BLOCK, p->rows, 0));
@@ -311,13 +311,12 @@ static loglin_status enqueue_tails(loglin_session *session, const loglin_pass *p
     const cl_uint length = (cl_uint)pass->length;
     const cl_ulong tails_at = pass->first * (lm->conv_kernel - 1) * lm->conv_channels;
     const loglin_kernel_argument arguments[] = {
-        KERNEL_ARGUMENT(a->p),
-        KERNEL_ARGUMENT(p_stride),
-        KERNEL_ARGUMENT(length),
-        KERNEL_ARGUMENT(session->layers[layer].tails),
+        KERNEL_ARGUMENT(a->p),     KERNEL_ARGUMENT(p_stride),
+        KERNEL_ARGUMENT(length),   KERNEL_ARGUMENT(session->layers[layer].tails),
         KERNEL_ARGUMENT(tails_at),
     };
-    return LAUNCH(session, LOGLIN_KERNEL_conv_tail, arguments, lm->conv_channels / session->program.mix, pass->count, 0);
+    return LAUNCH(session, LOGLIN_KERNEL_conv_tail, arguments, lm->conv_channels / session->program.mix, pass->count,
+                  0);
 }
 
 /* ---- Layers ----------------------------------------------------------------------------------------------------- */
@@ -348,8 +347,8 @@ static loglin_status enqueue_mixer(loglin_session *session, const loglin_pass *p
                          .blocks = a->x_stride / LOGLIN_BLOCK,
                          .bias_at = model->vector_at[LOGLIN_VECTOR_OUT_BIAS],
                          .add = true};
-    RETURN_IF_ERROR(enqueue_norm(session, weights->vectors, model->vector_at[LOGLIN_VECTOR_MIXER_NORM], 0, a->x_stride,
-                                 rows));
+    RETURN_IF_ERROR(
+        enqueue_norm(session, weights->vectors, model->vector_at[LOGLIN_VECTOR_MIXER_NORM], 0, a->x_stride, rows));
     RETURN_IF_ERROR(enqueue_product(session, &in));
     RETURN_IF_ERROR(enqueue_mix(session, pass, layer));
     if (pass->length > 1) {
@@ -438,8 +437,8 @@ static loglin_status enqueue_embed(loglin_session *session, size_t rows) {
         KERNEL_ARGUMENT(a->x),
         KERNEL_ARGUMENT(x_stride),
     };
-    RETURN_IF_CL_ERROR(clEnqueueWriteBuffer(session->queue, a->ids, CL_FALSE, 0, rows * sizeof(cl_int), session->ids,
-                                            0, NULL, NULL));
+    RETURN_IF_CL_ERROR(
+        clEnqueueWriteBuffer(session->queue, a->ids, CL_FALSE, 0, rows * sizeof(cl_int), session->ids, 0, NULL, NULL));
     return LAUNCH(session, LOGLIN_KERNEL_embed, arguments, session->model->lm.hidden, rows, 0);
 }
 

@@ -87,8 +87,7 @@ static loglin_status create_parts(loglin_session *session) {
         RETURN_IF_ERROR(create_layer_state(session, &session->layers[layer]));
     }
     for (size_t id = 0; id < LOGLIN_MODEL_KERNEL_COUNT; id++) {
-        RETURN_IF_ERROR(
-            loglin_model_create_kernel(&session->program, (loglin_model_kernel)id, &session->kernels[id]));
+        RETURN_IF_ERROR(loglin_model_create_kernel(&session->program, (loglin_model_kernel)id, &session->kernels[id]));
     }
     RETURN_IF_ERROR(create_step_plan(session));
     if (loglin_fast_step_applies(session)) {
@@ -240,7 +239,7 @@ static size_t piece_of(const loglin_session *session, size_t sequences) {
 }
 
 loglin_status loglin_session_prefill(loglin_session *session, size_t sequence, const int32_t *ids, size_t count,
-                                     float *logits) {
+                                     float *logits) { /* NOLINT(readability-non-const-parameter) */
     RETURN_IF_ERROR(check_sequence(session, sequence));
     RETURN_IF_ERROR(check_room(session, sequence, 1, count));
     RETURN_IF_ERROR(check_tokens(session, ids, count));
@@ -258,6 +257,7 @@ loglin_status loglin_session_prefill(loglin_session *session, size_t sequence, c
     return LOGLIN_OK;
 }
 
+/* NOLINTNEXTLINE(readability-non-const-parameter) */
 loglin_status loglin_session_score(loglin_session *session, const int32_t *ids, size_t length, float *logits) {
     RETURN_IF_ERROR(check_sequence(session, 0));
     RETURN_IF_ERROR(check_room(session, 0, session->sequences, length));
@@ -289,8 +289,8 @@ static loglin_status run_fast_step(loglin_session *session, float *logits) {
     const loglin_activations *a = &session->step_activations;
     const size_t origin[3] = {0, 0, 0};
     const size_t region[3] = {vocabulary * sizeof(float), n, 1};
-    RETURN_IF_CL_ERROR(clEnqueueWriteBuffer(session->queue, a->ids, CL_FALSE, 0, n * sizeof(cl_int), session->ids, 0,
-                                            NULL, NULL));
+    RETURN_IF_CL_ERROR(
+        clEnqueueWriteBuffer(session->queue, a->ids, CL_FALSE, 0, n * sizeof(cl_int), session->ids, 0, NULL, NULL));
     RETURN_IF_ERROR(loglin_fast_step_enqueue(session));
     if (logits != NULL) {
         RETURN_IF_CL_ERROR(clEnqueueReadBufferRect(session->queue, a->logits, CL_FALSE, origin, origin, region,
@@ -307,11 +307,8 @@ loglin_status loglin_session_step(loglin_session *session, const int32_t *ids, f
     RETURN_IF_ERROR(check_tokens(session, ids, n));
     memcpy(session->ids, ids, n * sizeof *ids);
     if (session->step_activations.rows == 0) {
-        const loglin_pass pass = {.first = 0,
-                                  .count = n,
-                                  .length = 1,
-                                  .logits = logits,
-                                  .sequence_stride = session->model->lm.vocabulary};
+        const loglin_pass pass = {
+            .first = 0, .count = n, .length = 1, .logits = logits, .sequence_stride = session->model->lm.vocabulary};
         return loglin_pass_run(session, &pass);
     }
     const loglin_status status = run_fast_step(session, logits);

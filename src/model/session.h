@@ -18,12 +18,12 @@ typedef struct loglin_activations {
     size_t x_stride, h_stride, p_stride, y_stride, logits_stride;
     size_t logit_rows; /* of logits */
     cl_mem ids;
-    cl_mem x;      /* the residual stream */
-    cl_mem h;      /* a product's input; NULL for the fast step */
-    cl_mem p;      /* all input projections */
-    cl_mem conv_v; /* v behind the convolution */
+    cl_mem x;                                 /* the residual stream */
+    cl_mem h;                                 /* a product's input; NULL for the fast step */
+    cl_mem p;                                 /* all input projections */
+    cl_mem conv_v;                            /* v behind the convolution */
     cl_mem q, k, v, g, level_scales, beta, o; /* of the attention */
-    cl_mem y;        /* of the MLP */
+    cl_mem y;                                 /* of the MLP */
     cl_mem unpacked; /* matrices as CLBlast reads them, and both halves of the MLP; NULL on CPUs */
     cl_mem both;
     cl_mem logits;
@@ -115,7 +115,7 @@ void loglin_pass_destroy(loglin_session *session);
 typedef struct loglin_pass {
     size_t first, count, length; /* `length` tokens each of the sequences first .. first+count-1 */
     bool every_logit;            /* of every token, else of the last one of each sequence */
-    float *logits;               /* NULL: none; [count, length or 1, vocabulary] with sequence_stride between sequences */
+    float *logits; /* NULL: none; [count, length or 1, vocabulary] with sequence_stride between sequences */
     size_t sequence_stride;
 } loglin_pass;
 

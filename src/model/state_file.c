@@ -133,7 +133,7 @@ loglin_status loglin_session_save(loglin_session *session, const char *path) {
         status = save(session, path, arrays, count, tensors, positions);
     }
     for (size_t i = 0; i < count; i++) {
-        free((void *)(uintptr_t)tensors[i].data);
+        free((void *)tensors[i].data);
     }
     free(positions);
     free(tensors);

@@ -2,8 +2,8 @@
 /* From the tensors of a checkpoint to the arrays that the kernels read. */
 #include "model/model.h"
 
-#include "runtime/status.h"
 #include "runtime/device.h"
+#include "runtime/status.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -150,10 +150,9 @@ static loglin_status upload_matrix(const upload *up, const loglin_lm_tensor *pla
     RETURN_IF_ERROR(create_buffer(up, places[0].name, what.rows / LOGLIN_BLOCK * block_bytes, mem));
     void *row_buffer = malloc(what.columns * sizeof(float));
     void *portion = malloc(portion_blocks * block_bytes);
-    const loglin_status status =
-        row_buffer == NULL || portion == NULL
-            ? loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of memory", places[0].name)
-            : write_portions(up, &what, *mem, portion_blocks, row_buffer, portion);
+    const loglin_status status = row_buffer == NULL || portion == NULL
+                                     ? loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of memory", places[0].name)
+                                     : write_portions(up, &what, *mem, portion_blocks, row_buffer, portion);
     free(row_buffer);
     free(portion);
     return status;
