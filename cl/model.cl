@@ -96,6 +96,7 @@ float softplus(float x) { return fmax(x, 0.0f) + log1p(exp(-fabs(x))); }
 /* The sum of x over the work-group, in every work-item; scratch has LOCAL floats. */
 float sum_over_group(float x, __local float *scratch) {
 #if LOCAL == 1
+    (void)scratch;
     return x;
 #else
     const uint me = get_local_id(0);
@@ -115,6 +116,7 @@ float sum_over_group(float x, __local float *scratch) {
 /* The sum of 16 values over the work-group, to sums[16]; scratch has 16 * LOCAL floats. */
 void sum16_over_group(float16 x, __local float *sums, __local float *scratch) {
 #if LOCAL == 1
+    (void)scratch;
     vstore16(x, 0, sums);
 #else
     const uint me = get_local_id(0);
@@ -582,6 +584,8 @@ __kernel void attention_inputs(const __global float *projections, ulong p_stride
         g[token * HEADS + head] = fmax(vectors[a_at + head] * dt, -1e6f); /* exp of either is 0; sums stay finite */
 #if DELTA
         beta[token * HEADS + head] = sigmoid(p[BETA_AT + head]);
+#else
+        (void)beta;
 #endif
     }
 }

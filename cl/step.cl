@@ -17,7 +17,7 @@
  * The levels that exist follow from the position alone, and so the loop over them is the same for a whole group.
  * With log_decay the decays are kept apart from the states, so a level that does not move is not written.  The
  * position and log_decay are read by many groups here; step_advance changes them afterwards, in a launch of its own.
- * Nothing returns early: PoCL 3.1 compiles a barrier behind a return wrongly.
+ * Nothing skips a barrier: PoCL 3.1 compiles one behind a return or a continue wrongly, even a uniform one.
  */
 
 /* The problem. */
@@ -211,10 +211,15 @@ step_token(__global const storage *q, ulong q_offset, __global const storage *k,
         /* From the top down, so that a level has been read when the one below it moves there. */
         for (uint to = STEP_LEVELS - 1; to > 0; --to) {
             const uint sources = step_sources(now, to);
+#if !STEP_DELTA || STEP_ITEMS == 1 /* never past the delta rule's barriers */
             if (sources == 0) {
                 continue;
             }
+#endif
             step_vec tile[STEP_ROWS * STEP_VECTORS];
+            for (uint i = 0; sources == 0 && i < STEP_ROWS * STEP_VECTORS; ++i) {
+                tile[i] = 0.0f;
+            }
             for (uint left = sources; left != 0;) {
                 const uint l = 31 - clz(left);
                 const bool is_first = left == sources;
@@ -274,7 +279,7 @@ step_token(__global const storage *q, ulong q_offset, __global const storage *k,
                 }
             }
 #endif
-            if (!log_decay || sources != 1u << to) {
+            if (sources != 0 && (!log_decay || sources != 1u << to)) {
                 __global float *level = values + (ulong)to * STEP_K * STEP_V;
                 STEP_UNROLL
                 for (uint i = 0; i < STEP_ROWS; ++i) {

@@ -118,7 +118,8 @@ static loglin_status lay_out(const loglin_problem *problem, bool gradients, phas
     /* Side by side as many sequences as leave room for some waves; at least as many waves as there are states. */
     const size_t least_waves = minimum(waves, gradients ? panel.columns + 1u : 1u);
     const size_t most_slots = maximum(1, minimum(panel_budget / slot_bytes, max_matrices / panel.heads));
-    panel.batch_width = (unsigned)maximum(1, minimum(sequences, most_slots / maximum(least_waves, minimum(waves, 8))));
+    const size_t some_waves = maximum(1, maximum(least_waves, minimum(waves, 8)));
+    panel.batch_width = (unsigned)maximum(1, minimum(sequences, most_slots / some_waves));
     panel.waves = (unsigned)waves;
     layout->panel_waves = minimum(waves, maximum(least_waves, most_slots / panel.batch_width));
     if (layout->panel_waves * panel.batch_width * panel.heads > max_matrices) {

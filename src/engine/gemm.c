@@ -50,13 +50,13 @@ loglin_status loglin_gemm_enqueue(const loglin_gemm *gemm, cl_command_queue queu
 
 /* A first product of every kind, so that none compiles later. */
 static loglin_status warm_up(loglin_device *device) {
-    enum { size = 4 };
+    const size_t size = 4;
     cl_int code;
     cl_command_queue queue = clCreateCommandQueue(device->context, device->id, 0, &code);
     RETURN_IF_CL_ERROR(code);
-    float zeros[3 * size * size] = {0};
+    const float zeros[3 * 4 * 4] = {0};
     cl_mem buffer =
-        clCreateBuffer(device->context, CL_MEM_READ_WRITE | CL_MEM_COPY_HOST_PTR, sizeof zeros, zeros, &code);
+        clCreateBuffer(device->context, CL_MEM_READ_WRITE | CL_MEM_COPY_HOST_PTR, sizeof zeros, (void *)zeros, &code);
     loglin_status status = LOGLIN_OK;
     if (code != CL_SUCCESS) {
         status = loglin_fail(code, "clCreateBuffer: %s", loglin_strerror(code));

@@ -29,7 +29,7 @@ static size_t min_size(size_t a, size_t b) {
 }
 
 static size_t ceil_div(size_t a, size_t b) {
-    return (a + b - 1) / b;
+    return b > 0 ? (a + b - 1) / b : 0;
 }
 
 static size_t next_power_of_two(size_t x) {

@@ -76,7 +76,7 @@ typedef struct loglin_argument {
 #define NO_ARGUMENTS ((const loglin_argument[]){{.kind = ARGUMENT_END}})
 
 /* Enqueues a kernel over x times y times z work-items; x is rounded up to whole work-groups. */
-void loglin_tape_launch(loglin_tape *tape, loglin_chunk_kernel kernel, size_t x, size_t y, size_t z,
+void loglin_tape_launch(loglin_tape *tape, loglin_chunk_kernel id, size_t x, size_t y, size_t z,
                         const loglin_argument *arguments);
 
 typedef struct loglin_product {
