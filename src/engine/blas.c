@@ -121,10 +121,9 @@ static loglin_status lay_out(const loglin_problem *problem, bool gradients, phas
     const size_t some_waves = maximum(1, maximum(least_waves, minimum(waves, 8)));
     panel.batch_width = (unsigned)maximum(1, minimum(sequences, most_slots / some_waves));
     panel.waves = (unsigned)waves;
-    layout->panel_waves = minimum(waves, maximum(least_waves, most_slots / panel.batch_width));
-    if (layout->panel_waves * panel.batch_width * panel.heads > max_matrices) {
-        layout->panel_waves = maximum(1, max_matrices / ((size_t)panel.batch_width * panel.heads));
-    }
+    const size_t most_waves = max_matrices / ((size_t)panel.batch_width * panel.heads);
+    const size_t wanted_waves = minimum(waves, maximum(least_waves, most_slots / panel.batch_width));
+    layout->panel_waves = maximum(1, minimum(wanted_waves, most_waves));
     layout->panels = (waves + layout->panel_waves - 1) / layout->panel_waves;
     layout->tiles = (sequences + panel.batch_width - 1) / panel.batch_width;
     layout->slots = layout->tiles * waves * panel.batch_width;
