@@ -6,6 +6,9 @@
 #define NV_SEGMENT_BITS 3
 #define NV_SEGMENT (1 << NV_SEGMENT_BITS)
 
+/* Segments of a sequence: fewer than 2 to the power of this. */
+#define NV_SEGMENTS_BITS 14
+
 /* Columns of V that a work-group makes. */
 #define NV_TILE_V 64
 

@@ -13,7 +13,8 @@
  * States stand decayed to their block's end; from there on the decay is a scalar apart.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 32), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales), USED
- * (those that are read), NORMALIZE, STORAGE, WEIGHT_STORAGE, Q_STEPS, U_STEPS.
+ * (those that are read), NORMALIZE, STORAGE, WEIGHT_STORAGE, Q_STEPS, U_STEPS, NV_CACHED (blocks of segments that a
+ * walking work-group keeps in local memory, the smallest ones first; it reads the others again for every chunk).
  */
 
 #define K_STEPS (NV_K / 16)              /* products of 16 columns of K */
@@ -158,6 +159,13 @@ void fetch_values(__local uint4 *to, const __global ushort *v, uint tile, int ro
     }
 }
 
+/* Starts copying tiles to local memory; `count` is a multiple of NV_ITEMS. */
+void fetch_tiles(__local uint4 *to, const __global uint4 *from, int count) {
+    for (int i = get_local_id(0); i < count; i += NV_ITEMS) {
+        copy_16(&to[i], &from[i], 1);
+    }
+}
+
 /* 32 columns of the chunk's values: [i][j] has B of tokens 16 i.. for columns 16 j.., 16 j + 8.., two registers each. */
 void load_values(uint4 values[4][2], const __local uint4 *from, uint half_v) {
     const uint matrix = warp_lane() / 8, row = (matrix & 1) * 8 + (warp_lane() & 7);
@@ -193,20 +201,13 @@ void decay_values(uint4 values[4][2], const __local float *gates) {
     }
 }
 
-/* Adds V^T K: 32 columns of V times 16 U_STEPS columns of K, from step `first` on. */
-void add_state(float4 state[2][2 * U_STEPS], const uint4 values[4][2], const __global uint4 *keys, uint first) {
+/* Adds V^T K: 32 columns of V times 16 columns of K, tokens 16 i and on. */
+void add_state(float4 state[2][2 * U_STEPS], const uint4 values[2], uint4 key, int step) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-#pragma unroll
-        for (int step = 0; step < U_STEPS; step++) {
-            const uint4 key = keys[(i * K_STEPS + first + step) * 32 + warp_lane()];
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const uint4 a = values[i][j].xzyw;
-                mma(&state[j][2 * step], a, key.x, key.y);
-                mma(&state[j][2 * step + 1], a, key.z, key.w);
-            }
-        }
+    for (int j = 0; j < 2; j++) {
+        const uint4 a = values[j].xzyw;
+        mma(&state[j][2 * step], a, key.x, key.y);
+        mma(&state[j][2 * step + 1], a, key.z, key.w);
     }
 }
 
@@ -258,6 +259,7 @@ __kernel __attribute__((reqd_work_group_size(NV_ITEMS, 1, 1))) void
 nvidia_segments(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
                 ulong v_offset, const __global float *g, ulong g_offset, uint aligned) {
     __local uint4 values_at[2][NV_CHUNK * 8];
+    __local uint4 keys_at[2][4 * K_STEPS * 32];
     __local float gates[NV_SEGMENT][2 * NV_CHUNK];
     const uint item = get_local_id(0), warp = item / 32, half_v = warp % 2, half_k = warp / 2;
     const ulong id = get_group_id(0);
@@ -267,6 +269,15 @@ nvidia_segments(const loglin_nvidia_call call, __global float *ws, ulong ws_offs
     const uint first_chunk = segment * NV_SEGMENT, count = min((uint)NV_SEGMENT, call.chunks - first_chunk);
     const ulong first_token = (ulong)b * call.length + (ulong)first_chunk * NV_CHUNK;
 
+    /* All chunks are full where another segment follows. */
+    const int has_next = segment + 1 < call.segments;
+    const __global ushort *values_from = v + v_offset + (first_token * HEADS + head) * DIM_V + tile * NV_TILE_V;
+    const __global uint4 *keys = (const __global uint4 *)place(ws, ws_offset, call.products) + K_TILES +
+                                 (((ulong)b * GROUPS + head / (HEADS / GROUPS)) * call.chunks + first_chunk) * RECORD;
+    if (has_next) {
+        fetch_values(values_at[0], values_from, tile, NV_CHUNK, aligned);
+        fetch_tiles(keys_at[0], keys, 4 * K_STEPS * 32);
+    }
     for (uint i = warp; i < count; i += NV_ITEMS / 32) {
         scan_gates(gates[i], g, g_offset + (first_token + i * NV_CHUNK) * HEADS + head,
                    (int)(call.length - (first_chunk + i) * NV_CHUNK));
@@ -286,14 +297,9 @@ nvidia_segments(const loglin_nvidia_call call, __global float *ws, ulong ws_offs
             ((__global float *)place(ws, ws_offset, call.sums))[bh * call.segments + segment] = segment_sum;
         }
     }
-    if (segment + 1 == call.segments) {
+    if (!has_next) {
         return;
     }
-
-    /* All chunks are full from here on: another segment follows. */
-    const __global ushort *values_from = v + v_offset + (first_token * HEADS + head) * DIM_V + tile * NV_TILE_V;
-    const __global uint4 *keys = (const __global uint4 *)place(ws, ws_offset, call.products) + K_TILES +
-                                 (((ulong)b * GROUPS + head / (HEADS / GROUPS)) * call.chunks + first_chunk) * RECORD;
     __global uint4 *node = (__global uint4 *)place(ws, ws_offset, call.nodes) +
                            ((bh * TILES_V + tile) * call.segments + segment) * STATE;
     for (uint block = 0; block < U_BLOCKS; block++) {
@@ -303,14 +309,18 @@ nvidia_segments(const loglin_nvidia_call call, __global float *ws, ulong ws_offs
         for (int i = 0; i < 2 * U_STEPS; i++) {
             state[0][i] = state[1][i] = (float4)(0.0f);
         }
-        barrier(CLK_LOCAL_MEM_FENCE);
-        fetch_values(values_at[0], values_from, tile, NV_CHUNK, aligned);
+        if (block > 0) {
+            barrier(CLK_LOCAL_MEM_FENCE);
+            fetch_values(values_at[0], values_from, tile, NV_CHUNK, aligned);
+            fetch_tiles(keys_at[0], keys, 4 * K_STEPS * 32);
+        }
         for (uint i = 0; i < NV_SEGMENT; i++) {
             wait_for_copies();
             barrier(CLK_LOCAL_MEM_FENCE);
             if (i + 1 < NV_SEGMENT) {
                 fetch_values(values_at[(i + 1) % 2], values_from + (ulong)(i + 1) * (NV_CHUNK * HEADS * DIM_V), tile,
                              NV_CHUNK, aligned);
+                fetch_tiles(keys_at[(i + 1) % 2], keys + (ulong)(i + 1) * RECORD, 4 * K_STEPS * 32);
             }
             uint4 values[4][2];
             load_values(values, values_at[i % 2], half_v);
@@ -321,7 +331,14 @@ nvidia_segments(const loglin_nvidia_call call, __global float *ws, ulong ws_offs
                 state[0][j] *= kept;
                 state[1][j] *= kept;
             }
-            add_state(state, values, keys + (ulong)i * RECORD, first_step);
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+#pragma unroll
+                for (int step = 0; step < U_STEPS; step++) {
+                    add_state(state, values[t], keys_at[i % 2][(t * K_STEPS + first_step + step) * 32 + warp_lane()],
+                              step);
+                }
+            }
         }
 #pragma unroll
         for (int step = 0; step < U_STEPS; step++) {
@@ -378,9 +395,10 @@ nvidia_tree(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
 /* Level weights of a chunk's rows, and its gates' sums. */
 void fetch_rows(__local float *scales, __local float *gates, const __global weight *level_scales,
                 const __global float *gate_sums, int rows) {
-    for (int i = get_local_id(0); i < NV_CHUNK * USED; i += NV_ITEMS) {
-        const int row = i / USED, level = i % USED;
-        if (row < rows) {
+#pragma unroll
+    for (int turn = 0; turn < (NV_CHUNK * USED + NV_ITEMS - 1) / NV_ITEMS; turn++) {
+        const int i = turn * NV_ITEMS + (int)get_local_id(0), row = i / USED, level = i % USED;
+        if (row < min(rows, NV_CHUNK)) {
             const __global weight *from = level_scales + (ulong)row * (HEADS * LEVELS) + level;
 #if WEIGHT_STORAGE == 0
             copy_4(&scales[row * SCALES_ROW + level], from);
@@ -392,9 +410,9 @@ void fetch_rows(__local float *scales, __local float *gates, const __global weig
     copy_4(&gates[get_local_id(0)], gate_sums + get_local_id(0));
 }
 
-/* The rows of q of a warp: two tiles of 16, their weights (at most one for each register's rows) and their sums. */
+/* The rows of a warp: two tiles of 16. */
 typedef struct row_tiles {
-    uint tile[2]; /* which 16 rows */
+    uint tile[2];   /* which 16 rows */
     float start[4]; /* decay from the chunk's start, times scale, of rows r, r+8 of the first tile, then the second */
 } row_tiles;
 
@@ -435,13 +453,10 @@ uint4 weigh_products(uint4 product, uint i, uint j, const __local float *scales,
         float weight[6];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            weight[e] = is_past[e] ? scales[t * SCALES_ROW + level[e]] *
-                                         decay((early - sum[e]) + (early_rest - rest[e]))
-                                   : 0.0f;
+            weight[e] = scales[t * SCALES_ROW + level[e]] * decay((early - sum[e]) + (early_rest - rest[e]));
             weight[2 + e] = scales[(t + 8) * SCALES_ROW + 4] * decay((late - sum[e]) + (late_rest - rest[e]));
-            weight[4 + e] = is_past[e] ? scales[(t + 8) * SCALES_ROW + level[e]] *
-                                             decay((late - sum[2 + e]) + (late_rest - rest[2 + e]))
-                                       : 0.0f;
+            weight[4 + e] =
+                scales[(t + 8) * SCALES_ROW + level[e]] * decay((late - sum[2 + e]) + (late_rest - rest[2 + e]));
         }
         return (uint4)(pack(is_past[0] ? a.x * weight[0] : 0.0f, is_past[1] ? a.y * weight[1] : 0.0f),
                        pack(b.x * weight[2], b.y * weight[3]), 0u,
@@ -467,13 +482,13 @@ uint4 weigh_products(uint4 product, uint i, uint j, const __local float *scales,
 /* Rows r and r+8 of a tile of o: an item writes 8 columns of a row. */
 void store_outputs(__global ushort *o, const float4 sum[4], int row, int rows, int has_columns, int aligned) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint4 x = transpose_quad(half ? (uint4)(pack(sum[0].z, sum[0].w), pack(sum[1].z, sum[1].w),
+    for (int lower = 0; lower < 2; lower++) {
+        const uint4 x = transpose_quad(lower ? (uint4)(pack(sum[0].z, sum[0].w), pack(sum[1].z, sum[1].w),
                                                       pack(sum[2].z, sum[2].w), pack(sum[3].z, sum[3].w))
                                             : (uint4)(pack(sum[0].x, sum[0].y), pack(sum[1].x, sum[1].y),
                                                       pack(sum[2].x, sum[2].y), pack(sum[3].x, sum[3].y)));
-        if (row + 8 * half < rows && has_columns) {
-            __global ushort *to = o + (ulong)(row + 8 * half) * (HEADS * DIM_V);
+        if (row + 8 * lower < rows && has_columns) {
+            __global ushort *to = o + (ulong)(row + 8 * lower) * (HEADS * DIM_V);
             if (aligned) {
                 *(__global uint4 *)to = x;
             } else {
@@ -488,14 +503,45 @@ void store_outputs(__global ushort *o, const float4 sum[4], int row, int rows, i
     }
 }
 
+/* A warp's rows of q. */
+void load_queries(uint4 q[Q_STEPS][2], const __global uint4 *record, row_tiles rows, uint block) {
+#pragma unroll
+    for (int step = 0; step < Q_STEPS; step++) {
+        q[step][0] = record[(rows.tile[0] * K_STEPS + block * Q_STEPS + step) * 32 + warp_lane()];
+        q[step][1] = record[(rows.tile[1] * K_STEPS + block * Q_STEPS + step) * 32 + warp_lane()];
+    }
+}
+
+/* Adds 16 rows of the weighted q k^T times the values; `i` is known to the compiler. */
+void add_products(float4 sum[4], const __global uint4 *record, const uint4 values[4][2], uint i,
+                  const __local float *scales, const __local float *gates) {
+    uint4 products[4];
+#pragma unroll
+    for (uint j = 0; j <= i; j++) {
+        products[j] = record[P_TILES + (i * (i + 1) / 2 + j) * 32 + warp_lane()];
+    }
+#pragma unroll
+    for (uint j = 0; j <= i; j++) {
+        const uint4 a = weigh_products(products[j], i, j, scales, gates);
+        mma(&sum[0], a, values[j][0].x, values[j][0].y);
+        mma(&sum[1], a, values[j][0].z, values[j][0].w);
+        mma(&sum[2], a, values[j][1].x, values[j][1].y);
+        mma(&sum[3], a, values[j][1].z, values[j][1].w);
+    }
+}
+
 __kernel __attribute__((reqd_work_group_size(NV_ITEMS, 1, 1))) void
 nvidia_walk(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
             ulong v_offset, const __global weight *level_scales, ulong level_scales_offset, __global ushort *o,
             ulong o_offset, uint aligned) {
     __local uint4 blocks_of_chunks[NV_SEGMENT_BITS][STATE];
+#if NV_CACHED
+    __local uint4 cached[NV_CACHED][STATE];
+#endif
     __local uint4 values_at[2][NV_CHUNK * 8];
     __local float scales_at[2][NV_CHUNK * SCALES_ROW + FIRST_LEVEL];
     __local float gates_at[2][2 * NV_CHUNK];
+    __local float since_block[NV_SEGMENTS_BITS]; /* the gates between a block of segments and this one */
     const uint lane = warp_lane(), warp = get_local_id(0) / 32, half_v = warp % 2, part = warp / 2;
     const ulong id = get_group_id(0);
     const uint head = id % HEADS, tile = id / HEADS % TILES_V, b = id / (HEADS * TILES_V) % call.batch;
@@ -525,10 +571,26 @@ nvidia_walk(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
     float since[NV_SEGMENT_BITS] = {0.0f};    /* the gates between a block of chunks and this one */
     const int tokens = (int)(call.length - first_chunk * NV_CHUNK);
 
+    if (get_local_id(0) == 0) {
+        float sum = 0.0f;
+        for (uint bits = segment, j = 0; bits != 0; bits >>= 1, j++) {
+            since_block[j] = sum;
+            sum += (bits & 1) != 0 ? block_sums[(bits << j) - 1] : 0.0f;
+        }
+    }
     fetch_values(values_at[0], v, tile, tokens, aligned);
     fetch_rows(scales_at[0], gates_at[0], level_scales, gate_sums, tokens);
+#if NV_CACHED
+    for (uint bits = segment, j = 0, found = 0; bits != 0 && found < NV_CACHED; bits >>= 1, j++) {
+        if ((bits & 1) != 0) {
+            fetch_tiles(cached[found++], nodes + (ulong)((bits << j) - 1) * STATE, STATE);
+        }
+    }
+#endif
     for (uint n = 0; n < count; n++) {
         const __local float *scales = scales_at[n % 2], *gates = gates_at[n % 2];
+        uint4 q[Q_STEPS][2];
+        load_queries(q, record, rows, 0);
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
         if (n + 1 < count) {
@@ -551,25 +613,33 @@ nvidia_walk(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
 
         /* The levels before the chunk. */
         for (uint block = 0; block < Q_BLOCKS; block++) {
-            uint4 q[Q_STEPS][2];
             uint weights[4];
-#pragma unroll
-            for (int step = 0; step < Q_STEPS; step++) {
-                q[step][0] = record[(rows.tile[0] * K_STEPS + block * Q_STEPS + step) * 32 + lane];
-                q[step][1] = record[(rows.tile[1] * K_STEPS + block * Q_STEPS + step) * 32 + lane];
+            if (block > 0) {
+                load_queries(q, record, rows, block);
             }
-            float gates_since = since_start;
-            for (uint bits = segment, j = 0; bits != 0; bits >>= 1, j++) {
+            for (uint bits = segment, j = 0, found = 0; bits != 0; bits >>= 1, j++) {
                 if ((bits & 1) != 0) {
                     const uint end = (bits << j) - 1;
                     const __global uint4 *state =
                         nodes + (ulong)end * STATE + state_index(half_v, block * Q_STEPS, 0);
-                    level_weights(weights, rows, scales, FIRST_LEVEL + NV_SEGMENT_BITS + j, gates_since);
+                    level_weights(weights, rows, scales, FIRST_LEVEL + NV_SEGMENT_BITS + j,
+                                  since_block[j] + since_start);
+#if NV_CACHED
+                    if (found < NV_CACHED) {
+                        const __local uint4 *copy = &cached[found][state_index(half_v, block * Q_STEPS, 0)];
 #pragma unroll
-                    for (int step = 0; step < Q_STEPS; step++) {
-                        add_level(sum, q[step], weights, state[step * 64], state[step * 64 + 32]);
+                        for (int step = 0; step < Q_STEPS; step++) {
+                            add_level(sum, q[step], weights, copy[step * 64], copy[step * 64 + 32]);
+                        }
+                        found++;
+                    } else
+#endif
+                    {
+#pragma unroll
+                        for (int step = 0; step < Q_STEPS; step++) {
+                            add_level(sum, q[step], weights, state[step * 64], state[step * 64 + 32]);
+                        }
                     }
-                    gates_since += block_sums[end];
                 }
             }
             for (uint j = 0; j < NV_SEGMENT_BITS; j++) {
@@ -584,24 +654,19 @@ nvidia_walk(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
             }
         }
 
-        /* The chunk itself. */
+        /* The chunk itself: both cases have five tiles. */
         uint4 values[4][2];
         load_values(values, values_at[n % 2], half_v);
+        if (part == 0) {
+            add_products(sum[0], record, values, 0, scales, gates);
+            add_products(sum[1], record, values, 3, scales, gates);
+        } else {
+            add_products(sum[0], record, values, 1, scales, gates);
+            add_products(sum[1], record, values, 2, scales, gates);
+        }
 #pragma unroll
         for (int m = 0; m < 2; m++) {
-            const uint i = rows.tile[m];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (j <= (int)i) {
-                    const uint4 product = record[P_TILES + (i * (i + 1) / 2 + j) * 32 + lane];
-                    const uint4 a = weigh_products(product, i, j, scales, gates);
-                    mma(&sum[m][0], a, values[j][0].x, values[j][0].y);
-                    mma(&sum[m][1], a, values[j][0].z, values[j][0].w);
-                    mma(&sum[m][2], a, values[j][1].x, values[j][1].y);
-                    mma(&sum[m][3], a, values[j][1].z, values[j][1].w);
-                }
-            }
-            store_outputs(o + (ulong)n * (NV_CHUNK * HEADS * DIM_V), sum[m], (int)(16 * i + lane / 4),
+            store_outputs(o + (ulong)n * (NV_CHUNK * HEADS * DIM_V), sum[m], (int)(16 * rows.tile[m] + lane / 4),
                           tokens - (int)n * NV_CHUNK, has_columns, aligned);
         }
 
@@ -632,7 +697,14 @@ nvidia_walk(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
                         }
                     }
                 }
-                add_state(state, values, record + K_TILES, first_step);
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+#pragma unroll
+                    for (int step = 0; step < U_STEPS; step++) {
+                        add_state(state, values[t], record[K_TILES + (t * K_STEPS + first_step + step) * 32 + lane],
+                                  step);
+                    }
+                }
 #pragma unroll
                 for (int step = 0; step < U_STEPS; step++) {
 #pragma unroll

@@ -48,7 +48,9 @@
  *     state position                    [N]              int32
  * N is the number of sequences: problem.batch, or problem.sequences where that is not 0.
  *
- * Arithmetic is in float whatever the storage.
+ * Sums are in float whatever the storage, and so is all arithmetic of the blas engine.  The fused engine on matrix units
+ * takes f16 and bf16 storage only, and rounds the factors of its products to that type: weighted queries, q k^T and level
+ * states.  In f16 a level state's elements must stay below 4e6 in size; ask for LOGLIN_ENGINE_BLAS where they do not.
  *
  * Errors.  Every function that can fail returns a loglin_status: 0, a negative OpenCL error code passed through, or a
  * positive LOGLIN_ code.  loglin_last_error() then says, for the calling thread, which argument was wrong, what it
@@ -184,7 +186,8 @@ typedef enum loglin_dtype {
 
 typedef enum loglin_engine {
     LOGLIN_ENGINE_AUTO = 0,
-    LOGLIN_ENGINE_BLAS = 1, /* dense chunk products by CLBlast, the rest by small kernels: runs everywhere */
+    LOGLIN_ENGINE_BLAS = 1,  /* dense chunk products by CLBlast, the rest by small kernels: runs everywhere */
+    LOGLIN_ENGINE_FUSED = 2, /* few kernels that keep intermediate results on the chip; where there is one */
 } loglin_engine;
 
 /* What a plan is made for, a bit each. */

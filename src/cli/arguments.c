@@ -19,7 +19,7 @@ static void print_help(const char *command, const char *summary, const char *fil
         "\n"
         "options:\n"
         "  --device N            a device's number in \"loglin devices\", or a part of its name (LOGLIN_DEVICE)\n"
-        "  --engine NAME         auto or blas\n"
+        "  --engine NAME         auto, blas or fused\n"
         "  --chunk C             tokens of a chunk, a power of two from 16 to 256\n"
         "  --partition NAME      weak (default) or strong\n"
         "  --normalize-qk        divide q and k by their lengths first\n"
@@ -39,8 +39,10 @@ static loglin_cli_status parse_engine(const char *value, loglin_engine *engine) 
         *engine = LOGLIN_ENGINE_AUTO;
     } else if (strcmp(value, "blas") == 0) {
         *engine = LOGLIN_ENGINE_BLAS;
+    } else if (strcmp(value, "fused") == 0) {
+        *engine = LOGLIN_ENGINE_FUSED;
     } else {
-        return bad_value("--engine", value, "auto or blas");
+        return bad_value("--engine", value, "auto, blas or fused");
     }
     return LOGLIN_CLI_OK;
 }

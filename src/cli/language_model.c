@@ -45,8 +45,10 @@ static loglin_cli_status parse_engine(const char *value, loglin_engine *engine) 
         *engine = LOGLIN_ENGINE_AUTO;
     } else if (strcmp(value, "blas") == 0) {
         *engine = LOGLIN_ENGINE_BLAS;
+    } else if (strcmp(value, "fused") == 0) {
+        *engine = LOGLIN_ENGINE_FUSED;
     } else {
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--engine is \"%s\", expected auto or blas", value);
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--engine is \"%s\", expected auto, blas or fused", value);
     }
     return LOGLIN_CLI_OK;
 }

@@ -26,7 +26,7 @@ typedef struct loglin_cli_model_options {
     "  --model DIR           a Hugging Face folder with config.json and model.safetensors\n"                           \
     "  --device N            a device's number in \"loglin devices\", or a part of its name (LOGLIN_DEVICE)\n"         \
     "  --dtype NAME          storage between the kernels: f32 (default), f16 or bf16\n"                                \
-    "  --engine NAME         auto or blas\n"
+    "  --engine NAME         auto, blas or fused\n"
 
 /* Takes what getopt_long returned, of a table with these rows. */
 loglin_cli_status loglin_cli_model_option(char **argv, int option, loglin_cli_model_options *options);

@@ -41,37 +41,51 @@ static loglin_status check_allocation(const loglin_plan *plan, loglin_phase phas
     return LOGLIN_OK;
 }
 
-/* The engine asked for, or the first that takes the problem. */
+/* What keeps an engine from the plan, "" if nothing does: then plan->state is its. */
+static loglin_status try_engine(loglin_plan *plan, const loglin_engine_class *engine, char *refusal, size_t capacity) {
+    const char *reason = engine->refuses(plan->device, &plan->problem);
+    loglin_status status = reason == NULL ? LOGLIN_OK : LOGLIN_UNSUPPORTED;
+    if (status == LOGLIN_OK) {
+        status = engine->create(plan->device, &plan->problem, &plan->state);
+        reason = status == LOGLIN_OK ? "" : loglin_last_error();
+    }
+    (void)snprintf(refusal, capacity, "%s", reason);
+    return status;
+}
+
+/* The first engine that takes the problem, of those asked for. */
 static loglin_status choose_engine(loglin_plan *plan) {
     static const struct {
         loglin_engine choice;
         const loglin_engine_class *engine;
-    } engines[] = {{LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};
+    } engines[] = {{LOGLIN_ENGINE_FUSED, &loglin_nvidia_engine}, {LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};
     const loglin_engine asked = plan->problem.engine;
     (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "%s",
                    asked == LOGLIN_ENGINE_AUTO ? "default" : "as asked");
+    loglin_status status = LOGLIN_UNSUPPORTED;
+    char refusal[1024] = "no such engine is built in";
     for (size_t i = 0; i < sizeof engines / sizeof engines[0]; i++) {
         if (asked != LOGLIN_ENGINE_AUTO && asked != engines[i].choice) {
             continue;
         }
-        const char *refusal = engines[i].engine->refuses(plan->device, &plan->problem);
-        if (refusal == NULL) {
+        status = try_engine(plan, engines[i].engine, refusal, sizeof refusal);
+        if (status == LOGLIN_OK) {
             plan->engine = engines[i].engine;
             return LOGLIN_OK;
         }
-        if (asked != LOGLIN_ENGINE_AUTO) {
-            return loglin_fail(LOGLIN_UNSUPPORTED, "problem.engine is %s, which does not take this problem: %s",
-                               engines[i].engine->name, refusal);
+        if (status != LOGLIN_UNSUPPORTED && status != LOGLIN_BUILD_FAILED) {
+            break;
         }
         (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "not %s: %s", engines[i].engine->name, refusal);
     }
-    return loglin_fail(LOGLIN_INTERNAL, "no engine takes the problem");
+    return loglin_fail(
+        status, "%s%s",
+        asked == LOGLIN_ENGINE_FUSED ? "problem.engine is fused, which does not take this problem: " : "", refusal);
 }
 
 static loglin_status create_parts(loglin_plan *plan) {
     if (plans(plan, LOGLIN_FORWARD | LOGLIN_BACKWARD)) {
         RETURN_IF_ERROR(choose_engine(plan));
-        RETURN_IF_ERROR(plan->engine->create(plan->device, &plan->problem, &plan->state));
         RETURN_IF_ERROR(check_allocation(plan, LOGLIN_FORWARD));
         RETURN_IF_ERROR(check_allocation(plan, LOGLIN_BACKWARD));
     }

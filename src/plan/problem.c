@@ -53,7 +53,7 @@ static loglin_status check_choices(const loglin_problem *problem) {
     RETURN_IF_ERROR(check_choice("partition", (int)problem->partition, LOGLIN_STRONG));
     RETURN_IF_ERROR(check_choice("dtype", (int)problem->dtype, LOGLIN_BF16));
     RETURN_IF_ERROR(check_choice("weight_dtype", (int)problem->weight_dtype, LOGLIN_BF16));
-    RETURN_IF_ERROR(check_choice("engine", (int)problem->engine, LOGLIN_ENGINE_BLAS));
+    RETURN_IF_ERROR(check_choice("engine", (int)problem->engine, LOGLIN_ENGINE_FUSED));
     if (problem->weight_dtype != LOGLIN_F32 && problem->weight_dtype != problem->dtype) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "problem.weight_dtype is %d, expected %d (F32) or the dtype, %d",
                            (int)problem->weight_dtype, (int)LOGLIN_F32, (int)problem->dtype);

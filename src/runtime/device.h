@@ -10,6 +10,11 @@
 
 struct loglin_program; /* program.c */
 
+/* Bytes of local memory with which the NVIDIA engine's trial run passed, and failed; 0: not tried. */
+struct loglin_nvidia_probe {
+    size_t passed, failed;
+};
+
 struct loglin_device {
     atomic_uint references;
     cl_context context;
@@ -20,7 +25,8 @@ struct loglin_device {
     char *build_options;   /* LOGLIN_BUILD_OPTIONS, never NULL */
     mtx_t lock;            /* of all below */
     struct loglin_program *programs;
-    bool gemm_ready; /* engine/gemm.c has set CLBlast up for this device */
+    struct loglin_nvidia_probe nvidia_probe[2]; /* of bfloat16, of half */
+    bool gemm_ready;                            /* engine/gemm.c has set CLBlast up for this device */
 };
 
 /* A plan keeps its device alive with these. */

@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Shapes that the engines on matrix units take, in 16-bit storage, across the boundaries of their tiles and segments. */
+#include "support_criterion.h"
+
+static void expect_16_bit(support_case c) {
+    for (int dtype = LOGLIN_F16; dtype <= LOGLIN_BF16; dtype++) {
+        c.dtype = (loglin_dtype)dtype;
+        expect_pass(support_check_forward(&c));
+    }
+}
+
+Test(matrix_units, lengths) {
+    static const size_t lengths[] = {1, 63, 64, 65, 127, 200, 511, 512, 513, 777};
+    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+        expect_16_bit((support_case){
+            .length = lengths[i], .dim_k = 32, .dim_v = 64, .final_states = true, .log_decay = i % 2 == 1});
+    }
+}
+
+Test(matrix_units, dimensions) {
+    static const struct {
+        size_t k, v;
+    } shapes[] = {{16, 16}, {32, 192}, {64, 48}, {128, 64}, {192, 128}, {224, 16}, {256, 256}};
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        expect_16_bit((support_case){
+            .length = 600, .heads = 1, .dim_k = shapes[i].k, .dim_v = shapes[i].v, .final_states = true});
+    }
+}
+
+Test(matrix_units, many_segments) {
+    expect_16_bit((support_case){.length = 4609, .heads = 1, .dim_k = 16, .dim_v = 16, .final_states = true});
+}
+
+Test(matrix_units, groups_and_batch) {
+    for (size_t groups = 1; groups <= 4; groups *= 2) {
+        expect_16_bit(
+            (support_case){.batch = 2, .length = 580, .heads = 4, .groups = groups, .dim_k = 32, .dim_v = 32});
+    }
+}
+
+Test(matrix_units, options) {
+    const support_case c = {.length = 700, .heads = 2, .dim_k = 64, .dim_v = 64};
+    for (int i = 0; i < 6; i++) {
+        support_case one = c;
+        one.normalize_qk = i == 0;
+        one.scale = i == 1 ? 0.125f : 0.0f;
+        one.no_gates = i == 2;
+        one.offset = i == 3 ? 3 : 0;
+        one.extra_levels = i == 4 ? 5 : 0;
+        one.out_of_order = one.events = i == 5;
+        expect_16_bit(one);
+        one.weight_dtype = LOGLIN_BF16;
+        one.dtype = LOGLIN_BF16;
+        expect_pass(support_check_forward(&one));
+    }
+}
+
+/* A plan for both phases: the forward pass is the engine's own, the backward pass may be another's. */
+Test(matrix_units, backward) {
+    for (int dtype = LOGLIN_F16; dtype <= LOGLIN_BF16; dtype++) {
+        const support_case c = {.dtype = (loglin_dtype)dtype, .length = 200, .dim_k = 32, .dim_v = 16};
+        expect_pass(support_check_backward(&c));
+    }
+}
