@@ -76,7 +76,8 @@ static loglin_status choose_engine(loglin_plan *plan) {
         if (status != LOGLIN_UNSUPPORTED && status != LOGLIN_BUILD_FAILED) {
             break;
         }
-        (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "not %s: %s", engines[i].engine->name, refusal);
+        (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "not %s: %.120s", engines[i].engine->name,
+                       refusal);
     }
     return loglin_fail(
         status, "%s%s",
