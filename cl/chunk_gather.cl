@@ -6,16 +6,6 @@
 
 #define AT(region) (ws + p.at[REGION_##region])
 
-const __global int *slot_record(const loglin_panel p, const __global float *ws, uint slot) {
-    return (const __global int *)(ws + p.table) + (p.first_slot + slot) * SLOT_INTS;
-}
-
-/* The token in row r of a slot, or -1. */
-long row_token(const __global int *slot, uint r) {
-    const int row = (int)r;
-    return row >= slot[SLOT_LO] && row < slot[SLOT_HI] ? (long)slot[SLOT_TOKEN] + (row - slot[SLOT_LO]) : -1;
-}
-
 /* 1 / sqrt(sum of squares + 1e-6) of the rows of q and k.  One work-item a row. */
 __kernel void chunk_norms(const loglin_panel p, __global float *ws, const __global storage *q, ulong q_offset,
                           const __global storage *k, ulong k_offset) {

@@ -42,11 +42,6 @@ __kernel void chunk_weigh(const loglin_panel p, __global float *ws, const __glob
     ws[p.at[to] + at] = x;
 }
 
-/* Does the slot read the keys of the chunk before one by one? */
-int reads_near(const __global int *slot) {
-    return (slot[SLOT_FLAGS] & SLOT_VALID) != 0 && (slot[SLOT_FLAGS] & SLOT_FIRST) == 0;
-}
-
 /* The same between the chunk and the one before it (strong). */
 __kernel void chunk_weigh_near(const loglin_panel p, __global float *ws, const __global weight *level_scales,
                                ulong offset, uint from, uint to) {

@@ -16,16 +16,6 @@ ulong state_at(const loglin_panel p, ulong matrix, uint k, uint i) {
     return (matrix * p.dim_k + k) * p.columns * p.dim_v + i;
 }
 
-/* Element of level 0 of the caller's states; levels follow at K V elements. */
-ulong caller_state_at(const loglin_panel p, uint sequence, uint head, uint k, uint i) {
-    return (((ulong)sequence * p.heads + head) * p.levels * p.dim_k + k) * p.dim_v + i;
-}
-
-/* The column where the caller's level stands when the next token is read, or -1. */
-int initial_column(const loglin_panel p, int level, uint time) {
-    return time > 0 && level_exists(level, time - 1) ? column_of(p, level_advance(level, time - 1, time)) : -1;
-}
-
 /* E at the first chunk of a sequence: the caller's states, or zeros.  Over slots and heads. */
 __kernel void chunk_begin(const loglin_panel p, __global float *ws, const __global float *values, ulong values_offset,
                           const __global float *log_decay, ulong decay_offset) {
@@ -139,46 +129,5 @@ __kernel void chunk_final(const loglin_panel p, const __global float *ws, __glob
             to[level_of(p.chunk + last, s) * step] += AT(WRITE_NEAR)[((ulong)matrix * p.chunk + s) * p.dim_k + k] *
                                                       ws[p.at[REGION_V] + (before + s) * p.dim_v + i];
         }
-    }
-}
-
-/* A sequence without tokens keeps its states; levels that do not exist become zeros.  Over (sequence and head, row of K, column of V). */
-__kernel void chunk_keep(const loglin_panel p, __global float *ws, const __global int *cu_seqlens, ulong cu_offset,
-                         const __global int *position, ulong position_offset, const __global float *from,
-                         ulong from_offset, const __global float *log_decay, ulong decay_offset, __global float *to,
-                         ulong to_offset) {
-    const uint matrix = get_global_id(0), k = get_global_id(1), i = get_global_id(2);
-    const uint sequence = matrix / p.heads, head = matrix % p.heads;
-    (void)ws;
-    if (sequence >= p.sequences || sequence_length(p, cu_seqlens + cu_offset, sequence) > 0) {
-        return;
-    }
-    const uint time = position ? sequence_position(position + position_offset, sequence) : 0;
-    const ulong at = caller_state_at(p, sequence, head, k, i), step = (ulong)p.dim_k * p.dim_v;
-    for (uint level = 0; level < p.levels; level++) {
-        float x = 0.0f;
-        if (from && time > 0 && level_exists((int)level, time - 1)) {
-            const ulong decay = decay_offset + ((ulong)sequence * p.heads + head) * p.levels + level;
-            x = from[from_offset + at + level * step] * (log_decay ? exp(log_decay[decay]) : 1.0f);
-        }
-        to[to_offset + at + level * step] = x;
-    }
-}
-
-/* The positions after the call, and the final states' log decays.  One work-item a sequence. */
-__kernel void chunk_positions(const loglin_panel p, __global float *ws, const __global int *cu_seqlens, ulong cu_offset,
-                              const __global int *from, ulong from_offset, __global int *to, ulong to_offset,
-                              __global float *log_decay, ulong decay_offset) {
-    const uint sequence = get_global_id(0);
-    (void)ws;
-    if (sequence >= p.sequences) {
-        return;
-    }
-    const uint time = from ? sequence_position(from + from_offset, sequence) : 0;
-    if (to) {
-        to[to_offset + sequence] = (int)(time + sequence_length(p, cu_seqlens + cu_offset, sequence));
-    }
-    for (ulong j = 0; log_decay && j < (ulong)p.heads * p.levels; j++) {
-        log_decay[decay_offset + (ulong)sequence * p.heads * p.levels + j] = 0.0f;
     }
 }

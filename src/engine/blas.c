@@ -47,38 +47,6 @@ static size_t maximum(size_t a, size_t b) {
 
 /* ---- Layout ------------------------------------------------------------------------------------------------------ */
 
-/* Everything of the panel but the division into waves. */
-static loglin_panel panel_of(const loglin_problem *problem) {
-    unsigned bits = 0;
-    while (((size_t)1 << bits) < problem->chunk) {
-        bits++;
-    }
-    const bool strong = problem->partition == LOGLIN_STRONG, initial = problem->max_position > 0;
-    const unsigned near_levels = bits + (strong ? 1 : 0);
-    const unsigned first_level = initial ? 1 : near_levels + 1;
-    const unsigned levels = (unsigned)loglin_num_levels(problem->max_length + problem->max_position);
-    const unsigned columns = levels > first_level ? levels - first_level : 0;
-    const bool near = strong && (initial || problem->max_length > problem->chunk);
-    return (loglin_panel){
-        .sequences = (unsigned)loglin_problem_sequences(problem),
-        .heads = (unsigned)problem->heads,
-        .groups = (unsigned)problem->groups,
-        .dim_k = (unsigned)problem->dim_k,
-        .dim_v = (unsigned)problem->dim_v,
-        .levels = (unsigned)problem->levels,
-        .chunk = (unsigned)problem->chunk,
-        .chunk_bits = bits,
-        .columns = columns + (near ? 1 : 0),
-        .first_level = first_level,
-        .near_levels = near_levels,
-        .near = near,
-        .delta = problem->op == LOGLIN_GATED_DELTA,
-        .packed = problem->sequences > 0,
-        .scale = problem->scale,
-        .length = problem->length,
-    };
-}
-
 static size_t matrix_floats(const loglin_panel *panel, int region) {
     const loglin_region_shape shape = loglin_region_shape_of(panel, region);
     return shape.rows * shape.columns * shape.count;
@@ -102,17 +70,9 @@ static size_t reserve(size_t *end, size_t floats) {
     return at;
 }
 
-/* Waves of the longest sequence; all slots of packed sequences in a row. */
-static size_t count_waves(const loglin_problem *problem) {
-    if (problem->sequences > 0) {
-        return problem->length / problem->chunk + 2 * problem->sequences + 1;
-    }
-    return (problem->length + problem->chunk - 1) / problem->chunk + (problem->max_position > 0 ? 1 : 0);
-}
-
 static loglin_status lay_out(const loglin_problem *problem, bool gradients, phase_layout *layout) {
-    loglin_panel panel = panel_of(problem);
-    const size_t waves = count_waves(problem), sequences = panel.packed ? 1 : panel.sequences;
+    loglin_panel panel = loglin_panel_of(problem);
+    const size_t waves = loglin_count_waves(problem), sequences = panel.packed ? 1 : panel.sequences;
     panel.batch_width = 1;
     const size_t slot_bytes = place_regions(&panel, 1, gradients, problem->normalize_qk) * sizeof(float);
     /* Side by side as many sequences as leave room for some waves; at least as many waves as there are states. */
@@ -174,7 +134,7 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
 #undef LOGLIN_CHUNK_KERNEL_NAME
     };
     static const char *const files[] = {
-        "panel.cl",           "common.cl",       "chunk_gather.cl",   "chunk_layout.cl",    "chunk_levels.cl",
+        "panel.cl",           "common.cl",       "chunk_layout.cl",   "chunk_gather.cl",    "chunk_levels.cl",
         "chunk_operators.cl", "chunk_states.cl", "chunk_adjoints.cl", "chunk_gradients.cl", NULL};
     char options[128];
     (void)snprintf(options, sizeof options, "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d", (int)problem->dtype,
@@ -226,33 +186,13 @@ static size_t workspace_size(const loglin_engine_state *state, loglin_phase phas
 /* A tape on the workspace, started behind the caller's events, with the slot table filled in. */
 static loglin_tape start(loglin_engine_state *state, const phase_layout *layout, const loglin_call *call,
                          loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait, const cl_event *wait) {
-    loglin_tape tape = {.queue = queue, .workspace = workspace.mem, .kernels = state->kernels, .panel = layout->panel};
+    loglin_tape tape = loglin_tape_start(&layout->panel, state->kernels, workspace, queue, num_wait, wait);
     for (int region = 0; region < REGION_COUNT; region++) {
         tape.panel.at[region] += workspace.offset;
     }
-    tape.panel.table += workspace.offset;
-    cl_command_queue_properties properties = 0;
-    cl_int code = clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL);
-    if (code == CL_SUCCESS && num_wait > 0) {
-        code = clEnqueueBarrierWithWaitList(queue, num_wait, wait, NULL);
-    }
-    if (code != CL_SUCCESS) {
-        tape.status = loglin_fail(code, "queue: %s", loglin_strerror(code));
-    }
-    tape.in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0;
     loglin_tape_launch(&tape, CHUNK_layout, layout->slots, 1, 1,
                        ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position), UINT(layout->slots)));
     return tape;
-}
-
-static loglin_status finish(loglin_tape *tape, cl_event *event) {
-    if (tape->status == LOGLIN_OK && event != NULL) {
-        const cl_int code = clEnqueueMarkerWithWaitList(tape->queue, 0, NULL, event);
-        if (code != CL_SUCCESS) {
-            return loglin_fail(code, "clEnqueueMarkerWithWaitList: %s", loglin_strerror(code));
-        }
-    }
-    return tape->status;
 }
 
 static void enter_panel(loglin_tape *tape, const phase_layout *layout, size_t tile, size_t panel) {
@@ -332,7 +272,7 @@ static loglin_status forward(loglin_engine_state *state, const loglin_call *call
                            ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position),
                                      BUFFER(call->final.position), BUFFER(call->final.log_decay)));
     }
-    return finish(&tape, event);
+    return loglin_tape_finish(&tape, event);
 }
 
 /* The wave of a region that a panel starts from, saved. */
@@ -437,7 +377,7 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
     if (call->out.dinitial_states.mem != NULL && state->packed) {
         keep_states(&tape, call, call->dfinal_states, (loglin_buffer){0}, call->out.dinitial_states);
     }
-    return finish(&tape, event);
+    return loglin_tape_finish(&tape, event);
 }
 
 /* It takes every problem; too large a panel is found when the plan lays it out. */

@@ -80,9 +80,9 @@ static cl_int set_argument(cl_kernel kernel, const loglin_argument *argument, cl
     return clSetKernelArg(kernel, (*index)++, sizeof number, &number);
 }
 
-void loglin_tape_launch(loglin_tape *tape, loglin_chunk_kernel id, size_t x, size_t y, size_t z,
-                        const loglin_argument *arguments) {
-    if (tape->status != LOGLIN_OK || x == 0 || y == 0 || z == 0) {
+void loglin_tape_enqueue(loglin_tape *tape, int id, const size_t global[3], const size_t local[3],
+                         const loglin_argument *arguments) {
+    if (tape->status != LOGLIN_OK || global[0] == 0 || global[1] == 0 || global[2] == 0) {
         return;
     }
     cl_kernel kernel = tape->kernels[id];
@@ -95,14 +95,44 @@ void loglin_tape_launch(loglin_tape *tape, loglin_chunk_kernel id, size_t x, siz
         code = set_argument(kernel, arguments, &index);
     }
     if (code == CL_SUCCESS) {
-        const size_t local[3] = {x <= 16 ? 16 : 64, 1, 1};
-        const size_t global[3] = {(x + local[0] - 1) / local[0] * local[0], y, z};
         code = clEnqueueNDRangeKernel(tape->queue, kernel, 3, NULL, global, local, 0, NULL, NULL);
     }
     if (code != CL_SUCCESS) {
-        tape->status = loglin_fail(code, "kernel %d, argument %u: %s", (int)id, index, loglin_strerror(code));
+        tape->status = loglin_fail(code, "kernel %d, argument %u: %s", id, index, loglin_strerror(code));
     }
     barrier(tape);
+}
+
+void loglin_tape_launch(loglin_tape *tape, int id, size_t x, size_t y, size_t z, const loglin_argument *arguments) {
+    const size_t local[3] = {x <= 16 ? 16 : 64, 1, 1};
+    const size_t global[3] = {(x + local[0] - 1) / local[0] * local[0], y, z};
+    loglin_tape_enqueue(tape, id, global, local, arguments);
+}
+
+loglin_tape loglin_tape_start(const loglin_panel *panel, const cl_kernel *kernels, loglin_buffer workspace,
+                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait) {
+    loglin_tape tape = {.queue = queue, .workspace = workspace.mem, .kernels = kernels, .panel = *panel};
+    tape.panel.table += workspace.offset;
+    cl_command_queue_properties properties = 0;
+    cl_int code = clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL);
+    if (code == CL_SUCCESS && num_wait > 0) {
+        code = clEnqueueBarrierWithWaitList(queue, num_wait, wait, NULL);
+    }
+    if (code != CL_SUCCESS) {
+        tape.status = loglin_fail(code, "queue: %s", loglin_strerror(code));
+    }
+    tape.in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0;
+    return tape;
+}
+
+loglin_status loglin_tape_finish(loglin_tape *tape, cl_event *event) {
+    if (tape->status == LOGLIN_OK && event != NULL) {
+        const cl_int code = clEnqueueMarkerWithWaitList(tape->queue, 0, NULL, event);
+        if (code != CL_SUCCESS) {
+            return loglin_fail(code, "clEnqueueMarkerWithWaitList: %s", loglin_strerror(code));
+        }
+    }
+    return tape->status;
 }
 
 /* A region's matrices from a slot on. */

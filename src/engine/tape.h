@@ -58,7 +58,7 @@ typedef struct loglin_tape {
     cl_command_queue queue;
     bool in_order; /* of the queue: otherwise every command is followed by a barrier */
     cl_mem workspace;
-    const cl_kernel *kernels; /* by loglin_chunk_kernel */
+    const cl_kernel *kernels;
     loglin_panel panel;
 } loglin_tape;
 
@@ -75,9 +75,19 @@ typedef struct loglin_argument {
 #define ARGUMENTS(...) ((const loglin_argument[]){__VA_ARGS__, {.kind = ARGUMENT_END}})
 #define NO_ARGUMENTS ((const loglin_argument[]){{.kind = ARGUMENT_END}})
 
-/* Enqueues a kernel over x times y times z work-items; x is rounded up to whole work-groups. */
-void loglin_tape_launch(loglin_tape *tape, loglin_chunk_kernel id, size_t x, size_t y, size_t z,
-                        const loglin_argument *arguments);
+/* A tape that starts behind the caller's events; the panel's table lies behind the workspace's start. */
+loglin_tape loglin_tape_start(const loglin_panel *panel, const cl_kernel *kernels, loglin_buffer workspace,
+                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait);
+
+/* The tape's status; *event, unless NULL, is one of its end. */
+loglin_status loglin_tape_finish(loglin_tape *tape, cl_event *event);
+
+/* Enqueues a kernel of the tape's; nothing if there are no work-items. */
+void loglin_tape_enqueue(loglin_tape *tape, int id, const size_t global[3], const size_t local[3],
+                         const loglin_argument *arguments);
+
+/* The same over x times y times z work-items; x is rounded up to whole work-groups. */
+void loglin_tape_launch(loglin_tape *tape, int id, size_t x, size_t y, size_t z, const loglin_argument *arguments);
 
 typedef struct loglin_product {
     int c, a, b; /* regions, the same number of matrices each */

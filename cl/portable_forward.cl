@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The forward pass, one work-item a lane: chunk by chunk the products that the heads share, then for each head
+ *     o = MZ v + the sum over levels of weight * READ E        (scalar-gated: READ = exp(a) Q is a weight times Q)
+ * and its states to the next chunk.
+ */
+
+/* O, from the map, the values and the states. */
+void chunk_output(const loglin_panel p, const place *at, const int *where) {
+    product(CHUNK, PAD_V, CHUNK, ARRAY(MZ), CHUNK, 1, ARRAY(V), PAD_V, ARRAY(O), PAD_V, 0, A_LOWER, 0.0f);
+    for (uint j = 0; j < COLUMNS; j++) {
+        if (read_weights(p, at, j, where[j])) {
+            product(CHUNK, PAD_V, DIM_K, IS_DELTA ? ARRAY(READ) : ARRAY(Q), PAD_K, 1, STATE(where[j]), PAD_V, ARRAY(O),
+                    PAD_V, ARRAY(ROWS), ADD, 1.0f);
+        }
+    }
+#if IS_NEAR
+    if (reads_near(at->slot)) {
+        matrix z = ARRAY(Z_NEAR);
+        product(CHUNK, CHUNK, DIM_K, ARRAY(READ), PAD_K, 1, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, z, CHUNK, 0, 0, 0.0f);
+        for (uint r = 0; r < CHUNK; r++) {
+            operand weights = ARRAY(WEIGHTS) + r * PORTABLE_WEIGHTS;
+            const __global uint *levels = (const __global uint *)ARRAY(LEVEL_NEAR) + r * CHUNK;
+            for (uint s = 0; s < CHUNK; s++) {
+                z[r * CHUNK + s] *= weights[levels[s]];
+            }
+        }
+        product(CHUNK, PAD_V, CHUNK, z, CHUNK, 1, HEAD_ARRAY(V_BEFORE), PAD_V, ARRAY(O), PAD_V, 0, ADD, 1.0f);
+    }
+#endif
+}
+
+void store_output(const loglin_panel p, const place *at, __global storage *o) {
+    for (uint r = 0; r < CHUNK; r++) {
+        const long token = row_token(at->slot, r);
+        if (token >= 0) {
+            store_row(o + ((ulong)token * p.heads + head_of(at)) * DIM_V + at->first_value, ARRAY(O) + r * PAD_V,
+                      at->values);
+        }
+    }
+}
+
+/* What one head needs of its chunk: gates, values, weights and the map. */
+void load_head(const loglin_panel p, const place *at, const inputs *in) {
+    load_gates(p, at, in);
+    load_weights(p, at, in);
+    load_values(p, at, ARRAY(V), in->v);
+#if !IS_DELTA
+    scale_rows(ARRAY(V_END), ARRAY(V), ARRAY(END), PAD_V);
+#endif
+    make_map(at);
+}
+
+/* What the next chunk reads one by one. */
+void keep_near(const place *at) {
+    (void)at;
+#if IS_NEAR
+    set_scaled(HEAD_ARRAY(V_BEFORE), ARRAY(V), 1.0f, CHUNK * PAD_V);
+    transpose(HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, ARRAY(WRITE), PAD_K, CHUNK, PAD_K);
+#endif
+}
+
+/* The lane's sequence, group, heads and values, from its number. */
+place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane) {
+    const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, head_parts = p.heads / p.groups / LANE_HEADS;
+    const uint of_heads = lane / value_parts, of_group = of_heads / head_parts;
+    place at;
+    at.memory = ws + lanes + (ulong)lane * LANE_FLOATS;
+    at.sequence = of_group / p.groups;
+    at.group = of_group % p.groups;
+    at.head = 0;
+    at.first_head = at.group * (p.heads / p.groups) + of_heads % head_parts * LANE_HEADS;
+    at.first_value = lane % value_parts * PAD_V;
+    at.values = min((uint)PAD_V, DIM_V - at.first_value);
+    at.slot = 0;
+    return at;
+}
+
+/* The slot of wave n of the lane's sequence, or NULL behind its last one. */
+const __global int *find_slot(const loglin_panel p, const __global float *ws, const __global int *cu_seqlens,
+                              uint sequence, uint n) {
+    if (p.packed && sequence_length(p, cu_seqlens, sequence) == 0) {
+        return 0;
+    }
+    const uint slot = p.packed ? packed_slot(p, cu_seqlens, sequence) + n : n * p.batch_width + sequence;
+    const __global int *record = slot < p.slots ? slot_record(p, ws, slot) : 0;
+    const int mine = record && (record[SLOT_FLAGS] & SLOT_VALID) && (uint)record[SLOT_SEQUENCE] == sequence;
+    return mine ? record : 0;
+}
+
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void
+portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __global int *cu_seqlens, ulong cu_offset,
+                 const __global storage *q, ulong q_offset, const __global storage *k, ulong k_offset,
+                 const __global storage *v, ulong v_offset, const __global float *g, ulong g_offset,
+                 const __global weight *level_scales, ulong weights_offset, const __global weight *beta,
+                 ulong beta_offset, const __global float *values, ulong values_offset, const __global float *log_decay,
+                 ulong decay_offset, __global storage *o, ulong o_offset, __global float *final_values,
+                 ulong final_offset) {
+    const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
+                       beta ? beta + beta_offset : 0};
+    place at = find_lane(p, ws, lanes, (uint)get_global_id(0));
+    cu_seqlens += cu_offset;
+    int where[COLUMNS], next[COLUMNS];
+    make_levels(&at);
+    for (uint n = 0; (at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n)) != 0; n++) {
+        const int flags = at.slot[SLOT_FLAGS];
+        load_group(p, &at, &in);
+        for (at.head = 0; at.head < LANE_HEADS; at.head++) {
+            if (flags & SLOT_FIRST) {
+                begin_states(p, &at, values ? values + values_offset : 0, log_decay ? log_decay + decay_offset : 0,
+                             where);
+            }
+            load_head(p, &at, &in);
+            chunk_output(p, &at, where);
+            store_output(p, &at, o + o_offset);
+            if (!(flags & SLOT_LAST)) {
+                advance_states(&at, where, next);
+                keep_near(&at);
+            } else if (final_values) {
+                end_states(p, &at, where, final_values + final_offset);
+            }
+        }
+        for (uint j = 0; j < COLUMNS; j++) {
+            where[j] = next[j];
+        }
+    }
+}

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A lane's own memory in the workspace: this file is C and OpenCL C alike, included by both.
+ *
+ * A lane is one work-item.  It walks one sequence chunk by chunk, with LANE_HEADS heads of one group and PAD_V columns of
+ * their values, so what it keeps between two products stays in its core's caches.  K and V are padded to whole vectors.
+ */
+
+/*
+ * ARRAY(name, count, rows, columns, when): floats, in C (chunk), K, V (padded), L (weights of a row), P (states in the
+ * pool), D (their decays); a copy for each HEAD of the lane where ONE is not enough.
+ */
+#define PORTABLE_ARRAYS(ARRAY)                                                                                         \
+    ARRAY(Q, ONE, C, K, ALWAYS)            /* queries times scale, normalised where asked for */                       \
+    ARRAY(KEY, ONE, C, K, ALWAYS)          /* keys, likewise */                                                        \
+    ARRAY(KEY_T, ONE, K, C, ALWAYS)        /* transposed */                                                            \
+    ARRAY(NORM, ONE, C, 2, ALWAYS)         /* 1 / norms of the rows of q, then of k */                                 \
+    ARRAY(QK, ONE, C, C, ALWAYS)           /* q k^T, its lower triangle */                                             \
+    ARRAY(KK, ONE, C, C, DELTA)            /* k k^T, likewise */                                                       \
+    ARRAY(V, ONE, C, V, ALWAYS)            /* values */                                                                \
+    ARRAY(V_END, ONE, C, V, SCALAR)        /* values decayed to the chunk's end */                                     \
+    ARRAY(SUMS, ONE, C, 2, ALWAYS)         /* running sums a_r of the gates, then their remainders */                  \
+    ARRAY(START, ONE, C, 1, ALWAYS)        /* exp(a_r) */                                                              \
+    ARRAY(END, ONE, C, 1, ALWAYS)          /* exp(a_C - a_r) */                                                        \
+    ARRAY(BETA, ONE, C, 1, DELTA)                                                                                      \
+    ARRAY(WEIGHTS, ONE, C, L, ALWAYS)      /* level weights of the rows */                                             \
+    ARRAY(ROWS, ONE, C, 1, ALWAYS)         /* what the rows of a product are multiplied with */                             \
+    ARRAY(LEVEL, ONE, C, C, STRONG)        /* level(r, s) inside the chunk, ints */                                    \
+    ARRAY(LEVEL_NEAR, ONE, C, C, NEAR)     /* level(C + r, s) */                                                       \
+    ARRAY(A, ONE, C, C, DELTA)             /* the arrays of cl/chunk_operators.cl */                                   \
+    ARRAY(X, ONE, C, C, DELTA)                                                                                         \
+    ARRAY(XINV, ONE, C, C, DELTA)                                                                                      \
+    ARRAY(T, ONE, C, C, DELTA)                                                                                         \
+    ARRAY(Z, ONE, C, C, DELTA)                                                                                         \
+    ARRAY(MZ, ONE, C, C, ALWAYS)                                                                                       \
+    ARRAY(K_START, ONE, C, K, DELTA)                                                                                   \
+    ARRAY(K_END, ONE, C, K, DELTA)                                                                                     \
+    ARRAY(READ, ONE, C, K, MAPS)                                                                                       \
+    ARRAY(WRITE, ONE, C, K, MAPS)                                                                                      \
+    ARRAY(SEEN, ONE, C, V, DELTA)          /* K_START E of one state */                                                \
+    ARRAY(O, ONE, C, V, ALWAYS)                                                                                        \
+    ARRAY(Z_NEAR, ONE, C, C, NEAR)                                                                                     \
+    ARRAY(M_NEAR_T, ONE, C, C, NEAR)       /* K_START WRITE^T, of the chunk before */                                  \
+    ARRAY(WRITE_NEAR, ONE, C, K, NEAR)                                                                                 \
+    ARRAY(V_BEFORE, HEAD, C, V, NEAR)      /* values of the chunk before */                                            \
+    ARRAY(WRITE_BEFORE_T, HEAD, K, C, NEAR) /* and its WRITE, transposed */                                            \
+    ARRAY(DECAY, HEAD, D, 1, ALWAYS)       /* a state of the pool is exp(its DECAY) times what stands in E */          \
+    ARRAY(E, HEAD, P, KV, ALWAYS)          /* the pool of level states */
+
+enum { PORTABLE_WEIGHTS = 32, PORTABLE_DECAYS = 48 };

@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Level states from chunk to chunk.  The pool E holds the states that exist, each at a place of its own with a log decay;
+ * where[j] is the place of column j's state, -1 if there is none.  Through a chunk a scalar-gated state only gathers
+ * decay, and one of the delta rule is rewritten; at the next chunk's start each joins the column where its level then
+ * stands, so most states stay where they are.
+ */
+
+enum { NOWHERE = -1 };
+
+#define STATE(index) (HEAD_ARRAY(E) + (ulong)(index) * SIZE_KV)
+
+/* Row k of level 0 of the caller's states; levels follow at K V elements. */
+ulong state_row(const loglin_panel p, const place *at, uint k) {
+    return caller_state_at(p, at->sequence, head_of(at), k, at->first_value);
+}
+
+/* The states at a sequence's first chunk: the caller's, or none. */
+void begin_states(const loglin_panel p, const place *at, const __global float *values, const __global float *log_decay,
+                  int *where) {
+    for (uint j = 0; j < COLUMNS; j++) {
+        where[j] = NOWHERE;
+    }
+    for (uint level = 0; values && level < p.levels; level++) {
+        const int column = initial_column(p, (int)level, (uint)at->slot[SLOT_TIME]);
+        if (column < 0) {
+            continue;
+        }
+        matrix to = STATE(column);
+        if (where[column] == NOWHERE) {
+            where[column] = column;
+            HEAD_ARRAY(DECAY)[column] = 0.0f;
+            fill(to, SIZE_KV, 0.0f);
+        }
+        const ulong of_head = ((ulong)at->sequence * p.heads + head_of(at)) * p.levels;
+        const float scale = log_decay ? exp(log_decay[of_head + level]) : 1.0f;
+        for (uint k = 0; k < DIM_K; k++) {
+            const __global float *from = values + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
+            for (uint i = 0; i < at->values; i++) {
+                to[k * PAD_V + i] += scale * from[i];
+            }
+        }
+    }
+}
+
+/* A place that no column has. */
+int free_place(const int *where) {
+    ulong taken = 0;
+    for (uint j = 0; j < COLUMNS; j++) {
+        taken |= where[j] == NOWHERE ? 0ul : 1ul << where[j];
+    }
+    return (int)(63 - clz(~taken & (taken + 1)));
+}
+
+/* Column j's weights of the rows, decays included, into ROWS; false where the column is not read. */
+int read_weights(const loglin_panel p, const place *at, uint j, int index) {
+    if (index == NOWHERE) {
+        return 0;
+    }
+#if IS_NEAR
+    if (j == COLUMNS - 1) {
+        return 0;
+    }
+#endif
+    const int first = (int)(p.first_level + j);
+    matrix rows = ARRAY(ROWS);
+    const uint time = (uint)at->slot[SLOT_TIME], low = (uint)at->slot[SLOT_LO];
+    for (uint r = 0; r < CHUNK; r++) {
+        int level = first;
+        if (first <= (int)p.near_levels) {
+            level = r < low ? (int)PORTABLE_WEIGHTS : level_advance(first, time, time + r - low);
+        }
+        rows[r] = level < (int)PORTABLE_WEIGHTS ? ARRAY(WEIGHTS)[r * PORTABLE_WEIGHTS + level] : 0.0f;
+    }
+#if !IS_DELTA
+    const float decay = exp(HEAD_ARRAY(DECAY)[index]);
+    for (uint r = 0; r < CHUNK; r += 16) {
+        vstore16(decay * vload16(0, rows + r) * vload16(0, ARRAY(START) + r), 0, rows + r);
+    }
+#endif
+    return 1;
+}
+
+/* A state through the chunk, from place `from` to `to` (which may be the same). */
+void pass_state(const place *at, int from, int to) {
+#if IS_DELTA
+    product(CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, STATE(from), PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
+    if (from != to) {
+        set_scaled(STATE(to), STATE(from), 1.0f, SIZE_KV);
+    }
+    product(PAD_K, PAD_V, CHUNK, ARRAY(WRITE), 1, PAD_K, ARRAY(SEEN), PAD_V, STATE(to), PAD_V, 0, SUBTRACT,
+            chunk_decay(at));
+#else
+    HEAD_ARRAY(DECAY)[to] = HEAD_ARRAY(DECAY)[from] + chunk_log_decay(at);
+#endif
+}
+
+/* The chunk's own state. */
+void own_state(const place *at, matrix to) {
+#if IS_DELTA
+    product(PAD_K, PAD_V, CHUNK, ARRAY(WRITE), 1, PAD_K, ARRAY(V), PAD_V, to, PAD_V, 0, 0, 0.0f);
+#else
+    product(PAD_K, PAD_V, CHUNK, ARRAY(KEY), 1, PAD_K, ARRAY(V_END), PAD_V, to, PAD_V, 0, 0, 0.0f);
+#endif
+}
+
+/*
+ * The states at the next chunk's start: where they stand goes to `next`, the same for every head.  The own state takes
+ * the free place; states that meet are added up in the place of the first.
+ */
+void advance_states(const place *at, const int *where, int *next) {
+    const int own = at->slot[SLOT_OWN], vacant = free_place(where);
+    matrix decays = HEAD_ARRAY(DECAY);
+    for (uint j = 0; j < COLUMNS; j++) {
+        next[j] = NOWHERE;
+    }
+    if (own >= 0) {
+        own_state(at, STATE(vacant));
+        decays[vacant] = 0.0f;
+        next[own] = vacant;
+    }
+    for (uint j = 0; j < COLUMNS; j++) {
+        const int column = at->slot[SLOT_MAP + j], index = where[j];
+        if (index == NOWHERE || column < 0) {
+            continue;
+        }
+        pass_state(at, index, index);
+        if (next[column] == NOWHERE) {
+            next[column] = index;
+        } else {
+            const int first = next[column];
+            add_scaled(STATE(first), exp(decays[first]), STATE(index), exp(decays[index]), SIZE_KV);
+            decays[first] = 0.0f;
+        }
+    }
+}
+
+/* ---- The final states ---------------------------------------------------------------------------------------------- */
+
+/* The caller's state of a level += scale * from. */
+void add_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand from, float scale) {
+    for (uint k = 0; k < DIM_K; k++) {
+        __global float *to = values + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
+        for (uint i = 0; i < at->values; i++) {
+            to[i] += scale * from[k * PAD_V + i];
+        }
+    }
+}
+
+/* Keys and values of rows begin .. end - 1, which stand at the same level: += keys^T values. */
+void add_keys_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand keys,
+                       operand of_values, uint begin, uint end, matrix scratch) {
+    product(PAD_K, PAD_V, end - begin, keys + begin * PAD_K, 1, PAD_K, of_values + begin * PAD_V, PAD_V, scratch, PAD_V,
+            0, 0, 0.0f);
+    add_to_level(p, at, values, level, scratch, 1.0f);
+}
+
+#if IS_NEAR
+/* WRITE_NEAR: the keys of the chunk before, through this chunk. */
+void near_keys(const place *at) {
+    transpose(ARRAY(WRITE_NEAR), PAD_K, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, PAD_K, CHUNK);
+    const float decay = chunk_decay(at);
+#if IS_DELTA
+    product(CHUNK, CHUNK, DIM_K, ARRAY(K_START), PAD_K, 1, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, ARRAY(M_NEAR_T), CHUNK, 0,
+            0, 0.0f);
+    product(CHUNK, PAD_K, CHUNK, ARRAY(M_NEAR_T), 1, CHUNK, ARRAY(WRITE), PAD_K, ARRAY(WRITE_NEAR), PAD_K, 0, SUBTRACT,
+            decay);
+#else
+    set_scaled(ARRAY(WRITE_NEAR), ARRAY(WRITE_NEAR), decay, CHUNK * PAD_K);
+#endif
+}
+#endif
+
+/* The states after the last token, from the last chunk of a sequence; the pool is used up. */
+void end_states(const loglin_panel p, const place *at, const int *where, __global float *values) {
+    matrix scratch = STATE(free_place(where));
+    for (uint level = 0; level < p.levels; level++) {
+        for (uint k = 0; k < DIM_K; k++) {
+            for (uint i = 0; i < at->values; i++) {
+                values[state_row(p, at, k) + (ulong)level * DIM_K * DIM_V + i] = 0.0f;
+            }
+        }
+    }
+    for (uint j = 0; j < COLUMNS; j++) {
+        const int level = at->slot[SLOT_MAP + j];
+        if (where[j] != NOWHERE && level >= 0) {
+            pass_state(at, where[j], where[j]);
+            add_to_level(p, at, values, level, STATE(where[j]), exp(HEAD_ARRAY(DECAY)[where[j]]));
+        }
+    }
+    const uint last = (uint)at->slot[SLOT_HI] - 1;
+    operand keys = IS_DELTA ? ARRAY(WRITE) : ARRAY(KEY), of_values = IS_DELTA ? ARRAY(V) : ARRAY(V_END);
+    for (uint begin = (uint)at->slot[SLOT_LO], end; begin <= last; begin = end) {
+        const int level = level_of(last, begin);
+        for (end = begin + 1; end <= last && level_of(last, end) == level; end++) {
+        }
+        add_keys_to_level(p, at, values, level, keys, of_values, begin, end, scratch);
+    }
+#if IS_NEAR
+    if (reads_near(at->slot)) {
+        near_keys(at);
+        for (uint begin = 0, end; begin < CHUNK; begin = end) {
+            const int level = level_of(CHUNK + last, begin);
+            for (end = begin + 1; end < CHUNK && level_of(CHUNK + last, end) == level; end++) {
+            }
+            add_keys_to_level(p, at, values, level, ARRAY(WRITE_NEAR), HEAD_ARRAY(V_BEFORE), begin, end, scratch);
+        }
+    }
+#endif
+}

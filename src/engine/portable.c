@@ -1,0 +1,262 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The fused engine for CPUs: one launch, a work-item a lane (cl/portable_layout.cl), tiles held in vector registers
+ * (cl/mma_portable.cl), intermediate results in the caches of the lane's core.
+ */
+#include "engine/engine.h"
+#include "plan/problem.h"
+#include "runtime/device.h"
+#include "runtime/program.h"
+#include "runtime/status.h"
+
+#include "../../cl/portable_layout.cl"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+/* More heads to a lane share q k^T, but their states leave the core's cache. */
+static const size_t most_lane_heads = 4;
+
+/* X(name): the kernels. */
+#define PORTABLE_KERNELS(X) X(chunk_layout) X(chunk_keep) X(chunk_positions) X(portable_forward)
+
+typedef enum portable_kernel {
+#define PORTABLE_KERNEL_ENUM(name) KERNEL_##name,
+    PORTABLE_KERNELS(PORTABLE_KERNEL_ENUM)
+#undef PORTABLE_KERNEL_ENUM
+        KERNEL_COUNT
+} portable_kernel;
+
+/* How the work is divided, and what the kernels are compiled with. */
+typedef struct lane_shape {
+    size_t heads;        /* of a lane */
+    size_t pad_k, pad_v; /* whole vectors; pad_v of the values of a lane */
+    size_t columns;      /* of the panel, at least 1 */
+    size_t lanes;
+} lane_shape;
+
+struct loglin_engine_state {
+    cl_kernel kernels[KERNEL_COUNT];
+    loglin_panel panel; /* table from the workspace's start */
+    lane_shape shape;
+    size_t lanes_at, floats; /* of the workspace */
+};
+
+/* ---- Which problems ---------------------------------------------------------------------------------------------- */
+
+static const char *refuses(const loglin_device *device, const loglin_problem *problem) {
+    if (!device->is_cpu) {
+        return "its lanes are a CPU's threads";
+    }
+    if ((problem->phases & LOGLIN_BACKWARD) != 0) {
+        return "it has the forward pass only";
+    }
+    return NULL;
+}
+
+/* ---- Division into lanes ------------------------------------------------------------------------------------------- */
+
+static size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+static size_t pad(size_t count) {
+    return ceil_div(count, 16) * 16;
+}
+
+/* The share of the cores' time that equal lanes keep busy. */
+static double busy_share(size_t lanes, size_t cores) {
+    return (double)lanes / (double)(ceil_div(lanes, cores) * cores);
+}
+
+/* As few parts as keep the cores busy: of the heads of a group first, as they only share q k^T, then of the values. */
+static lane_shape divide(const loglin_problem *problem, const loglin_panel *panel, size_t cores) {
+    const size_t matrices = loglin_problem_sequences(problem) * problem->groups, heads = problem->heads / problem->groups;
+    lane_shape best = {0};
+    for (size_t value_parts = 1; value_parts <= ceil_div(problem->dim_v, 32); value_parts *= 2) {
+        for (size_t head_parts = ceil_div(heads, most_lane_heads); head_parts <= heads; head_parts++) {
+            const size_t lanes = matrices * head_parts * value_parts;
+            if (heads % head_parts == 0 &&
+                (best.lanes == 0 || busy_share(lanes, cores) > busy_share(best.lanes, cores) + 0.1)) {
+                best = (lane_shape){.heads = heads / head_parts,
+                                    .pad_k = pad(problem->dim_k),
+                                    .pad_v = pad(ceil_div(problem->dim_v, value_parts)),
+                                    .columns = panel->columns > 0 ? panel->columns : 1};
+                best.lanes = matrices * head_parts * ceil_div(problem->dim_v, best.pad_v);
+            }
+        }
+    }
+    return best;
+}
+
+/* Floats of a lane's memory. */
+static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bool strong) {
+    enum { ALWAYS, DELTA, SCALAR, STRONG, NEAR, MAPS, WHEN_COUNT };
+    enum { SIZE_1, SIZE_2, SIZE_C, SIZE_K, SIZE_V, SIZE_L, SIZE_D, SIZE_P, SIZE_KV, SIZE_COUNT };
+    enum { ONE, HEAD };
+    const bool when[WHEN_COUNT] = {[ALWAYS] = true,       [DELTA] = panel->delta, [SCALAR] = !panel->delta,
+                                   [STRONG] = strong,     [NEAR] = panel->near,   [MAPS] = panel->delta || panel->near};
+    const size_t sizes[SIZE_COUNT] = {
+        [SIZE_1] = 1,
+        [SIZE_2] = 2,
+        [SIZE_C] = panel->chunk,
+        [SIZE_K] = shape->pad_k,
+        [SIZE_V] = shape->pad_v,
+        [SIZE_L] = PORTABLE_WEIGHTS,
+        [SIZE_D] = PORTABLE_DECAYS,
+        [SIZE_P] = shape->columns + 1,
+        [SIZE_KV] = shape->pad_k * shape->pad_v,
+    };
+    const size_t counts[] = {[ONE] = 1, [HEAD] = shape->heads};
+    size_t floats = 0;
+#define PORTABLE_ADD(name, count, rows, columns, condition)                                                            \
+    floats += when[condition] ? counts[count] * sizes[SIZE_##rows] * sizes[SIZE_##columns] : 0;
+    PORTABLE_ARRAYS(PORTABLE_ADD)
+#undef PORTABLE_ADD
+    return floats;
+}
+
+static loglin_status lay_out(const loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
+    loglin_panel *panel = &state->panel;
+    *panel = loglin_panel_of(problem);
+    panel->batch_width = panel->packed ? 1 : panel->sequences;
+    panel->waves = (unsigned)loglin_count_waves(problem);
+    panel->slots = panel->waves * panel->batch_width;
+    state->shape = divide(problem, panel, device->info.compute_units);
+    const size_t floats = lane_floats(&state->shape, panel, problem->partition == LOGLIN_STRONG);
+    if (floats > INT32_MAX) {
+        return loglin_fail(LOGLIN_UNSUPPORTED, "a lane takes %zu floats, expected below 2^31", floats);
+    }
+    panel->table = 16; /* the lanes' start is rounded up */
+    state->lanes_at = ceil_div(panel->table + (size_t)panel->slots * SLOT_INTS, 16) * 16;
+    state->floats = state->lanes_at + state->shape.lanes * floats;
+    return LOGLIN_OK;
+}
+
+/* ---- Creation ---------------------------------------------------------------------------------------------------- */
+
+static void destroy(loglin_engine_state *state) {
+    if (state == NULL) {
+        return;
+    }
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        if (state->kernels[i] != NULL) {
+            clReleaseKernel(state->kernels[i]);
+        }
+    }
+    free(state);
+}
+
+/* Floats of a vector register. */
+static int vector_width(const loglin_device *device) {
+    cl_uint width = 0;
+    (void)clGetDeviceInfo(device->id, CL_DEVICE_NATIVE_VECTOR_WIDTH_FLOAT, sizeof width, &width, NULL);
+    return width >= 16 ? 16 : 8;
+}
+
+static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
+    static const char *const names[KERNEL_COUNT] = {
+#define PORTABLE_KERNEL_NAME(name) #name,
+        PORTABLE_KERNELS(PORTABLE_KERNEL_NAME)
+#undef PORTABLE_KERNEL_NAME
+    };
+    static const char *const files[] = {"panel.cl",        "common.cl",         "chunk_layout.cl",
+                                        "mma_portable.cl", "portable_layout.cl", "portable_chunk.cl",
+                                        "portable_states.cl", "portable_forward.cl", NULL};
+    const lane_shape *shape = &state->shape;
+    char options[512];
+    (void)snprintf(options, sizeof options,
+                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
+                   "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
+                   "-DIS_NORMALIZED=%d",
+                   (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
+                   vector_width(device), problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v,
+                   shape->heads, shape->columns, shape->columns + 1, state->panel.delta, state->panel.near,
+                   problem->normalize_qk != 0);
+    cl_program program;
+    RETURN_IF_ERROR(loglin_program_get(device, files, options, &program));
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        cl_int code;
+        state->kernels[i] = clCreateKernel(program, names[i], &code);
+        if (code != CL_SUCCESS) {
+            return loglin_fail(code, "clCreateKernel(%s): %s", names[i], loglin_strerror(code));
+        }
+    }
+    return LOGLIN_OK;
+}
+
+static loglin_status create(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state) {
+    loglin_engine_state *made = calloc(1, sizeof *made);
+    if (made == NULL) {
+        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "fused engine: out of host memory");
+    }
+    loglin_status status = lay_out(device, problem, made);
+    if (status == LOGLIN_OK) {
+        status = create_kernels(device, problem, made);
+    }
+    if (status != LOGLIN_OK) {
+        destroy(made);
+        return status;
+    }
+    *state = made;
+    return LOGLIN_OK;
+}
+
+static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
+    return phase == LOGLIN_FORWARD ? (state->floats + 16) * sizeof(float) : 0;
+}
+
+/* ---- Execution --------------------------------------------------------------------------------------------------- */
+
+/* A tape with the slot table filled in; *lanes: where the lanes' memory begins, at a whole vector. */
+static loglin_tape start(const loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
+                         cl_command_queue queue, cl_uint num_wait, const cl_event *wait, size_t *lanes) {
+    workspace.offset = ceil_div(workspace.offset, 16) * 16;
+    *lanes = workspace.offset + state->lanes_at;
+    loglin_tape tape = loglin_tape_start(&state->panel, state->kernels, workspace, queue, num_wait, wait);
+    loglin_tape_launch(&tape, KERNEL_chunk_layout, state->panel.slots, 1, 1,
+                       ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position), UINT(state->panel.slots)));
+    return tape;
+}
+
+static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
+                             cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
+    size_t lanes;
+    loglin_tape tape = start(state, call, workspace, queue, num_wait, wait, &lanes);
+    const loglin_panel *p = &tape.panel;
+    const size_t global[3] = {state->shape.lanes, 1, 1}, local[3] = {1, 1, 1};
+    loglin_tape_enqueue(&tape, KERNEL_portable_forward, global, local,
+                        ARGUMENTS(ULONG(lanes), BUFFER(call->in.cu_seqlens), BUFFER(call->in.q), BUFFER(call->in.k),
+                                  BUFFER(call->in.v), BUFFER(call->in.g), BUFFER(call->in.level_scales),
+                                  BUFFER(call->in.beta), BUFFER(call->initial.values), BUFFER(call->initial.log_decay),
+                                  BUFFER(call->o), BUFFER(call->final.values)));
+    if (call->final.values.mem != NULL) {
+        if (p->packed) {
+            loglin_tape_launch(&tape, KERNEL_chunk_keep, (size_t)p->sequences * p->heads, p->dim_k, p->dim_v,
+                               ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position),
+                                         BUFFER(call->initial.values), BUFFER(call->initial.log_decay),
+                                         BUFFER(call->final.values)));
+        }
+        loglin_tape_launch(&tape, KERNEL_chunk_positions, p->sequences, 1, 1,
+                           ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position),
+                                     BUFFER(call->final.position), BUFFER(call->final.log_decay)));
+    }
+    return loglin_tape_finish(&tape, event);
+}
+
+static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
+                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
+    (void)state, (void)call, (void)workspace, (void)queue, (void)num_wait, (void)wait, (void)event;
+    return LOGLIN_UNSUPPORTED;
+}
+
+const loglin_engine_class loglin_portable_engine = {
+    .name = "fused (cpu)",
+    .refuses = refuses,
+    .create = create,
+    .destroy = destroy,
+    .workspace_size = workspace_size,
+    .forward = forward,
+    .backward = backward,
+};
