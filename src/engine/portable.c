@@ -40,7 +40,8 @@ struct loglin_engine_state {
     cl_kernel kernels[KERNEL_COUNT];
     loglin_panel panel; /* table from the workspace's start */
     lane_shape shape;
-    size_t lanes_at, floats; /* of the workspace */
+    size_t lanes_at, floats;       /* of the workspace */
+    loglin_engine_state *backward; /* the blas engine's, or NULL */
 };
 
 /* ---- Which problems ---------------------------------------------------------------------------------------------- */
@@ -49,9 +50,7 @@ static const char *refuses(const loglin_device *device, const loglin_problem *pr
     if (!device->is_cpu) {
         return "its lanes are a CPU's threads";
     }
-    if ((problem->phases & LOGLIN_BACKWARD) != 0) {
-        return "it has the forward pass only";
-    }
+    (void)problem;
     return NULL;
 }
 
@@ -72,7 +71,8 @@ static double busy_share(size_t lanes, size_t cores) {
 
 /* As few parts as keep the cores busy: of the heads of a group first, as they only share q k^T, then of the values. */
 static lane_shape divide(const loglin_problem *problem, const loglin_panel *panel, size_t cores) {
-    const size_t matrices = loglin_problem_sequences(problem) * problem->groups, heads = problem->heads / problem->groups;
+    const size_t matrices = loglin_problem_sequences(problem) * problem->groups,
+                 heads = problem->heads / problem->groups;
     lane_shape best = {0};
     for (size_t value_parts = 1; value_parts <= ceil_div(problem->dim_v, 32); value_parts *= 2) {
         for (size_t head_parts = ceil_div(heads, most_lane_heads); head_parts <= heads; head_parts++) {
@@ -95,8 +95,8 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
     enum { ALWAYS, DELTA, SCALAR, STRONG, NEAR, MAPS, WHEN_COUNT };
     enum { SIZE_1, SIZE_2, SIZE_C, SIZE_K, SIZE_V, SIZE_L, SIZE_D, SIZE_P, SIZE_KV, SIZE_COUNT };
     enum { ONE, HEAD };
-    const bool when[WHEN_COUNT] = {[ALWAYS] = true,       [DELTA] = panel->delta, [SCALAR] = !panel->delta,
-                                   [STRONG] = strong,     [NEAR] = panel->near,   [MAPS] = panel->delta || panel->near};
+    const bool when[WHEN_COUNT] = {[ALWAYS] = true,   [DELTA] = panel->delta, [SCALAR] = !panel->delta,
+                                   [STRONG] = strong, [NEAR] = panel->near,   [MAPS] = panel->delta || panel->near};
     const size_t sizes[SIZE_COUNT] = {
         [SIZE_1] = 1,
         [SIZE_2] = 2,
@@ -145,6 +145,7 @@ static void destroy(loglin_engine_state *state) {
             clReleaseKernel(state->kernels[i]);
         }
     }
+    loglin_blas_engine.destroy(state->backward);
     free(state);
 }
 
@@ -161,15 +162,15 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
         PORTABLE_KERNELS(PORTABLE_KERNEL_NAME)
 #undef PORTABLE_KERNEL_NAME
     };
-    static const char *const files[] = {"panel.cl",        "common.cl",         "chunk_layout.cl",
-                                        "mma_portable.cl", "portable_layout.cl", "portable_chunk.cl",
+    static const char *const files[] = {"panel.cl",           "common.cl",           "chunk_layout.cl",
+                                        "mma_portable.cl",    "portable_layout.cl",  "portable_chunk.cl",
                                         "portable_states.cl", "portable_forward.cl", NULL};
     const lane_shape *shape = &state->shape;
     char options[512];
     (void)snprintf(options, sizeof options,
                    "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
                    "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
-                   "-DIS_NORMALIZED=%d",
+                   "-DIS_NORMALIZED=%d -cl-denorms-are-zero",
                    (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
                    vector_width(device), problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v,
                    shape->heads, shape->columns, shape->columns + 1, state->panel.delta, state->panel.near,
@@ -195,6 +196,9 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
     if (status == LOGLIN_OK) {
         status = create_kernels(device, problem, made);
     }
+    if (status == LOGLIN_OK && (problem->phases & LOGLIN_BACKWARD) != 0) {
+        status = loglin_blas_engine.create(device, problem, &made->backward);
+    }
     if (status != LOGLIN_OK) {
         destroy(made);
         return status;
@@ -204,7 +208,8 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
 }
 
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
-    return phase == LOGLIN_FORWARD ? (state->floats + 16) * sizeof(float) : 0;
+    return phase == LOGLIN_BACKWARD ? loglin_blas_engine.workspace_size(state->backward, phase)
+                                    : (state->floats + 16) * sizeof(float);
 }
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
@@ -215,8 +220,9 @@ static loglin_tape start(const loglin_engine_state *state, const loglin_call *ca
     workspace.offset = ceil_div(workspace.offset, 16) * 16;
     *lanes = workspace.offset + state->lanes_at;
     loglin_tape tape = loglin_tape_start(&state->panel, state->kernels, workspace, queue, num_wait, wait);
-    loglin_tape_launch(&tape, KERNEL_chunk_layout, state->panel.slots, 1, 1,
-                       ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position), UINT(state->panel.slots)));
+    loglin_tape_launch(
+        &tape, KERNEL_chunk_layout, state->panel.slots, 1, 1,
+        ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position), UINT(state->panel.slots)));
     return tape;
 }
 
@@ -247,8 +253,7 @@ static loglin_status forward(loglin_engine_state *state, const loglin_call *call
 
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                               cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
-    (void)state, (void)call, (void)workspace, (void)queue, (void)num_wait, (void)wait, (void)event;
-    return LOGLIN_UNSUPPORTED;
+    return loglin_blas_engine.backward(state->backward, call, workspace, queue, num_wait, wait, event);
 }
 
 const loglin_engine_class loglin_portable_engine = {

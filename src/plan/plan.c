@@ -59,8 +59,8 @@ static loglin_status choose_engine(loglin_plan *plan) {
         loglin_engine choice;
         const loglin_engine_class *engine;
     } engines[] = {{LOGLIN_ENGINE_FUSED, &loglin_nvidia_engine},
-                 {LOGLIN_ENGINE_FUSED, &loglin_portable_engine},
-                 {LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};
+                   {LOGLIN_ENGINE_FUSED, &loglin_portable_engine},
+                   {LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};
     const loglin_engine asked = plan->problem.engine;
     (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "%s",
                    asked == LOGLIN_ENGINE_AUTO ? "default" : "as asked");
