@@ -125,7 +125,8 @@ static loglin_cli_status parse(int argc, char **argv, loglin_bench_options *opti
         return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "bench: \"%s\" is not expected", argv[optind]);
     }
     if (options->suite == NULL) {
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "bench: --suite is missing, expected cpu or paper");
+        (void)loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "bench: --suite is missing, expected cpu or paper");
+        return LOGLIN_CLI_BAD_INPUT;
     }
     if (options->threads > 0 && options->suite != &loglin_cli_bench_cpu) {
         return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--threads is %zu, expected only with --suite cpu",

@@ -180,7 +180,7 @@ typedef struct loglin_bench_row {
     loglin_bench_kind kind;
     loglin_problem problem; /* levels and engine are filled in */
     double required, aim;   /* 0: none */
-    int32_t position;       /* of steps */
+    size_t position;        /* of steps */
     size_t steps;
 } loglin_bench_row;
 

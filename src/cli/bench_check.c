@@ -53,7 +53,7 @@ static void read_row(const sequence *s, loglin_bench_tensor tensor, size_t t, si
 }
 
 static double read_one(const sequence *s, loglin_bench_tensor tensor, size_t t, size_t at) {
-    float value;
+    float value = 0.0F;
     read_row(s, tensor, t, at, 1, &value);
     return (double)value;
 }
@@ -113,9 +113,9 @@ static void start_with(double *x, const float *row, size_t count) {
 
 static void expect_o(const sequence *all, size_t t, size_t head, double *o) {
     const loglin_problem *p = all->problem;
-    double x[LOGLIN_MAX_DIM];
-    float k[LOGLIN_MAX_DIM];
-    float row[LOGLIN_MAX_DIM];
+    double x[LOGLIN_MAX_DIM] = {0};
+    float k[LOGLIN_MAX_DIM] = {0};
+    float row[LOGLIN_MAX_DIM] = {0};
     read_head(all, LOGLIN_BENCH_Q, t, head, row);
     start_with(x, row, p->dim_k);
     for (size_t s = t + 1; s-- > 0;) {
@@ -130,9 +130,9 @@ static void expect_o(const sequence *all, size_t t, size_t head, double *o) {
 static void expect_dv(const sequence *all, size_t s, size_t head, double *dv) {
     const loglin_problem *p = all->problem;
     const double beta = beta_of(all, s, head);
-    double y[LOGLIN_MAX_DIM];
-    float k[LOGLIN_MAX_DIM];
-    float row[LOGLIN_MAX_DIM];
+    double y[LOGLIN_MAX_DIM] = {0};
+    float k[LOGLIN_MAX_DIM] = {0};
+    float row[LOGLIN_MAX_DIM] = {0};
     read_head(all, LOGLIN_BENCH_K, s, head, k);
     start_with(y, k, p->dim_k);
     for (size_t t = s; t < p->length; ++t) {
@@ -151,11 +151,11 @@ static void expect_dv(const sequence *all, size_t s, size_t head, double *dv) {
 static void expect_dq(const sequence *all, size_t t, size_t head, double *dq) {
     const loglin_problem *p = all->problem;
     const size_t share = p->heads / p->groups;
-    float k[LOGLIN_MAX_DIM];
-    float v[LOGLIN_MAX_DIM];
-    float row[LOGLIN_MAX_DIM];
+    float k[LOGLIN_MAX_DIM] = {0};
+    float v[LOGLIN_MAX_DIM] = {0};
+    float row[LOGLIN_MAX_DIM] = {0};
     for (size_t h = head / share * share; h < (head / share + 1) * share; ++h) {
-        double d_o[LOGLIN_MAX_DIM];
+        double d_o[LOGLIN_MAX_DIM] = {0};
         double z[LOGLIN_MAX_DIM] = {0};
         read_head(all, LOGLIN_BENCH_D_O, t, h, row);
         start_with(d_o, row, p->dim_v);
@@ -187,7 +187,7 @@ static double find_error(loglin_bench_machine *machine, const sequence *s, logli
         const size_t t = i == 0 ? p->length - 1 : random_below(machine, p->length);
         const size_t head = random_below(machine, p->heads);
         double expected[LOGLIN_MAX_DIM] = {0};
-        float found[LOGLIN_MAX_DIM];
+        float found[LOGLIN_MAX_DIM] = {0};
         expect(s, t, head, expected);
         read_head(s, tensor, t, head, found);
         for (size_t j = 0; j < width; ++j) {

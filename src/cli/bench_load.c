@@ -95,9 +95,10 @@ static loglin_status create_buffer(loglin_bench_machine *machine, const char *na
 static loglin_status copy_pieces(loglin_bench_machine *machine, cl_mem pool, size_t pool_size, cl_mem mem,
                                  size_t size) {
     const size_t piece = pool_size / 2;
+    const size_t places = piece / 64;
     for (size_t at = 0; at < size; at += piece) {
         const size_t part = size - at < piece ? size - at : piece;
-        const size_t from = (size_t)loglin_cli_bench_random(machine, 0.0F, (float)(piece / 64)) * 64;
+        const size_t from = (size_t)loglin_cli_bench_random(machine, 0.0F, (float)places) * 64;
         const cl_int code = clEnqueueCopyBuffer(machine->queue, pool, mem, from, at, part, 0, NULL, NULL);
         if (code != CL_SUCCESS) {
             return loglin_cli_bench_fail(machine, code, "clEnqueueCopyBuffer: %s", loglin_strerror(code));
@@ -114,9 +115,12 @@ loglin_status loglin_cli_bench_random_buffer(loglin_bench_machine *machine, cons
     float *numbers = malloc(drawn * sizeof *numbers);
     void *stored = malloc(drawn * element);
     cl_mem pool = NULL;
-    loglin_status status = numbers != NULL && stored != NULL
-                               ? create_buffer(machine, name, count * element, mem)
-                               : loglin_cli_bench_fail(machine, LOGLIN_OUT_OF_MEMORY, "%s: out of memory", name);
+    if (numbers == NULL || stored == NULL) {
+        free(numbers);
+        free(stored);
+        return loglin_cli_bench_fail(machine, LOGLIN_OUT_OF_MEMORY, "%s: out of memory", name);
+    }
+    loglin_status status = create_buffer(machine, name, count * element, mem);
     if (status == LOGLIN_OK) {
         for (size_t i = 0; i < drawn; ++i) {
             numbers[i] = loglin_cli_bench_random(machine, low, high);

@@ -114,7 +114,7 @@ static loglin_status open_loads(loglin_bench_machine *machine, const loglin_prob
 
 static loglin_status open_steps(loglin_bench_machine *machine, const loglin_problem *problem, measured *m) {
     const loglin_status status =
-        loglin_cli_bench_stepper_open(machine, problem, m->row->position, m->row->steps, &m->stepper);
+        loglin_cli_bench_stepper_open(machine, problem, (int32_t)m->row->position, m->row->steps, &m->stepper);
     m->works[m->count++] = (loglin_bench_work){
         .run = loglin_cli_bench_stepper_run, .data = &m->stepper, .amount = loglin_cli_bench_step_bytes(&m->stepper)};
     if (m->row->kind == LOGLIN_BENCH_COPY) {
@@ -137,7 +137,7 @@ static void set_times(const measured *m, json_t *json) {
     static const char *const rates[] = {"giga_per_s", "partner_giga_per_s"};
     static const char *const times[] = {"median_ms", "partner_median_ms"};
     static const char *const runs[] = {"runs", "partner_runs"};
-    for (size_t i = 0; i < m->count; ++i) {
+    for (size_t i = 0; i < m->count && i < 2; ++i) {
         const loglin_bench_work *work = &m->works[i];
         set_number(json, times[i], work->median_ms);
         set_number(json, rates[i], work->amount / work->median_ms * 1e-6);
