@@ -385,9 +385,9 @@ static loglin_cli_status measure_at_each(const loglin_bench_options *options) {
 
 loglin_cli_status loglin_cli_bench(int argc, char **argv) {
     loglin_bench_options options = {0};
-    RETURN_IF_FAILED(parse(argc, argv, &options));
-    if (options.help) {
-        return LOGLIN_CLI_OK;
+    const loglin_cli_status parsed = parse(argc, argv, &options);
+    if (parsed != LOGLIN_CLI_OK || options.suite == NULL || options.help) { /* no suite: an error or --help */
+        return parsed;
     }
     if (options.suite != &loglin_cli_bench_cpu) {
         return measure_here(&options);
