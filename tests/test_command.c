@@ -670,3 +670,66 @@ Test(command, unwritable_output) {
     cr_expect_not_null(strstr(read_text(stderr_path), "not a regular file"), "%s", read_text(stderr_path));
     free_input(&file);
 }
+
+/* ---- bench ------------------------------------------------------------------------------------------------------- */
+
+Test(command, bench_options) {
+    EXPECT_BAD("--suite is missing", "bench");
+    EXPECT_BAD("--suite is \"gpu\", expected cpu or paper", "bench", "--suite", "gpu");
+    EXPECT_BAD("--row is \"none\", expected a row of the suite paper: forward-2048", "bench", "--suite", "paper",
+               "--row", "none");
+    EXPECT_BAD("--repetitions is \"0\", expected an integer from 1", "bench", "--suite", "cpu", "--repetitions", "0");
+    EXPECT_BAD("--threads is \"x\"", "bench", "--suite", "cpu", "--threads", "x");
+    EXPECT_BAD("expected only with --suite cpu", "bench", "--suite", "paper", "--threads", "1");
+    EXPECT_BAD("--engine is \"fast\"", "bench", "--suite", "cpu", "--engine", "fast");
+    EXPECT_BAD("\"more\" is not expected", "bench", "--suite", "cpu", "more");
+}
+
+static const json_t *bench_row(const json_t *part, const char *name) {
+    size_t i;
+    json_t *row;
+    json_array_foreach(json_object_get(part, "rows"), i, row) {
+        if (strcmp(json_string_value(json_object_get(row, "name")), name) == 0) {
+            return row;
+        }
+    }
+    cr_assert_fail("no row %s", name);
+    return NULL;
+}
+
+/* One process for each number of threads, each with the threads that it says; chosen rows only, outputs checked. */
+Test(command, bench_cpu) {
+    cr_assert_eq(run("bench", "--suite", "cpu", "--device", "portable computing", "--engine", "blas", "--row", "single",
+                     "--row", "scalar-workspace", "--repetitions", "1", "--json", NULL),
+                 0, "%s", read_text(stderr_path));
+    json_t *report = json_loads(read_text(stdout_path), 0, NULL);
+    cr_assert_not_null(report, "%s", read_text(stdout_path));
+    const json_t *parts = json_object_get(report, "parts");
+    cr_assert_eq(json_array_size(parts), 2);
+    for (size_t i = 0; i < 2; ++i) {
+        const json_t *part = json_array_get(parts, i);
+        cr_expect_eq(json_integer_value(json_object_get(part, "threads")), i + 1);
+        cr_expect_eq(json_integer_value(json_object_get(part, "compute_units")), i + 1);
+        cr_expect_eq(json_array_size(json_object_get(part, "rows")), 2);
+        const json_t *row = bench_row(part, "single");
+        cr_expect_str_eq(json_string_value(json_object_get(row, "engine")), "blas");
+        cr_expect_gt(json_number_value(json_object_get(row, "giga_per_s")), 0.0);
+        cr_expect_eq(json_integer_value(json_object_get(row, "runs")), 1);
+        const double error = json_number_value(json_object_get(row, "error"));
+        cr_expect(error > 0.0 && error <= 1e-5, "%g", error);
+        cr_expect_gt(json_number_value(json_object_get(bench_row(part, "scalar-workspace"), "value")), 0.0);
+    }
+    cr_expect_gt(json_number_value(json_object_get(json_object_get(report, "single_two_cores"), "value")), 0.0);
+    json_decref(report);
+}
+
+Test(command, bench_paper) {
+    cr_assert_eq(run("bench", "--suite", "paper", "--row", "step-1", "--repetitions", "1", "--json", NULL), 0, "%s",
+                 read_text(stderr_path));
+    json_t *report = json_loads(read_text(stdout_path), 0, NULL);
+    cr_assert_not_null(report, "%s", read_text(stdout_path));
+    const json_t *row = bench_row(report, "step-1");
+    cr_expect_gt(json_number_value(json_object_get(row, "value")), 0.0);
+    cr_expect_float_eq(json_number_value(json_object_get(row, "required")), 15.0, 1e-12);
+    json_decref(report);
+}
