@@ -153,8 +153,7 @@ static loglin_status set_embed(const loglin_session *session, loglin_launch *lau
         KERNEL_ARGUMENT(a->x),
         KERNEL_ARGUMENT(x_stride),
     };
-    launch->global[0] = session->model->lm.hidden;
-    launch->global[1] = session->sequences;
+    loglin_set_free_range(&session->program, session->model->lm.hidden, session->sequences, launch);
     return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
 }
 
