@@ -318,15 +318,15 @@ __kernel void norm_product(const __global float *x, ulong x_at, ulong x_stride, 
     multiply_blocks(w, blocks, columns, bias + bias_at, 0, y + token * y_stride, prepared, scratch);
 }
 
-/* x += W gated(o) + bias. */
+/* x += W gated(o) + bias.  `columns` is INNER: PoCL makes a loop with a constant count several times slower. */
 __kernel void gated_product(const __global storage *o, const __global float *p, ulong p_stride,
                             const __global float *conv_v, const __global float *vectors, uint d_at, uint weight_at,
-                            uint bias_at, float eps, const __global matrix *w, uint blocks, __global float *x,
-                            ulong x_stride, __local float *prepared, __local float *scratch) {
+                            uint bias_at, float eps, const __global matrix *w, uint blocks, uint columns,
+                            __global float *x, ulong x_stride, __local float *prepared, __local float *scratch) {
     const ulong token = get_group_id(1);
     prepare_gated_local(o + token * INNER, p + token * p_stride, conv_v + token * INNER, vectors + d_at,
                         vectors + weight_at, eps, prepared, scratch);
-    multiply_blocks(w, blocks, INNER, vectors + bias_at, 1, x + token * x_stride, prepared, scratch);
+    multiply_blocks(w, blocks, columns, vectors + bias_at, 1, x + token * x_stride, prepared, scratch);
 }
 
 /* y = silu(gate norm(x)) * (up norm(x)); blocks of gate and of up take turns, `blocks` counts those of y. */
