@@ -19,7 +19,15 @@
 #include <sys/stat.h>
 #include <time.h>
 
-enum { RUNS = 9, STEPS = 64, DEFAULT_PREFILL = 2048, MAX_COPY = 256 << 20 };
+enum {
+    RUNS = 9,
+    LEAST_RUNS = 3,
+    SLOW_PREFILL = 5 /* seconds */,
+    MOST_STEPS = 64,
+    LEAST_STEPS = 4,
+    DEFAULT_PREFILL = 2048,
+    MAX_COPY = 256 << 20
+};
 
 typedef struct bench {
     cl_context context;
@@ -28,7 +36,7 @@ typedef struct bench {
     loglin_model *model;
     loglin_session *session;
     loglin_model_info info;
-    size_t prefill;
+    size_t prefill, steps; /* tokens of a run */
     int32_t *ids;
     float *logits;
     cl_mem copy_from, copy_to;
@@ -143,13 +151,13 @@ static double step_bytes(const bench *b) {
     const double element = b->info.weight_dtype == LOGLIN_F32 ? 4 : 2;
     const double embedding = lm->tied ? 0 : element * (double)(lm->vocabulary * lm->hidden);
     double states = 0;
-    for (size_t i = 0; i < STEPS; i++) {
+    for (size_t i = 0; i < b->steps; i++) {
         for (size_t bits = b->prefill + i - 1; bits != 0; bits &= bits - 1) {
             states += 1;
         }
         states += 3;
     }
-    return (double)b->info.weight_bytes - embedding + state * states / STEPS;
+    return (double)b->info.weight_bytes - embedding + state * states / (double)b->steps;
 }
 
 static double time_prefill(const bench *b) {
@@ -161,15 +169,15 @@ static double time_prefill(const bench *b) {
 
 static double time_step(const bench *b) {
     const double start = seconds();
-    for (size_t i = 0; i < STEPS; i++) {
+    for (size_t i = 0; i < b->steps; i++) {
         check(loglin_session_step(b->session, &b->ids[i % b->prefill], b->logits), "loglin_session_step");
     }
-    return (seconds() - start) / STEPS;
+    return (seconds() - start) / (double)b->steps;
 }
 
 /* Seconds that the copy takes for a byte read or written. */
 static double time_copy(const bench *b) {
-    const size_t times = (size_t)MAX_COPY / b->copy_bytes < STEPS ? (size_t)MAX_COPY / b->copy_bytes : STEPS;
+    const size_t times = (size_t)MAX_COPY / b->copy_bytes < MOST_STEPS ? (size_t)MAX_COPY / b->copy_bytes : MOST_STEPS;
     const double start = seconds();
     for (size_t i = 0; i < times; i++) {
         check(clEnqueueCopyBuffer(b->queue, b->copy_from, b->copy_to, 0, 0, b->copy_bytes, 0, NULL, NULL),
@@ -179,26 +187,30 @@ static double time_copy(const bench *b) {
     return (seconds() - start) / (2.0 * (double)times * (double)b->copy_bytes);
 }
 
-static void measure(const bench *b) {
+static void measure(bench *b) {
     double prefill[RUNS], step[RUNS], copy[RUNS], floors[RUNS], gains[RUNS];
-    const double bytes = step_bytes(b);
-    (void)time_prefill(b);
+    b->steps = LEAST_STEPS;
     (void)time_step(b);
-    for (size_t run = 0; run < RUNS; run++) {
+    const double quarter = 0.25 / time_step(b);
+    b->steps = quarter < LEAST_STEPS ? LEAST_STEPS : quarter > MOST_STEPS ? MOST_STEPS : (size_t)quarter;
+    const double warm = time_prefill(b); /* a plan is made */
+    const size_t runs = warm > SLOW_PREFILL ? LEAST_RUNS : RUNS;
+    const double bytes = step_bytes(b);
+    for (size_t run = 0; run < runs; run++) {
         prefill[run] = time_prefill(b) / (double)b->prefill;
         step[run] = time_step(b);
         copy[run] = time_copy(b);
         floors[run] = step[run] / (bytes * copy[run] + 30e-6);
         gains[run] = step[run] / prefill[run];
     }
-    const double token = median(prefill, RUNS);
+    const double token = median(prefill, runs);
     const double products = 2.0 * ((double)b->info.parameters - (double)(b->info.vocabulary * b->info.hidden));
-    const double rate = median(copy, RUNS);
+    const double rate = median(copy, runs);
     printf("prefill  %8.2f us a token of %zu, %.1f tokens/s, %.0f GFLOP/s of products with weights\n", 1e6 * token,
            b->prefill, 1 / token, 1e-9 * products / token);
     printf("step     %8.2f us; floor %.2f us for %.2f MB at a copy's %.1f GB/s; step / (floor + 30 us) = %.2f\n",
-           1e6 * median(step, RUNS), 1e6 * bytes * rate, 1e-6 * bytes, 1e-9 / rate, median(floors, RUNS));
-    printf("a token of the prefill is %.1f times faster than a step\n", median(gains, RUNS));
+           1e6 * median(step, runs), 1e6 * bytes * rate, 1e-6 * bytes, 1e-9 / rate, median(floors, runs));
+    printf("a token of the prefill is %.1f times faster than a step\n", median(gains, runs));
     if (!isfinite(b->logits[0])) {
         fprintf(stderr, "the logits are not finite\n");
         exit(EXIT_FAILURE);
@@ -214,6 +226,7 @@ int main(int argc, char **argv) {
     if (argc > 2) {
         b.prefill = strtoul(argv[2], NULL, 10);
     }
+    setvbuf(stdout, NULL, _IOLBF, 0);
     open_device(&b);
     load(&b, argv[1], argc > 3 ? strtoul(argv[3], NULL, 10) : 0);
     start_session(&b);
