@@ -389,6 +389,8 @@ void multiply_tile(const __global matrix *w, ulong next, const __global float *x
     float16 sum[TILE];
 #if BLOCKS == 2
     float16 second[TILE];
+#else
+    (void)next;
 #endif
 #pragma unroll
     for (uint i = 0; i < TILE; i++) {
