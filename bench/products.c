@@ -132,6 +132,7 @@ int main(void) {
         {"MZ V", product(buffer, chunk, dim_v, chunk, batch, false, false)},
         {"WRITE^T V (chunk states)", product(buffer, dim_k, dim_v, chunk, batch, true, false)},
         {"READ E (level reads)", product(buffer, chunk, dim_v * columns, dim_k, batch, false, false)},
+        {"a linear layer, prefill", product(buffer, 1024, 704, 128, 1, false, false)},
     };
     (void)printf("%s, %u compute units: CLBlast in batches of %d, medians of %d runs\n", device->info.name,
                  device->info.compute_units, batch, runs);

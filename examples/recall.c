@@ -7,7 +7,8 @@
  *     mixer: q, k, v and, per head, g = -0.1 softplus(.) and level weights softplus(.) from u W_in + bias;
  *     logits = rmsnorm(x_2) W_logits, cross-entropy at the positions that ask.
  *
- * The mixer "loglinear" has a weight for each level, "linear" one for all: that is linear attention, with one state.
+ * The mixer "loglinear" has a weight for each level.  "linear" projects as many values, but gives all levels of a token
+ * and head one weight, softplus of their mean: that is linear attention, with one state, of exactly the same size.
  *
  *     recall [--steps N] [--seed S] [--mixer linear|loglinear|both] [--pairs P] [--length T] [--check]
  *
@@ -34,6 +35,8 @@ enum {
     DIM_K = 16,
     DIM_V = 16,
     MIXED = HEADS * DIM_V,
+    GATES_BEGIN = 2 * DIM_K + MIXED, /* columns of a layer's projection: q, k, v, gates, level weights */
+    LEVELS_BEGIN = GATES_BEGIN + HEADS,
     EVALUATIONS = 10, /* lines printed while it learns */
 };
 
@@ -303,12 +306,13 @@ static void attention_backward(const attention *a) {
 enum { NORM, IN, BIAS, OUT, LAYER_TENSORS };
 enum { EMBEDDING = LAYERS * LAYER_TENSORS, FINAL_NORM, LOGITS, TENSORS };
 static const char *const LAYER_NAMES[LAYER_TENSORS] = {"norm", "in", "bias", "out"};
+static const char *const MIXER_NAMES[] = {"linear", "log-linear"};
 static const char *const OTHER_NAMES[TENSORS - EMBEDDING] = {"embedding", "final_norm", "logits"};
 
 typedef struct model {
     const task *task;
     attention *attention;
-    size_t weights;                           /* level weights of a head: the number of levels, or 1 for all of them */
+    bool tied;                                /* all levels of a token and head have one weight */
     size_t columns;                           /* of the projection: q, k, v, g, level weights */
     size_t offset[TENSORS + 1];               /* of the tensors; the last: the number of parameters */
     float *parameters, *gradients;            /* [offset[TENSORS]] */
@@ -340,19 +344,19 @@ static void initialize_parameters(model *m, uint64_t state) {
         }
         fill_normal(p + at[IN], 2 * WIDTH * m->columns, 1.0F / sqrtf(2 * WIDTH), &state);
         fill_normal(p + at[OUT], MIXED * WIDTH, 1.0F / sqrtf(MIXED), &state);
-        float *bias = p + at[BIAS] + 2 * DIM_K + MIXED;
+        float *bias = p + at[BIAS] + GATES_BEGIN;
         for (size_t i = 0; i < HEADS; i++) {
             bias[i] = -2.0F; /* little forgetting at first */
         }
-        for (size_t i = 0; i < HEADS * m->weights; i++) {
+        for (size_t i = 0; i < HEADS * m->attention->levels; i++) {
             bias[HEADS + i] = 0.5413F; /* level weights of 1 */
         }
     }
 }
 
 static void model_create(model *m, const task *t, attention *a, bool tied, uint64_t seed) {
-    *m = (model){.task = t, .attention = a, .weights = tied ? 1 : a->levels};
-    m->columns = 2 * DIM_K + MIXED + HEADS + HEADS * m->weights;
+    *m = (model){.task = t, .attention = a, .tied = tied};
+    m->columns = LEVELS_BEGIN + HEADS * a->levels;
     const size_t layer_sizes[LAYER_TENSORS] = {WIDTH, 2 * WIDTH * m->columns, m->columns, MIXED * WIDTH};
     const size_t other_sizes[] = {(NUM_KEYS + NUM_VALUES) * WIDTH, WIDTH, WIDTH * NUM_VALUES};
     for (size_t i = 0; i < TENSORS; i++) {
@@ -389,41 +393,60 @@ static void model_destroy(model *m) {
     }
 }
 
+static float mean_of(const float *values, size_t count) {
+    float sum = 0.0F;
+    for (size_t i = 0; i < count; i++) {
+        sum += values[i];
+    }
+    return sum / (float)count;
+}
+
+/* The level weights of a token and head from their projections; tied: all from the mean of these. */
+static void set_level_scales(const model *m, float *scales, const float *projected) {
+    const size_t levels = m->attention->levels;
+    const float mean = mean_of(projected, levels);
+    for (size_t l = 0; l < levels; l++) {
+        scales[l] = softplus(m->tied ? mean : projected[l]);
+    }
+}
+
+/* The gradients of set_level_scales: tied, each projection gets an equal part of what all weights pass to the mean. */
+static void set_level_gradients(const model *m, float *dprojected, const float *dscales, const float *projected) {
+    const size_t levels = m->attention->levels;
+    const float mean = mean_of(projected, levels);
+    const float share = mean_of(dscales, levels);
+    for (size_t l = 0; l < levels; l++) {
+        dprojected[l] = m->tied ? sigmoid(mean) * share : sigmoid(projected[l]) * dscales[l];
+    }
+}
+
 /* The values of attention from a layer's projections z. */
 static void set_attention_values(const model *m, const float *z) {
     const attention *a = m->attention;
     for (size_t t = 0; t < a->tokens; t++, z += m->columns) {
-        const float *gates = z + 2 * DIM_K + MIXED;
-        const float *weights = gates + HEADS;
         memcpy(a->value[Q].host + t * DIM_K, z, DIM_K * sizeof(float));
         memcpy(a->value[K].host + t * DIM_K, z + DIM_K, DIM_K * sizeof(float));
         memcpy(a->value[V].host + t * MIXED, z + 2 * DIM_K, MIXED * sizeof(float));
         for (size_t h = 0; h < HEADS; h++) {
-            a->value[G].host[t * HEADS + h] = -GATE_SIZE * softplus(gates[h]);
+            a->value[G].host[t * HEADS + h] = -GATE_SIZE * softplus(z[GATES_BEGIN + h]);
             float *scales = a->value[LEVEL_SCALES].host + (t * HEADS + h) * a->levels;
-            for (size_t l = 0; l < a->levels; l++) {
-                scales[l] = softplus(weights[h * m->weights + l % m->weights]);
-            }
+            set_level_scales(m, scales, z + LEVELS_BEGIN + h * a->levels);
         }
     }
 }
 
-/* dz from the gradients of attention; a weight that all levels share collects the gradients of all. */
+/* dz from the gradients of attention. */
 static void collect_attention_gradients(const model *m, float *dz, const float *z) {
     const attention *a = m->attention;
-    memset(dz, 0, a->tokens * m->columns * sizeof(float));
     for (size_t t = 0; t < a->tokens; t++, z += m->columns, dz += m->columns) {
-        const size_t gates = 2 * DIM_K + MIXED;
         memcpy(dz, a->gradient[Q].host + t * DIM_K, DIM_K * sizeof(float));
         memcpy(dz + DIM_K, a->gradient[K].host + t * DIM_K, DIM_K * sizeof(float));
         memcpy(dz + 2 * DIM_K, a->gradient[V].host + t * MIXED, MIXED * sizeof(float));
         for (size_t h = 0; h < HEADS; h++) {
-            dz[gates + h] = -GATE_SIZE * sigmoid(z[gates + h]) * a->gradient[G].host[t * HEADS + h];
-            const float *dscales = a->gradient[LEVEL_SCALES].host + (t * HEADS + h) * a->levels;
-            for (size_t l = 0; l < a->levels; l++) {
-                const size_t column = gates + HEADS + h * m->weights + l % m->weights;
-                dz[column] += sigmoid(z[column]) * dscales[l];
-            }
+            dz[GATES_BEGIN + h] = -GATE_SIZE * sigmoid(z[GATES_BEGIN + h]) * a->gradient[G].host[t * HEADS + h];
+            const size_t weights = LEVELS_BEGIN + h * a->levels;
+            set_level_gradients(m, dz + weights, a->gradient[LEVEL_SCALES].host + (t * HEADS + h) * a->levels,
+                                z + weights);
         }
     }
 }
@@ -589,7 +612,7 @@ static score train(const task *t, attention *a, bool tied, size_t steps, uint64_
     uint64_t training_state = 3 * seed;
     uint64_t evaluation_state = 3 * seed + 1;
     model_create(&m, t, a, tied, 3 * seed + 2);
-    printf("%s: %zu parameters\n", tied ? "linear" : "log-linear", m.offset[TENSORS]);
+    printf("%s: %zu parameters\n", MIXER_NAMES[!tied], m.offset[TENSORS]);
     const time_t start = time(NULL);
     for (size_t step = 1; step <= steps; step++) {
         draw_batch(t, &training_state);
@@ -634,7 +657,16 @@ static bool check_parameter(model *m, size_t i, float expected) {
     return good;
 }
 
-/* Checks, in each third of every tensor, the parameter with the largest gradient. */
+/* Checks, of the parameters from `begin` to before `end`, the one with the largest gradient. */
+static bool check_range(model *m, const float *gradients, size_t begin, size_t end) {
+    size_t largest = begin;
+    for (size_t i = begin; i < end; i++) {
+        largest = fabsf(gradients[i]) > fabsf(gradients[largest]) ? i : largest;
+    }
+    return check_parameter(m, largest, gradients[largest]);
+}
+
+/* Checks a parameter of each third of every tensor, and one of the biases of every head's level weights. */
 static bool check_gradients(const task *t, attention *a, bool tied, uint64_t seed) {
     model m;
     bool good = true;
@@ -644,16 +676,22 @@ static bool check_gradients(const task *t, attention *a, bool tied, uint64_t see
     model_backward(&m);
     float *gradients = allocate(m.offset[TENSORS]);
     memcpy(gradients, m.gradients, m.offset[TENSORS] * sizeof(float));
-    printf("%s: parameter, gradient, difference quotient\n", tied ? "linear" : "log-linear");
+    printf("%s, %zu parameters: parameter, gradient, difference quotient\n", MIXER_NAMES[!tied], m.offset[TENSORS]);
     for (size_t tensor = 0; tensor < TENSORS; tensor++) {
-        const size_t size = m.offset[tensor + 1] - m.offset[tensor];
+        const size_t begin = m.offset[tensor];
+        const size_t size = m.offset[tensor + 1] - begin;
         print_tensor_name(tensor);
         for (size_t third = 0; third < 3; third++) {
-            size_t largest = m.offset[tensor] + third * size / 3;
-            for (size_t i = largest; i < m.offset[tensor] + (third + 1) * size / 3; i++) {
-                largest = fabsf(gradients[i]) > fabsf(gradients[largest]) ? i : largest;
-            }
-            good = check_parameter(&m, largest, gradients[largest]) && good;
+            const size_t end = begin + (third + 1) * size / 3;
+            good = check_range(&m, gradients, begin + third * size / 3, end) && good;
+        }
+        printf("\n");
+    }
+    for (size_t layer = 0; layer < LAYERS; layer++) {
+        printf("layer %zu level bias", layer);
+        for (size_t h = 0; h < HEADS; h++) {
+            const size_t begin = m.offset[layer * LAYER_TENSORS + BIAS] + LEVELS_BEGIN + h * a->levels;
+            good = check_range(&m, gradients, begin, begin + a->levels) && good;
         }
         printf("\n");
     }
@@ -724,7 +762,6 @@ static options parse_options(int argc, char **argv) {
 int main(int argc, char **argv) {
     const options chosen = parse_options(argc, argv);
     const bool mixers[] = {chosen.linear, chosen.loglinear};
-    static const char *const names[] = {"linear", "log-linear"};
     attention a = {0};
     attention_create(&a, chosen.length);
     task t = {.pairs = chosen.pairs, .length = chosen.length};
@@ -752,7 +789,7 @@ int main(int argc, char **argv) {
         const char *separator = "";
         for (size_t i = 0; i < 2; i++) {
             if (mixers[i]) {
-                printf("%s%s accuracy %.3f", separator, names[i], accuracy[i]);
+                printf("%s%s accuracy %.3f", separator, MIXER_NAMES[i], accuracy[i]);
                 separator = ", ";
             }
         }

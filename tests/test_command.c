@@ -7,12 +7,14 @@
 #include <fcntl.h>
 #include <jansson.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ---- Files of a test -------------------------------------------------------------------------------------------- */
@@ -52,8 +54,8 @@ static char *read_text(const char *path) {
     return buffer;
 }
 
-/* Runs the command once: its exit status. */
-static int execute(char *const *arguments) {
+/* Starts the command; what it prints goes to stdout_path and stderr_path. */
+static pid_t start_command(char *const *arguments) {
     const pid_t child = fork();
     cr_assert_geq(child, 0);
     if (child == 0) {
@@ -65,6 +67,12 @@ static int execute(char *const *arguments) {
         execv(LOGLIN_COMMAND, arguments);
         _exit(127);
     }
+    return child;
+}
+
+/* Runs the command once: its exit status. */
+static int execute(char *const *arguments) {
+    const pid_t child = start_command(arguments);
     int status;
     cr_assert_eq(waitpid(child, &status, 0), child);
     cr_assert(WIFEXITED(status), "the command ended with signal %d", WTERMSIG(status));
@@ -669,4 +677,207 @@ Test(command, unwritable_output) {
     cr_expect_eq(run("forward", in_path, directory, NULL), 1);
     cr_expect_not_null(strstr(read_text(stderr_path), "not a regular file"), "%s", read_text(stderr_path));
     free_input(&file);
+}
+
+/* ---- bench ------------------------------------------------------------------------------------------------------- */
+
+Test(command, bench_options) {
+    EXPECT_BAD("--suite is missing", "bench");
+    EXPECT_BAD("--suite is \"gpu\", expected cpu or paper", "bench", "--suite", "gpu");
+    EXPECT_BAD("--row is \"none\", expected a row of the suite paper: forward-2048", "bench", "--suite", "paper",
+               "--row", "none");
+    EXPECT_BAD("--repetitions is \"0\", expected an integer from 1", "bench", "--suite", "cpu", "--repetitions", "0");
+    EXPECT_BAD("--threads is \"x\"", "bench", "--suite", "cpu", "--threads", "x");
+    EXPECT_BAD("expected only with --suite cpu", "bench", "--suite", "paper", "--threads", "1");
+    EXPECT_BAD("--engine is \"fast\"", "bench", "--suite", "cpu", "--engine", "fast");
+    EXPECT_BAD("\"more\" is not expected", "bench", "--suite", "cpu", "more");
+}
+
+static const json_t *bench_row(const json_t *part, const char *name) {
+    size_t i;
+    json_t *row;
+    json_array_foreach(json_object_get(part, "rows"), i, row) {
+        if (strcmp(json_string_value(json_object_get(row, "name")), name) == 0) {
+            return row;
+        }
+    }
+    cr_assert_fail("no row %s", name);
+    return NULL;
+}
+
+/* One process for each number of threads, each with the threads that it says; chosen rows only, outputs checked. */
+Test(command, bench_cpu) {
+    cr_assert_eq(run("bench", "--suite", "cpu", "--device", "portable computing", "--engine", "blas", "--row", "single",
+                     "--row", "scalar-workspace", "--repetitions", "1", "--json", NULL),
+                 0, "%s", read_text(stderr_path));
+    json_t *report = json_loads(read_text(stdout_path), 0, NULL);
+    cr_assert_not_null(report, "%s", read_text(stdout_path));
+    const json_t *parts = json_object_get(report, "parts");
+    cr_assert_eq(json_array_size(parts), 2);
+    for (size_t i = 0; i < 2; ++i) {
+        const json_t *part = json_array_get(parts, i);
+        cr_expect_eq(json_integer_value(json_object_get(part, "threads")), i + 1);
+        cr_expect_eq(json_integer_value(json_object_get(part, "compute_units")), i + 1);
+        cr_expect_eq(json_array_size(json_object_get(part, "rows")), 2);
+        const json_t *row = bench_row(part, "single");
+        cr_expect_str_eq(json_string_value(json_object_get(row, "engine")), "blas");
+        cr_expect_gt(json_number_value(json_object_get(row, "giga_per_s")), 0.0);
+        cr_expect_eq(json_integer_value(json_object_get(row, "runs")), 1);
+        const double error = json_number_value(json_object_get(row, "error"));
+        cr_expect(error > 0.0 && error <= 1e-5, "%g", error);
+        cr_expect_gt(json_number_value(json_object_get(bench_row(part, "scalar-workspace"), "value")), 0.0);
+    }
+    cr_expect_gt(json_number_value(json_object_get(json_object_get(report, "single_two_cores"), "value")), 0.0);
+    json_decref(report);
+}
+
+Test(command, bench_paper) {
+    cr_assert_eq(run("bench", "--suite", "paper", "--row", "step-1", "--repetitions", "1", "--json", NULL), 0, "%s",
+                 read_text(stderr_path));
+    json_t *report = json_loads(read_text(stdout_path), 0, NULL);
+    cr_assert_not_null(report, "%s", read_text(stdout_path));
+    const json_t *row = bench_row(report, "step-1");
+    cr_expect_gt(json_number_value(json_object_get(row, "value")), 0.0);
+    cr_expect_float_eq(json_number_value(json_object_get(row, "required")), 15.0, 1e-12);
+    json_decref(report);
+}
+
+/* ---- Language models -------------------------------------------------------------------------------------------- */
+
+#define MAMBA2 TEST_DATA_DIR "/kjv-loglin-mamba2"
+#define GATED_DELTA TEST_DATA_DIR "/kjv-loglin-gdn"
+
+static const char *const models[] = {MAMBA2, GATED_DELTA};
+
+Test(command, generate_continues_as_recorded) {
+    for (size_t m = 0; m < 2; ++m) {
+        char path[256];
+        char prompt[512];
+        char expected[1024];
+        snprintf(path, sizeof path, "%s/expected.safetensors", models[m]);
+        loglin_safetensors *file = open_file(path);
+        const loglin_tensor *ids = loglin_safetensors_find(file, "greedy_ids");
+        const size_t total = loglin_tensor_count(ids);
+        const size_t length = loglin_tensor_count(loglin_safetensors_find(file, "prompt_ids"));
+        cr_assert(length < sizeof prompt && total - length + 2 <= sizeof expected);
+        for (size_t i = 0; i < total; ++i) {
+            int32_t id;
+            memcpy(&id, (const char *)ids->data + i * sizeof id, sizeof id);
+            (i < length ? prompt : expected)[i < length ? i : i - length] = (char)id;
+        }
+        prompt[length] = '\0';
+        expected[total - length] = '\n';
+        expected[total - length + 1] = '\0';
+        char tokens[32];
+        snprintf(tokens, sizeof tokens, "%zu", total - length);
+        cr_expect_eq(run("generate", "--model", models[m], "--prompt", prompt, "--tokens", tokens, NULL), 0);
+        cr_expect_str_eq(read_text(stdout_path), expected);
+        cr_expect_not_null(strstr(read_text(stderr_path), "tokens/s"));
+        loglin_safetensors_close(file);
+    }
+}
+
+/* The same seed gives the same bytes, another seed others; one token to choose from is greedy. */
+Test(command, generate_samples) {
+    char first[256];
+    char greedy[256];
+#define GENERATE(...) run("generate", "--model", GATED_DELTA, "--prompt", "And ", "--tokens", "60", __VA_ARGS__, NULL)
+    cr_expect_eq(GENERATE("--temperature", "1.5", "--seed", "7"), 0);
+    snprintf(first, sizeof first, "%s", read_text(stdout_path));
+    cr_expect_eq(GENERATE("--temperature", "1.5", "--seed", "7"), 0);
+    cr_expect_str_eq(read_text(stdout_path), first);
+    cr_expect_eq(GENERATE("--temperature", "1.5", "--seed", "8"), 0);
+    cr_expect_str_neq(read_text(stdout_path), first);
+    cr_expect_eq(GENERATE("--temperature", "0"), 0);
+    snprintf(greedy, sizeof greedy, "%s", read_text(stdout_path));
+    cr_expect_eq(GENERATE("--temperature", "1.5", "--top-k", "1"), 0);
+    cr_expect_str_eq(read_text(stdout_path), greedy);
+    cr_expect_eq(GENERATE("--temperature", "1.5", "--top-p", "0.000001"), 0);
+    cr_expect_str_eq(read_text(stdout_path), greedy);
+#undef GENERATE
+}
+
+Test(command, generate_on_an_engine) {
+    cr_expect_eq(run("generate", "--model", MAMBA2, "--ids", "73,110,32", "--tokens", "4", "--engine", "blas", NULL),
+                 0);
+    cr_expect_eq(strlen(read_text(stdout_path)), 5); /* and the line's end */
+    EXPECT_BAD("--engine is \"cublas\"", "generate", "--model", MAMBA2, "--ids", "73", "--tokens", "4", "--engine",
+               "cublas");
+    EXPECT_BAD("--ids: at \"256\"", "generate", "--model", MAMBA2, "--ids", "256", "--tokens", "4");
+    EXPECT_BAD("--tokens is \"0\"", "generate", "--model", MAMBA2, "--ids", "1", "--tokens", "0");
+}
+
+static size_t size_of(const char *path) {
+    FILE *stream = fopen(path, "rb");
+    cr_assert_not_null(stream);
+    cr_assert_eq(fseek(stream, 0, SEEK_END), 0);
+    const long size = ftell(stream);
+    fclose(stream);
+    return (size_t)size;
+}
+
+/* Interrupted between tokens: the line is ended, the speed is told, and the shell sees an interrupt. */
+Test(command, generate_is_interrupted_cleanly) {
+    char *const arguments[] = {LOGLIN_COMMAND, "generate",   "--model", (char *)models[1], "--prompt", "In the ",
+                               "--tokens",     "1000000000", NULL};
+    const pid_t child = start_command(arguments);
+    int status = 0;
+    for (int i = 0; i < 12000 && (access(stdout_path, F_OK) != 0 || size_of(stdout_path) < 20); ++i) {
+        nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+        cr_assert_eq(waitpid(child, &status, WNOHANG), 0, "it ended by itself: %s", read_text(stderr_path));
+    }
+    cr_assert_eq(kill(child, SIGINT), 0);
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_expect(WIFSIGNALED(status) && WTERMSIG(status) == SIGINT, "status %#x", (unsigned)status);
+    const char *out = read_text(stdout_path);
+    const size_t length = size_of(stdout_path);
+    cr_assert_gt(length, 20);
+    cr_assert_lt(length, 16384);
+    cr_expect_eq(out[length - 1], '\n');
+    const char *report = strstr(read_text(stderr_path), "generated  ");
+    cr_assert_not_null(report, "%s", read_text(stderr_path));
+    char *end;
+    cr_expect_eq(strtoul(report + strlen("generated  "), &end, 10), length - 1);
+    cr_assert_eq(strncmp(end, " tokens, ", 9), 0, "%s", report);
+    const double rate = strtod(end + 9, &end);
+    cr_expect_str_eq(end, " tokens/s\n");
+    cr_expect_gt(rate, 0);
+}
+
+Test(command, logits_as_recorded) {
+    char path[256];
+    for (size_t m = 0; m < 2; ++m) {
+        snprintf(path, sizeof path, "%s/expected.safetensors", models[m]);
+        cr_expect_eq(run("logits", "--model", models[m], "--check", path, out_path, NULL), 0, "%s",
+                     read_text(stderr_path));
+        loglin_safetensors *file = open_file(out_path);
+        const loglin_tensor *logits = loglin_safetensors_find(file, "logits");
+        cr_expect(logits != NULL && loglin_tensor_count(logits) == (size_t)777 * 256);
+        loglin_safetensors_close(file);
+    }
+}
+
+Test(command, perplexity_as_recorded) {
+    static const char *const windows[] = {"2048", "1024"};
+    for (size_t m = 0; m < 2; ++m) {
+        char path[256];
+        float expected;
+        snprintf(path, sizeof path, "%s/expected.safetensors", models[m]);
+        loglin_safetensors *file = open_file(path);
+        memcpy(&expected, loglin_safetensors_find(file, "val_bpb")->data, sizeof expected);
+        loglin_safetensors_close(file);
+        FILE *text = fopen(TEST_DATA_DIR "/kjv-val.txt", "rb");
+        FILE *part = fopen(in_path, "wb");
+        cr_assert(text != NULL && part != NULL);
+        for (long left = 8 * strtol(windows[m], NULL, 10); left > 0; --left) {
+            putc(getc(text), part);
+        }
+        fclose(text);
+        fclose(part);
+        cr_expect_eq(run("perplexity", "--model", models[m], in_path, "--window", windows[m], NULL), 0);
+        const char *score = strstr(read_text(stdout_path), "score");
+        cr_assert_not_null(score);
+        const double bits = strtod(score + strlen("score"), NULL);
+        cr_expect_float_eq(bits, (double)expected, 1e-4);
+    }
 }

@@ -35,6 +35,30 @@ static loglin_session *start(loglin_model *model, size_t sequences) {
     return session;
 }
 
+enum { ENGINES = 2 };
+
+static const loglin_engine engines[ENGINES] = {LOGLIN_ENGINE_BLAS, LOGLIN_ENGINE_FUSED};
+
+/* The blas engine takes every model; the fused engine may refuse one, for its steps or for its passes. */
+static bool has_engine(const char *folder, loglin_engine engine) {
+    const support_device *device = support_open();
+    const loglin_model_options options = {.engine = engine};
+    const int32_t ids[2] = {65, 66};
+    loglin_model *model = open_model(folder, &options);
+    loglin_session *session = NULL;
+    loglin_status status = loglin_session_create(model, device->queue, 1, &session);
+    if (status == LOGLIN_OK) {
+        status = loglin_session_prefill(session, 0, ids, 2, NULL);
+    }
+    if (status != LOGLIN_OK) {
+        cr_expect_eq(engine, LOGLIN_ENGINE_FUSED, "%s", loglin_last_error());
+        cr_expect_eq(status, LOGLIN_UNSUPPORTED, "%s", loglin_last_error());
+    }
+    loglin_session_destroy(session);
+    loglin_model_close(model);
+    return status == LOGLIN_OK;
+}
+
 static loglin_safetensors *open_expected(const char *folder) {
     char path[512];
     loglin_tensor_error error;
@@ -107,10 +131,19 @@ static void check_logits(const char *folder, const loglin_model_options *options
 }
 
 Test(model, logits) {
-    const loglin_model_options blas = {.engine = LOGLIN_ENGINE_BLAS};
     for (size_t i = 0; i < 2; i++) {
         check_logits(trained[i], NULL, 1e-4);
-        check_logits(trained[i], &blas, 1e-4);
+    }
+}
+
+Test(model, logits_on_every_engine) {
+    for (size_t i = 0; i < 2; i++) {
+        for (size_t e = 0; e < ENGINES; e++) {
+            if (has_engine(trained[i], engines[e])) {
+                const loglin_model_options options = {.engine = engines[e]};
+                check_logits(trained[i], &options, 1e-4);
+            }
+        }
     }
 }
 
@@ -213,12 +246,13 @@ Test(model, bits_per_byte) {
 }
 
 /* Prefill of the first n bytes, then steps, at every n: the logits after the last byte are those of one pass. */
-static void check_splits(const char *folder) {
+static void check_splits(const char *folder, loglin_engine engine) {
     enum { LENGTH = 200 };
+    const loglin_model_options options = {.engine = engine};
     loglin_safetensors *file = open_expected(folder);
     size_t length = 0;
     int32_t *ids = copy_of(file, "input_ids", &length);
-    loglin_model *model = open_model(folder, NULL);
+    loglin_model *model = open_model(folder, &options);
     loglin_session *session = start(model, 1);
     float whole[VOCABULARY];
     float parts[VOCABULARY];
@@ -241,11 +275,24 @@ static void check_splits(const char *folder) {
 }
 
 Test(model, every_split_of_mamba2) {
-    check_splits(MAMBA2);
+    check_splits(MAMBA2, LOGLIN_ENGINE_BLAS);
 }
 
 Test(model, every_split_of_gated_delta) {
-    check_splits(GATED_DELTA);
+    check_splits(GATED_DELTA, LOGLIN_ENGINE_BLAS);
+}
+
+Test(model, every_split_on_the_fused_engine) {
+    bool any = false;
+    for (size_t i = 0; i < 2; i++) {
+        if (has_engine(trained[i], LOGLIN_ENGINE_FUSED)) {
+            check_splits(trained[i], LOGLIN_ENGINE_FUSED);
+            any = true;
+        }
+    }
+    if (!any) {
+        cr_skip_test("the fused engine takes neither model on this device");
+    }
 }
 
 /* Prefill in two pieces, also of fewer tokens than the convolution looks back. */

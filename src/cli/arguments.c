@@ -34,7 +34,7 @@ static loglin_cli_status bad_value(const char *option, const char *value, const 
     return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s is \"%s\", expected %s", option, value, expected);
 }
 
-static loglin_cli_status parse_engine(const char *value, loglin_engine *engine) {
+loglin_cli_status loglin_cli_parse_engine(const char *value, loglin_engine *engine) {
     if (strcmp(value, "auto") == 0) {
         *engine = LOGLIN_ENGINE_AUTO;
     } else if (strcmp(value, "blas") == 0) {
@@ -85,7 +85,7 @@ static loglin_cli_status parse_option(int option, loglin_cli_arguments *argument
         arguments->device = optarg;
         return LOGLIN_CLI_OK;
     case 'e':
-        return parse_engine(optarg, &arguments->engine);
+        return loglin_cli_parse_engine(optarg, &arguments->engine);
     case 'c':
         return parse_chunk(optarg, &arguments->chunk);
     case 'p':

@@ -23,4 +23,7 @@ typedef struct loglin_cli_arguments {
 loglin_cli_status loglin_cli_parse_arguments(int argc, char **argv, const char *summary, const char *files,
                                              loglin_cli_arguments *arguments);
 
+/* The value of --engine. */
+loglin_cli_status loglin_cli_parse_engine(const char *value, loglin_engine *engine);
+
 #endif

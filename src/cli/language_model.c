@@ -2,6 +2,7 @@
 /* A model on a device, from the command line. */
 #include "cli/language_model.h"
 
+#include "cli/arguments.h"
 #include <ctype.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -40,19 +41,6 @@ static loglin_cli_status parse_dtype(const char *value, loglin_dtype *dtype) {
     return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--dtype is \"%s\", expected f32, f16 or bf16", value);
 }
 
-static loglin_cli_status parse_engine(const char *value, loglin_engine *engine) {
-    if (strcmp(value, "auto") == 0) {
-        *engine = LOGLIN_ENGINE_AUTO;
-    } else if (strcmp(value, "blas") == 0) {
-        *engine = LOGLIN_ENGINE_BLAS;
-    } else if (strcmp(value, "fused") == 0) {
-        *engine = LOGLIN_ENGINE_FUSED;
-    } else {
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--engine is \"%s\", expected auto, blas or fused", value);
-    }
-    return LOGLIN_CLI_OK;
-}
-
 loglin_cli_status loglin_cli_model_option(char **argv, int option, loglin_cli_model_options *options) {
     switch (option) {
     case 'm':
@@ -64,7 +52,7 @@ loglin_cli_status loglin_cli_model_option(char **argv, int option, loglin_cli_mo
     case 't':
         return parse_dtype(optarg, &options->model.dtype);
     case 'e':
-        return parse_engine(optarg, &options->model.engine);
+        return loglin_cli_parse_engine(optarg, &options->model.engine);
     case 'h':
         options->help = true;
         return LOGLIN_CLI_OK;

@@ -17,6 +17,7 @@ static const struct {
     {"logits", loglin_cli_logits, "compute a language model's logits of token ids"},
     {"generate", loglin_cli_generate, "continue a text with a language model"},
     {"perplexity", loglin_cli_perplexity, "score a text with a language model"},
+    {"bench", loglin_cli_bench, "measure speed against the figures that it should reach"},
 };
 
 enum { COMMAND_COUNT = sizeof commands / sizeof commands[0] };

@@ -11,8 +11,7 @@ double loglin_cli_now_ms(void) {
     return (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
 }
 
-/* The list's entry of a device. */
-static loglin_cli_status find_info(cl_device_id id, loglin_device_info *info) {
+loglin_cli_status loglin_cli_find_info(cl_device_id id, loglin_device_info *info) {
     size_t count = 0;
     loglin_status status = loglin_list_devices(NULL, 0, &count);
     if (status != LOGLIN_OK) {
@@ -51,7 +50,7 @@ loglin_cli_status loglin_cli_session_open(loglin_cli_session *session, const cha
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_library(status);
     }
-    RETURN_IF_FAILED(find_info(id, &session->info));
+    RETURN_IF_FAILED(loglin_cli_find_info(id, &session->info));
     RETURN_IF_FAILED(open_queue(session, id));
     const double begin = loglin_cli_now_ms();
     status = loglin_device_create(session->context, id, &session->device);

@@ -45,6 +45,9 @@ loglin_cli_status loglin_cli_write_zeros(const loglin_cli_session *session, cons
 /* Waits until everything enqueued is done. */
 loglin_cli_status loglin_cli_finish(const loglin_cli_session *session);
 
+/* The entry of a device in loglin_list_devices. */
+loglin_cli_status loglin_cli_find_info(cl_device_id id, loglin_device_info *info);
+
 /* Milliseconds of a steady clock. */
 double loglin_cli_now_ms(void);
 

@@ -135,16 +135,13 @@ loglin_status loglin_mix_launch(const loglin_session *session, const loglin_acti
         KERNEL_ARGUMENT(a->level_scales),
         KERNEL_ARGUMENT(a->beta),
     };
-    const size_t items =
-        lm->conv_channels / program->mix + (lm->heads * lm->levels + program->vec - 1) / program->vec + lm->heads;
+    const size_t runs = lm->conv_channels / program->mix + lm->heads * lm->levels + lm->heads; /* on a GPU */
+    const size_t items = program->local == 1 ? 1 : runs;
     *launch = (loglin_launch){
         .kernel = kernel,
         .global = {(items + program->local - 1) / program->local * program->local, count * length},
         .local = {program->local, 1},
     };
-    if (program->local == 1) { /* a CPU takes a token at once */
-        launch->local[0] = items <= session->model->device->info.max_work_group_size ? items : 1;
-    }
     return loglin_set_arguments(kernel, arguments, sizeof arguments / sizeof arguments[0]);
 }
 

@@ -73,6 +73,7 @@ static loglin_status set_out(const loglin_session *session, size_t layer, loglin
     const cl_uint norm_at = (cl_uint)model->vector_at[LOGLIN_VECTOR_OUT_NORM];
     const cl_uint bias_at = (cl_uint)model->vector_at[LOGLIN_VECTOR_OUT_BIAS];
     const cl_uint blocks = (cl_uint)(a->x_stride / LOGLIN_BLOCK);
+    const cl_uint columns = (cl_uint)model->lm.inner;
     const loglin_kernel_argument arguments[] = {
         KERNEL_ARGUMENT(a->o),
         KERNEL_ARGUMENT(a->p),
@@ -85,6 +86,7 @@ static loglin_status set_out(const loglin_session *session, size_t layer, loglin
         KERNEL_ARGUMENT(model->lm.norm_eps),
         KERNEL_ARGUMENT(model->layers[layer].matrices[LOGLIN_MATRIX_OUT]),
         KERNEL_ARGUMENT(blocks),
+        KERNEL_ARGUMENT(columns),
         KERNEL_ARGUMENT(a->x),
         KERNEL_ARGUMENT(x_stride),
         KERNEL_LOCAL(loglin_prepared_bytes(model->lm.inner)),
@@ -153,8 +155,7 @@ static loglin_status set_embed(const loglin_session *session, loglin_launch *lau
         KERNEL_ARGUMENT(a->x),
         KERNEL_ARGUMENT(x_stride),
     };
-    launch->global[0] = session->model->lm.hidden;
-    launch->global[1] = session->sequences;
+    loglin_set_free_range(&session->program, session->model->lm.hidden, session->sequences, launch);
     return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
 }
 

@@ -7,7 +7,7 @@
 #include "runtime/status.h"
 #include <stdio.h>
 
-enum { GPU_LOCAL = 128, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 12 };
+enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 12 };
 
 static const char *const kernel_names[] = {
 #define LOGLIN_MODEL_KERNEL_NAME(name) #name,
@@ -32,19 +32,21 @@ loglin_status loglin_model_build(const loglin_model *model, loglin_model_program
     const loglin_lm *lm = &model->lm;
     const loglin_lm_layout *in = &model->layout;
     const loglin_device *device = model->device;
+    const bool wide = vector_width(device) >= 16;
     char options[640];
     program->local = device->is_cpu ? 1 : GPU_LOCAL;
-    program->vec = device->is_cpu ? LOGLIN_BLOCK : 1;
+    program->blocks = device->is_cpu && wide ? 2 : 1;
     program->mix = device->is_cpu && mixes_in_blocks(model) ? LOGLIN_BLOCK : 1;
     program->groups = device->is_cpu ? device->info.compute_units * (size_t)GROUPS_PER_CORE : 0;
-    (void)snprintf(options, sizeof options,
-                   "-DSTORAGE=%d -DMATRIX=%d -DLOCAL=%zu -DTILE=%d -DHEADS=%zu -DDIM_V=%zu -DLEVELS=%zu -DTAPS=%zu "
-                   "-DCHANNELS=%zu -DQ_AT=%zu -DK_AT=%zu -DV_AT=%zu -DQK_CHANNELS=%zu -DZ_AT=%zu -DCONV_AT=%zu "
-                   "-DDT_AT=%zu -DBETA_AT=%zu -DLEVEL_AT=%zu -DSEGMENT=%zu -DDELTA=%d -DGATE_FIRST=%d",
-                   (int)model->options.dtype, (int)model->matrix_dtype, program->local,
-                   vector_width(device) >= 16 ? TILE_OF_16 : TILE_OF_8, lm->heads, lm->dim_v, lm->levels,
-                   lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v, lm->groups * lm->dim_k, in->z, in->conv,
-                   in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA, lm->gate_first);
+    (void)snprintf(
+        options, sizeof options,
+        "-DSTORAGE=%d -DMATRIX=%d -DLOCAL=%zu -DTILE=%d -DBLOCKS=%d -DHEADS=%zu -DDIM_V=%zu -DLEVELS=%zu -DTAPS=%zu "
+        "-DCHANNELS=%zu -DQ_AT=%zu -DK_AT=%zu -DV_AT=%zu -DQK_CHANNELS=%zu -DZ_AT=%zu -DCONV_AT=%zu "
+        "-DDT_AT=%zu -DBETA_AT=%zu -DLEVEL_AT=%zu -DSEGMENT=%zu -DDELTA=%d -DGATE_FIRST=%d",
+        (int)model->options.dtype, (int)model->matrix_dtype, program->local, wide ? TILE_OF_16 : TILE_OF_8,
+        wide ? 2 : 1, lm->heads, lm->dim_v, lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v,
+        lm->groups * lm->dim_k, in->z, in->conv, in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA,
+        lm->gate_first);
     return loglin_program_get(model->device, files, options, &program->program);
 }
 
@@ -64,6 +66,19 @@ loglin_status loglin_set_arguments(cl_kernel kernel, const loglin_kernel_argumen
         RETURN_IF_CL_ERROR(clSetKernelArg(kernel, (cl_uint)i, arguments[i].size, arguments[i].value));
     }
     return LOGLIN_OK;
+}
+
+void loglin_set_free_range(const loglin_model_program *program, size_t x, size_t y, loglin_launch *launch) {
+    size_t local = 0; /* the driver chooses */
+    if (program->local == 1) {
+        /* PoCL takes 0.1 ms to choose. */
+        for (local = x < CPU_LOCAL ? x : CPU_LOCAL; x % local != 0; local--) {
+        }
+    }
+    launch->global[0] = x;
+    launch->global[1] = y;
+    launch->local[0] = local;
+    launch->local[1] = 1;
 }
 
 loglin_status loglin_launch_enqueue(const loglin_launch *launch, cl_command_queue queue) {

@@ -32,7 +32,7 @@ typedef struct loglin_model_program {
     cl_program program; /* of the device */
     size_t local;       /* LOCAL: work-items of a group */
     size_t mix;         /* MIX: channels of a work-item */
-    size_t vec;         /* VEC */
+    size_t blocks;      /* BLOCKS: blocks of rows that a work-item of product_tiles takes */
     size_t groups;      /* that share the blocks of a product with one vector; 0: a group for each block */
 } loglin_model_program;
 
@@ -60,6 +60,9 @@ typedef struct loglin_launch {
     cl_kernel kernel;
     size_t global[2], local[2];
 } loglin_launch;
+
+/* The range of x times y work-items that may be grouped in any way. */
+void loglin_set_free_range(const loglin_model_program *program, size_t x, size_t y, loglin_launch *launch);
 
 loglin_status loglin_launch_enqueue(const loglin_launch *launch, cl_command_queue queue);
 

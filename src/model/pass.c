@@ -42,11 +42,13 @@ void loglin_pass_destroy(loglin_session *session) {
 
 /* ---- Launches --------------------------------------------------------------------------------------------------- */
 
-/* Sets the arguments of a pass's kernel and enqueues it over x times y work-items; a local_x of 0: the driver chooses. */
+/* Sets the arguments of a pass's kernel and enqueues it over x times y work-items; a local_x of 0: grouped in any way. */
 static loglin_status launch(loglin_session *session, loglin_model_kernel id, const loglin_kernel_argument *arguments,
                             size_t count, size_t x, size_t y, size_t local_x) {
-    const loglin_launch what = {
-        .kernel = session->kernels[id], .global = {x, y}, .local = {local_x, local_x != 0 ? 1 : 0}};
+    loglin_launch what = {.kernel = session->kernels[id], .global = {x, y}, .local = {local_x, 1}};
+    if (local_x == 0) {
+        loglin_set_free_range(&session->program, x, y, &what);
+    }
     RETURN_IF_ERROR(loglin_set_arguments(what.kernel, arguments, count));
     return loglin_launch_enqueue(&what, session->queue);
 }
@@ -120,15 +122,17 @@ static loglin_status enqueue_tiles(loglin_session *session, const product *p) {
     const cl_ulong y_stride = p->y_stride;
     const cl_uint tokens = (cl_uint)p->rows;
     const cl_uint run = RUN;
+    const cl_uint blocks = (cl_uint)p->blocks;
     const cl_uint columns = (cl_uint)p->columns;
     const cl_uint bias_at = (cl_uint)p->bias_at;
     const cl_int add = p->add;
+    const size_t items = (p->blocks + session->program.blocks - 1) / session->program.blocks;
     const loglin_kernel_argument arguments[] = {
-        KERNEL_ARGUMENT(p->in), KERNEL_ARGUMENT(in_stride), KERNEL_ARGUMENT(tokens),   KERNEL_ARGUMENT(run),
-        KERNEL_ARGUMENT(p->w),  KERNEL_ARGUMENT(columns),   KERNEL_ARGUMENT(p->bias),  KERNEL_ARGUMENT(bias_at),
-        KERNEL_ARGUMENT(add),   KERNEL_ARGUMENT(p->y),      KERNEL_ARGUMENT(y_stride),
+        KERNEL_ARGUMENT(p->in),   KERNEL_ARGUMENT(in_stride), KERNEL_ARGUMENT(tokens),  KERNEL_ARGUMENT(run),
+        KERNEL_ARGUMENT(p->w),    KERNEL_ARGUMENT(blocks),    KERNEL_ARGUMENT(columns), KERNEL_ARGUMENT(p->bias),
+        KERNEL_ARGUMENT(bias_at), KERNEL_ARGUMENT(add),       KERNEL_ARGUMENT(p->y),    KERNEL_ARGUMENT(y_stride),
     };
-    return LAUNCH(session, LOGLIN_KERNEL_product_tiles, arguments, p->blocks, (p->rows + RUN - 1) / RUN, 1);
+    return LAUNCH(session, LOGLIN_KERNEL_product_tiles, arguments, items, (p->rows + RUN - 1) / RUN, 1);
 }
 
 static loglin_status enqueue_unpack(loglin_session *session, const product *p, size_t first, size_t count) {
