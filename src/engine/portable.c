@@ -208,8 +208,10 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
 }
 
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
-    return phase == LOGLIN_BACKWARD ? loglin_blas_engine.workspace_size(state->backward, phase)
-                                    : (state->floats + 16) * sizeof(float);
+    if (phase == LOGLIN_BACKWARD) {
+        return state->backward == NULL ? 0 : loglin_blas_engine.workspace_size(state->backward, phase);
+    }
+    return (state->floats + 16) * sizeof(float);
 }
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
