@@ -38,10 +38,12 @@ ${rows}    {0, NULL},
 };
 
 const char *loglin_built_in_tuning(size_t n, size_t *length) {
-    if (n + 1 >= sizeof tables / sizeof tables[0]) {
-        return NULL;
+    for (size_t i = 0; tables[i].text != NULL; i++) {
+        if (i == n) {
+            *length = tables[i].length;
+            return (const char *)tables[i].text;
+        }
     }
-    *length = tables[n].length;
-    return (const char *)tables[n].text;
+    return NULL;
 }
 ")

@@ -12,5 +12,6 @@ loglin_cli_status loglin_cli_decode(int argc, char **argv);
 loglin_cli_status loglin_cli_logits(int argc, char **argv);
 loglin_cli_status loglin_cli_generate(int argc, char **argv);
 loglin_cli_status loglin_cli_perplexity(int argc, char **argv);
+loglin_cli_status loglin_cli_tune(int argc, char **argv);
 
 #endif

@@ -33,8 +33,7 @@ typedef struct loglin_tunable {
 extern const loglin_tunable loglin_tunables[LOGLIN_TUNABLE_COUNT];
 
 /* The parameters of CLBlast's direct products, as CLBlast names them. */
-#define LOGLIN_GEMM_PARAMETERS(X)                                                                                      \
-    X(WGD) X(MDIMCD) X(NDIMCD) X(MDIMAD) X(NDIMBD) X(KWID) X(VWMD) X(VWND) X(PADA) X(PADB)
+#define LOGLIN_GEMM_PARAMETERS(X) X(WGD) X(MDIMCD) X(NDIMCD) X(MDIMAD) X(NDIMBD) X(KWID) X(VWMD) X(VWND) X(PADA) X(PADB)
 
 enum {
 #define LOGLIN_GEMM_ENUM(NAME) LOGLIN_GEMM_##NAME,

@@ -47,7 +47,10 @@ static bool is_stale(const loglin_entry *entry, const loglin_stamp *stamp) {
 /* Family last, then neighbours, then what is built in, then what is stale, then distance. */
 static unsigned rank_of(loglin_source_kind kind, bool stale, unsigned distance) {
     return (kind == LOGLIN_SOURCE_FAMILY ? 4096u : 0) + (distance > 0 ? 1024u : 0) +
-           (kind != LOGLIN_SOURCE_OWN ? 512u : stale ? 256u : 0) + distance;
+           (kind != LOGLIN_SOURCE_OWN ? 512u
+            : stale                   ? 256u
+                                      : 0) +
+           distance;
 }
 
 /* The best entry so far. */
@@ -172,8 +175,7 @@ void loglin_knowledge_gather(const char *cache, const loglin_device_info *info, 
     }
     knowledge->table_count = table_count;
     if (cache != NULL && loglin_tuning_load(cache, &identity, &knowledge->own) == LOGLIN_OK) {
-        knowledge->sources[knowledge->count++] =
-            (loglin_source){.kind = LOGLIN_SOURCE_OWN, .tuning = &knowledge->own};
+        knowledge->sources[knowledge->count++] = (loglin_source){.kind = LOGLIN_SOURCE_OWN, .tuning = &knowledge->own};
     }
     add_tables(knowledge, &identity);
 }

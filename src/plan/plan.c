@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Plans: a validated problem, the engine that runs it, and the checks of every call. */
+#include "plan/plan.h"
 #include "engine/engine.h"
 #include "engine/step.h"
-#include "plan/plan.h"
 #include "plan/problem.h"
 #include "plan/tuning.h"
 #include "runtime/device.h"

@@ -2,6 +2,7 @@
 #include "plan/reference.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
 static size_t bit_length(size_t x) {

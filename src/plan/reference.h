@@ -10,8 +10,6 @@
 
 #include "loglin.h"
 
-#include <stdbool.h>
-
 /* Arrays of one sequence, laid out as loglin.h says; beta NULL: the scalar-gated operator. */
 typedef struct loglin_reference {
     size_t length, heads, groups, dim_k, dim_v, levels;

@@ -144,8 +144,8 @@ static void append(loglin_sample *all, const loglin_sample *more) {
 
 /* One duel; true if the challenger has won it.  The samples are added to those of the duels before. */
 static bool fight(race *at, size_t challenger, loglin_sample *first_all, loglin_sample *challenger_all) {
-    const unsigned runs = 2 * at->search->runs < LOGLIN_SEARCH_MAX_RUNS / 2 ? 2 * at->search->runs + 1
-                                                                           : LOGLIN_SEARCH_MAX_RUNS / 2;
+    const unsigned runs =
+        2 * at->search->runs < LOGLIN_SEARCH_MAX_RUNS / 2 ? 2 * at->search->runs + 1 : LOGLIN_SEARCH_MAX_RUNS / 2;
     loglin_sample first = {.runs = 0}, second = {.runs = 0};
     if (!at->first_failed) {
         (void)measure(at, 0, runs, &first);
@@ -157,8 +157,7 @@ static bool fight(race *at, size_t challenger, loglin_sample *first_all, loglin_
     append(first_all, &first);
     append(challenger_all, &second);
     const double spread = fmax(loglin_sample_spread(&first), loglin_sample_spread(&second));
-    return at->first_failed ||
-           loglin_sample_median(&second) + spread < loglin_sample_median(&first);
+    return at->first_failed || loglin_sample_median(&second) + spread < loglin_sample_median(&first);
 }
 
 static void settle(race *at, loglin_search_result *result) {

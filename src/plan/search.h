@@ -38,11 +38,11 @@ typedef struct loglin_search {
 } loglin_search;
 
 typedef struct loglin_search_result {
-    bool found;               /* false: candidate 0 failed and so did all others, or there was no time for one */
-    bool complete;            /* false: the search was stopped; the winner is the best that was known for certain */
-    size_t winner;            /* 0 unless a challenger has won */
-    double ms, spread;        /* the winner's median, and the half of its middle spread */
-    double first_ms;          /* candidate 0's median in the duel; 0 if it failed */
+    bool found;        /* false: candidate 0 failed and so did all others, or there was no time for one */
+    bool complete;     /* false: the search was stopped; the winner is the best that was known for certain */
+    size_t winner;     /* 0 unless a challenger has won */
+    double ms, spread; /* the winner's median, and the half of its middle spread */
+    double first_ms;   /* candidate 0's median in the duel; 0 if it failed */
 } loglin_search_result;
 
 loglin_search_result loglin_search_run(const loglin_search *search);

@@ -200,8 +200,8 @@ static json_t *print_entry(const loglin_entry *entry) {
                              "default_ms", entry->default_ms, "seed", (json_int_t)entry->seed, "tuned_at",
                              (json_int_t)entry->tuned_at, "driver", entry->stamp.driver, "version",
                              entry->stamp.version, "library", entry->stamp.library, "source", entry->stamp.source);
-    const bool whole = printed != NULL && subject != NULL && rest != NULL && json_object_update(printed, subject) == 0 &&
-                       json_object_update(printed, rest) == 0;
+    const bool whole = printed != NULL && subject != NULL && rest != NULL &&
+                       json_object_update(printed, subject) == 0 && json_object_update(printed, rest) == 0;
     json_decref(subject);
     json_decref(rest);
     if (!whole) {
@@ -363,7 +363,8 @@ static void read_gemm(reader *in, const json_t *object, loglin_gemm_parameters *
 }
 
 static void read_entry(reader *in, const json_t *object, loglin_entry *entry) {
-    *entry = (loglin_entry){.kind = (loglin_entry_kind)read_choice(in, object, "kind", kind_names, COUNT_OF(kind_names))};
+    *entry =
+        (loglin_entry){.kind = (loglin_entry_kind)read_choice(in, object, "kind", kind_names, COUNT_OF(kind_names))};
     read_text(in, object, "driver", entry->stamp.driver, sizeof entry->stamp.driver);
     read_text(in, object, "version", entry->stamp.version, sizeof entry->stamp.version);
     read_text(in, object, "library", entry->stamp.library, sizeof entry->stamp.library);
@@ -675,8 +676,8 @@ loglin_status loglin_tuning_merge(const char *cache, const loglin_tuning *more) 
     if (directory == NULL || path == NULL) {
         status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "tuning: out of host memory");
     } else if (!loglin_cache_is_writable(directory) || (lock = lock_file(path)) < 0) {
-        status = fail_io("tuning results cannot be kept (LOGLIN_CACHE_DIR names another place): cannot write to",
-                         directory);
+        status =
+            fail_io("tuning results cannot be kept (LOGLIN_CACHE_DIR names another place): cannot write to", directory);
     } else {
         status = merge_into(path, more);
         close(lock);

@@ -21,8 +21,8 @@ typedef struct loglin_class {
     loglin_op op;
     loglin_dtype dtype;
     unsigned dim_k, dim_v;
-    unsigned length;     /* a power of two: the largest that is not above a sequence's tokens */
-    bool shared;         /* one group: all heads share q and k */
+    unsigned length;    /* a power of two: the largest that is not above a sequence's tokens */
+    bool shared;        /* one group: all heads share q and k */
     loglin_phase phase; /* LOGLIN_FORWARD or LOGLIN_BACKWARD */
 } loglin_class;
 
