@@ -137,12 +137,15 @@ static loglin_cli_status plot_speed(const char *directory, const char *name, con
     if (plot == NULL) {
         return LOGLIN_CLI_FAILED;
     }
+    size_t shortest = series->length, longest = series->length;
     (void)fprintf(plot, "$speed << EOD\n");
     for (size_t i = 0; i < results->count; ++i) {
         const loglin_cli_tuned *row = &results->rows[i];
         const loglin_problem *p = &row->problem;
         if (row->choice && same_series(p, series) && row->ms > 0) {
             const double tokens = (double)(p->batch * p->length);
+            shortest = p->length < shortest ? p->length : shortest;
+            longest = p->length > longest ? p->length : longest;
             (void)fprintf(plot, "%zu %.9g %.9g %.9g %.9g\n", p->length, tokens / row->ms * 1e3,
                           row->default_ms > 0 ? tokens / row->default_ms * 1e3 : 0,
                           results->gflops * 1e9 / operations(p), results->gbytes * 1e9 / bytes(p));

@@ -178,7 +178,13 @@ static void advance(void *context, double share, size_t best, double ms) {
 
 /* ---- Candidates -------------------------------------------------------------------------------------------------- */
 
+/* Each candidate once. */
 static void add_candidate(tuner *at, const loglin_configuration *configuration) {
+    for (size_t i = 0; i < at->count; i++) {
+        if (memcmp(&at->candidates[i], configuration, sizeof *configuration) == 0) {
+            return;
+        }
+    }
     if (at->count < MAX_CANDIDATES) {
         at->candidates[at->count++] = *configuration;
     }
