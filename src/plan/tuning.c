@@ -564,7 +564,7 @@ char *loglin_tuning_path(const char *cache, const loglin_identity *identity, con
     for (const char *c = identity->device; *c != '\0' && length < sizeof name - 1; c++) {
         const bool plain = isalnum((unsigned char)*c) != 0;
         if (plain || (length > 0 && name[length - 1] != '-')) {
-            name[length++] = plain ? *c : '-';
+            name[length++] = (char)(plain ? *c : '-');
         }
     }
     name[length] = '\0';

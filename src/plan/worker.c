@@ -43,6 +43,7 @@ typedef struct measurement {
     cl_context context;
     cl_command_queue queue;
     loglin_device *device;
+    bool is_cpu;
     loglin_plan *plan;
     array in[INPUT_COUNT], out[OUTPUT_COUNT];
     array workspace;
@@ -69,7 +70,7 @@ static double rounded(loglin_dtype dtype, double x) {
 static loglin_status make_buffer(measurement *at, array *made, bool guarded) {
     const size_t size = loglin_dtype_size(made->dtype), guards = guarded ? (size_t)2 * GUARD : 0;
     const size_t bytes = (made->count + guards) * size;
-    unsigned char *content = malloc(bytes);
+    unsigned char *content = malloc(bytes + 1);
     float *floats = malloc((made->count + 1) * sizeof *floats);
     loglin_status status = LOGLIN_OK;
     if (content == NULL || floats == NULL) {
@@ -184,27 +185,37 @@ static loglin_status run_call(measurement *at, double *ms) {
     return LOGLIN_OK;
 }
 
-/* Reads an array back; *intact: both of its guards are as they were. */
-static loglin_status read_back(measurement *at, const array *from, double *values, bool *intact) {
-    const size_t size = loglin_dtype_size(from->dtype), bytes = (from->count + (size_t)2 * GUARD) * size;
-    unsigned char *content = malloc(bytes);
-    float *floats = malloc((from->count + 1) * sizeof *floats);
-    loglin_status status = LOGLIN_OK;
-    if (content == NULL || floats == NULL) {
-        status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
-    } else {
-        const cl_int code = clEnqueueReadBuffer(at->queue, from->mem, CL_TRUE, 0, bytes, content, 0, NULL, NULL);
-        status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clEnqueueReadBuffer: %s", loglin_strerror(code));
+/* Are the bytes of both guards as they were made? */
+static bool guards_are_intact(const unsigned char *content, size_t bytes, size_t guard) {
+    for (size_t i = 0; i < guard; i++) {
+        if (content[i] != 0xff || content[bytes - 1 - i] != 0xff) {
+            return false;
+        }
     }
-    if (status == LOGLIN_OK) {
-        const size_t guard = GUARD * size;
-        for (size_t i = 0; i < guard; i++) {
-            *intact = *intact && content[i] == 0xff && content[bytes - 1 - i] == 0xff;
-        }
-        loglin_tensor_to_float(stored(from->dtype), content + guard, values != NULL ? from->count : 0, floats);
-        for (size_t i = 0; i < from->count && values != NULL; i++) {
-            values[i] = (double)floats[i];
-        }
+    return true;
+}
+
+/* Reads an array with its guards into content; floats receives the array in between. */
+static loglin_status read_content(measurement *at, const array *from, unsigned char *content, size_t bytes,
+                                  float *floats, bool *intact) {
+    const size_t guard = GUARD * loglin_dtype_size(from->dtype);
+    if (content == NULL || floats == NULL) {
+        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
+    }
+    RETURN_IF_CL_ERROR(clEnqueueReadBuffer(at->queue, from->mem, CL_TRUE, 0, bytes, content, 0, NULL, NULL));
+    *intact = *intact && guards_are_intact(content, bytes, guard);
+    loglin_tensor_to_float(stored(from->dtype), content + guard, from->count, floats);
+    return LOGLIN_OK;
+}
+
+/* Reads an array back, its values unless NULL; *intact becomes false if a guard was overwritten. */
+static loglin_status read_back(measurement *at, const array *from, double *values, bool *intact) {
+    const size_t bytes = (from->count + (size_t)2 * GUARD) * loglin_dtype_size(from->dtype);
+    unsigned char *content = malloc(bytes + 1);
+    float *floats = malloc((from->count + 1) * sizeof *floats);
+    const loglin_status status = read_content(at, from, content, bytes, floats, intact);
+    for (size_t i = 0; i < from->count && values != NULL && status == LOGLIN_OK; i++) {
+        values[i] = (double)floats[i];
     }
     free(content);
     free(floats);
@@ -382,6 +393,7 @@ static loglin_status open_device(measurement *at) {
     if (place >= count || place >= MOST || strcmp(infos[place].name, at->request->name) != 0) {
         return loglin_fail(LOGLIN_NO_DEVICE, "request: device %zu is not \"%s\"", place, at->request->name);
     }
+    at->is_cpu = infos[place].type == CL_DEVICE_TYPE_CPU;
     cl_int code;
     at->context = clCreateContext(NULL, 1, &infos[place].id, NULL, NULL, &code);
     RETURN_IF_CL_ERROR(code);
@@ -449,7 +461,7 @@ static loglin_status time_copy(measurement *at, cl_mem to, size_t bytes, double 
 
 static loglin_status time_rates(measurement *at, loglin_reply *reply) {
     static const char *const files[] = {"peak.cl", NULL};
-    const size_t items = at->device->is_cpu ? 4096 : 262144, bytes = (size_t)256 << 20;
+    const size_t items = at->is_cpu ? 4096 : 262144, bytes = (size_t)256 << 20;
     cl_program program;
     cl_int code;
     RETURN_IF_ERROR(loglin_program_get(at->device, files, "", &program));
