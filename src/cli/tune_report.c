@@ -153,6 +153,7 @@ static loglin_cli_status plot_speed(const char *directory, const char *name, con
     }
     (void)fprintf(plot, "EOD\nset title '%s'\nset xlabel 'tokens of a sequence'\nset ylabel 'tokens a second'\n",
                   title);
+    (void)fprintf(plot, "set xrange [%zu.5:%zu]\n", shortest / 2, 2 * longest);
     (void)fprintf(plot, "plot $speed using 1:2 title 'tuned', $speed using 1:3 title 'untuned'%s\n",
                   results->gflops > 0 ? ", $speed using 1:4 with lines dt 2 title 'limit by arithmetic', $speed using "
                                         "1:5 with lines dt 3 title 'limit by bandwidth'"
