@@ -192,11 +192,8 @@ static void add_candidate(tuner *at, const loglin_configuration *configuration) 
 
 /* Parameters that have won somewhere. */
 static const loglin_gemm_parameters known_parameters[] = {
-    {{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}},
-    {{64, 4, 16, 4, 16, 2, 1, 4, 0, 0}},
-    {{64, 8, 16, 8, 16, 2, 1, 4, 0, 0}},
-    {{32, 8, 8, 8, 8, 2, 1, 4, 0, 0}},
-    {{64, 16, 16, 16, 16, 2, 4, 4, 1, 1}},
+    {{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}}, {{64, 4, 16, 4, 16, 2, 1, 4, 0, 0}},   {{64, 8, 16, 8, 16, 2, 1, 4, 0, 0}},
+    {{32, 8, 8, 8, 8, 2, 1, 4, 0, 0}}, {{64, 16, 16, 16, 16, 2, 4, 4, 1, 1}},
 };
 
 static bool fits(const tuner *at, const loglin_gemm_parameters *parameters) {
