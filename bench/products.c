@@ -116,7 +116,8 @@ int main(void) {
     cl_command_queue queue = clCreateCommandQueue(context, id, 0, &code);
     CHECK(code);
     CHECK(loglin_device_create(context, id, &device));
-    CHECK(loglin_gemm_prepare(device));
+    const loglin_gemm_parameters own = {{0}};
+    CHECK(loglin_gemm_prepare(device, &own));
     const size_t floats = (size_t)batch * (chunk * dim_k + dim_k * dim_v * columns + chunk * dim_v * columns);
     cl_mem buffer = clCreateBuffer(context, CL_MEM_READ_WRITE, floats * sizeof(float), NULL, &code);
     CHECK(code);

@@ -59,7 +59,7 @@
  * Threads.  A loglin_device may be used by any number of threads at once.  A loglin_plan by one thread at a time.
  *
  * Environment.  LOGLIN_DEVICE (which device loglin_select_device(NULL) takes), LOGLIN_CACHE_DIR (where compiled
- * programs are kept; an empty value switches the cache off), LOGLIN_BUILD_OPTIONS (appended to the OpenCL build
+ * programs and tuning results are kept; an empty value switches the cache off), LOGLIN_BUILD_OPTIONS (appended to the OpenCL build
  * options), LOGLIN_LOG (error, warn, info or debug: messages on standard error; warn is the default).
  */
 #ifndef LOGLIN_H
@@ -240,7 +240,11 @@ LOGLIN_API size_t loglin_check_gates(const float *g, size_t count);
 /* A problem on a device with everything decided and compiled.  One thread at a time. */
 typedef struct loglin_plan loglin_plan;
 
-/* Validates, chooses engine and chunk size, compiles.  Slow the first time on a device: seconds.  Measures nothing. */
+/*
+ * Validates, chooses engine and chunk size, compiles.  Slow the first time on a device: seconds.  Measures nothing: what
+ * is not asked for comes from results of loglin_tune for the class of the problem, else for a neighbouring one, else
+ * from built-in results of the same family of devices, else it is a default.
+ */
 LOGLIN_API loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *problem, loglin_plan **plan);
 
 /* The plan must not be in use by a call; work already enqueued is not disturbed.  NULL is allowed. */
@@ -257,6 +261,58 @@ LOGLIN_API size_t loglin_workspace_size(const loglin_plan *plan, loglin_phase ph
 
 /* Bytes of a state's values: 4 N H L K V. */
 LOGLIN_API size_t loglin_state_size(const loglin_plan *plan);
+
+/* ---- Tuning ------------------------------------------------------------------------------------------------------ */
+
+/* What loglin_tune tells while it works.  Texts are valid during the call. */
+typedef struct loglin_tune_event {
+    const char *subject;   /* the class that is being tuned, or "CLBlast", or "peak" */
+    const char *candidate; /* what has just been measured; NULL: only time has passed */
+    const char *outcome;   /* "ok", or why not: refused, wrong, hung, crashed; NULL without a candidate */
+    const char *detail;    /* in words; may be empty */
+    double ms, spread;     /* of the candidate, or (finished) of the choice */
+    double default_ms;     /* finished: of the untuned default, measured alternately with the choice */
+    const char *best;      /* the fastest of the subject so far; the choice where finished; NULL: none yet */
+    double best_ms;
+    double gflops, gbytes;        /* "peak": the device's rates, 1e9 operations and bytes a second */
+    loglin_problem problem;       /* what was measured, its engine and chunk those of the candidate */
+    int finished;                 /* the subject is done */
+    double share;                 /* of all work that is done, 0 to 1 */
+    double seconds, seconds_left; /* since the start; until the end, by an estimate */
+} loglin_tune_event;
+
+/* Not 0: stop.  Results of finished classes are kept, and `resume` goes on from there. */
+typedef int loglin_tune_progress(void *context, const loglin_tune_event *event);
+
+typedef struct loglin_tune_options {
+    const loglin_problem *problems; /* each with one phase, forward or backward; NULL: the standard classes */
+    size_t problem_count;
+    int quick;          /* not 0: few classes and candidates, for less than two minutes on two cores */
+    int resume;         /* not 0: measurements that an interrupted run of the same kind has made are not repeated */
+    double time_limit;  /* seconds after which no measurement begins; 0: none */
+    uint64_t seed;      /* of the search; 0: from the clock.  It is recorded with the results */
+    const char *worker; /* the program that measures; NULL: "loglin", looked for along PATH */
+    loglin_tune_progress *progress; /* may be NULL */
+    void *context;
+} loglin_tune_options;
+
+/*
+ * Measures what is fastest on a device and writes it to the cache directory, where loglin_plan_create finds it.  Takes
+ * minutes.  Every candidate runs in a child process with a time limit: options.worker with the arguments "tune-worker"
+ * and a request, which the program hands to loglin_tune_worker.  The command "loglin" is such a program.  So a compiler
+ * or a kernel that hangs or crashes costs one candidate and not this process.  Each result is compared with float64
+ * before it is timed.  LOGLIN_IO if results cannot be kept.  options may be NULL.
+ */
+LOGLIN_API loglin_status loglin_tune(cl_device_id id, const loglin_tune_options *options);
+
+/* For the main function of a worker: measures, prints the reply on standard output, returns the exit status. */
+LOGLIN_API int loglin_tune_worker(const char *request);
+
+/* Adds the results of a file to those of the cache directory, all or (LOGLIN_BAD_FILE says why) none. */
+LOGLIN_API loglin_status loglin_tuning_import(const char *path);
+
+/* Writes all results for a device to a file, which appears whole or not at all. */
+LOGLIN_API loglin_status loglin_tuning_export(cl_device_id id, const char *path);
 
 /* ---- Buffers ---------------------------------------------------------------------------------------------------- */
 

@@ -13,5 +13,6 @@ loglin_cli_status loglin_cli_logits(int argc, char **argv);
 loglin_cli_status loglin_cli_generate(int argc, char **argv);
 loglin_cli_status loglin_cli_perplexity(int argc, char **argv);
 loglin_cli_status loglin_cli_bench(int argc, char **argv);
+loglin_cli_status loglin_cli_tune(int argc, char **argv);
 
 #endif

@@ -16,6 +16,7 @@ static const struct {
     {"decode", loglin_cli_decode, "compute what forward does, token by token"},
     {"logits", loglin_cli_logits, "compute a language model's logits of token ids"},
     {"generate", loglin_cli_generate, "continue a text with a language model"},
+    {"tune", loglin_cli_tune, "measure what is fastest on a device, for all later runs"},
     {"perplexity", loglin_cli_perplexity, "score a text with a language model"},
     {"bench", loglin_cli_bench, "measure speed against the figures that it should reach"},
 };
@@ -48,6 +49,9 @@ int main(int argc, char **argv) {
     if (strcmp(name, "--version") == 0) {
         (void)printf("loglin %s\n", loglin_version());
         return LOGLIN_CLI_OK;
+    }
+    if (strcmp(name, "tune-worker") == 0 && argc == 3) {
+        return loglin_tune_worker(argv[2]); /* one measurement of "loglin tune", which starts it */
     }
     for (size_t i = 0; i < COMMAND_COUNT; ++i) {
         if (strcmp(name, commands[i].name) == 0) {

@@ -14,9 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* Bytes of intermediate results that a panel should not exceed. */
-static const size_t panel_budget = (size_t)256 << 20;
-
 /* Slots times heads of a panel: a launch's third dimension, which some drivers limit to 65535. */
 static const size_t max_matrices = 65535;
 
@@ -70,7 +67,8 @@ static size_t reserve(size_t *end, size_t floats) {
     return at;
 }
 
-static loglin_status lay_out(const loglin_problem *problem, bool gradients, phase_layout *layout) {
+/* panel_budget: bytes of intermediate results that a panel should not exceed. */
+static loglin_status lay_out(const loglin_problem *problem, size_t panel_budget, bool gradients, phase_layout *layout) {
     loglin_panel panel = loglin_panel_of(problem);
     const size_t waves = loglin_count_waves(problem), sequences = panel.packed ? 1 : panel.sequences;
     panel.batch_width = 1;
@@ -151,16 +149,19 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     return LOGLIN_OK;
 }
 
-static loglin_status prepare(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
-    RETURN_IF_ERROR(lay_out(problem, false, &state->forward));
+static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
+                             const loglin_configuration *configuration, loglin_engine_state *state) {
+    const size_t panel_budget = (size_t)configuration->values[LOGLIN_TUNABLE_PANEL_MIB] << 20;
+    RETURN_IF_ERROR(lay_out(problem, panel_budget, false, &state->forward));
     if ((problem->phases & LOGLIN_BACKWARD) != 0) {
-        RETURN_IF_ERROR(lay_out(problem, true, &state->backward));
+        RETURN_IF_ERROR(lay_out(problem, panel_budget, true, &state->backward));
     }
     RETURN_IF_ERROR(create_kernels(device, problem, state));
-    return loglin_gemm_prepare(device);
+    return loglin_gemm_prepare(device, &configuration->gemm);
 }
 
-static loglin_status create(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state) {
+static loglin_status create(loglin_device *device, const loglin_problem *problem,
+                            const loglin_configuration *configuration, loglin_engine_state **state) {
     loglin_engine_state *made = calloc(1, sizeof *made);
     if (made == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "blas engine: out of host memory");
@@ -168,7 +169,7 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
     made->rule = problem->op == LOGLIN_GATED_DELTA ? &loglin_gated_delta : &loglin_mamba2;
     made->normalize = problem->normalize_qk != 0;
     made->packed = problem->sequences > 0;
-    const loglin_status status = prepare(device, problem, made);
+    const loglin_status status = prepare(device, problem, configuration, made);
     if (status != LOGLIN_OK) {
         destroy(made);
         return status;

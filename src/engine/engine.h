@@ -3,6 +3,7 @@
 #ifndef LOGLIN_ENGINE_ENGINE_H
 #define LOGLIN_ENGINE_ENGINE_H
 
+#include "engine/tunables.h"
 #include "operator/chunkwise.h"
 
 /* What an engine has decided and compiled for one problem. */
@@ -12,8 +13,9 @@ typedef struct loglin_engine_class {
     const char *name;
     /* NULL if the engine takes the problem on this device, else why not. */
     const char *(*refuses)(const loglin_device *device, const loglin_problem *problem);
-    /* problem: filled in, chunk chosen. */
-    loglin_status (*create)(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state);
+    /* problem: filled in, chunk chosen.  The chunk of the configuration does not count, its other values do. */
+    loglin_status (*create)(loglin_device *device, const loglin_problem *problem,
+                            const loglin_configuration *configuration, loglin_engine_state **state);
     void (*destroy)(loglin_engine_state *state);
     size_t (*workspace_size)(const loglin_engine_state *state, loglin_phase phase); /* bytes */
     /* Arguments are checked; the work starts after the events of `wait`. */

@@ -3,10 +3,13 @@
 #include "engine/gemm.h"
 
 #include "runtime/device.h"
+#include "runtime/log.h"
 #include "runtime/status.h"
 
 #include <clblast_c.h>
 #include <limits.h>
+#include <pthread.h>
+#include <stdlib.h>
 
 /*
  * CLBlast takes its direct kernels, which neither allocate nor copy, where m n k is below this number cubed.  The
@@ -85,16 +88,90 @@ static loglin_status warm_up(loglin_device *device) {
     return status;
 }
 
-loglin_status loglin_gemm_prepare(loglin_device *device) {
+static loglin_status override_parameters(cl_device_id id, const char *kernel, size_t count, const char *const *names,
+                                         const size_t *values) {
+    return gemm_status(
+        CLBlastOverrideParameters(id, kernel, CLBlastPrecisionSingle, count, (const char **)names, values));
+}
+
+static loglin_status set_direct_parameters(cl_device_id id, const loglin_gemm_parameters *parameters) {
+    size_t values[LOGLIN_GEMM_PARAMETER_COUNT];
+    for (size_t i = 0; i < LOGLIN_GEMM_PARAMETER_COUNT; i++) {
+        values[i] = parameters->values[i];
+    }
+    return override_parameters(id, "XgemmDirect", LOGLIN_GEMM_PARAMETER_COUNT, loglin_gemm_parameter_names, values);
+}
+
+/*
+ * CLBlast keeps parameters and programs for the process, by device.  To set them again would throw away programs that
+ * another context's plans rely on, so a device is set once.
+ */
+typedef struct set_device {
+    struct set_device *next;
+    cl_device_id id;
+} set_device;
+
+static pthread_mutex_t set_lock = PTHREAD_MUTEX_INITIALIZER;
+static set_device *set_devices;
+
+/* With set_lock held. */
+static loglin_status set_once(cl_device_id id, const loglin_gemm_parameters *parameters, bool *is_new) {
+    for (const set_device *known = set_devices; known != NULL; known = known->next) {
+        if (known->id == id) {
+            return LOGLIN_OK;
+        }
+    }
+    set_device *made = malloc(sizeof *made);
+    if (made == NULL) {
+        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "CLBlast: out of host memory");
+    }
+    static const char *const name = "XGEMM_MIN_INDIRECT_SIZE";
+    loglin_status status = override_parameters(id, "GemmRoutine", 1, &name, &always_direct);
+    if (status == LOGLIN_OK && !loglin_gemm_parameters_absent(parameters)) {
+        status = set_direct_parameters(id, parameters);
+    }
+    if (status != LOGLIN_OK) {
+        free(made);
+        return status;
+    }
+    *made = (set_device){.next = set_devices, .id = id};
+    set_devices = made;
+    *is_new = true;
+    return LOGLIN_OK;
+}
+
+/* What every device compiles: no vectors, few work-items. */
+static const loglin_gemm_parameters plain_parameters = {{[LOGLIN_GEMM_WGD] = 32,
+                                                         [LOGLIN_GEMM_MDIMCD] = 8,
+                                                         [LOGLIN_GEMM_NDIMCD] = 8,
+                                                         [LOGLIN_GEMM_MDIMAD] = 8,
+                                                         [LOGLIN_GEMM_NDIMBD] = 8,
+                                                         [LOGLIN_GEMM_KWID] = 2,
+                                                         [LOGLIN_GEMM_VWMD] = 1,
+                                                         [LOGLIN_GEMM_VWND] = 1,
+                                                         [LOGLIN_GEMM_PADA] = 1,
+                                                         [LOGLIN_GEMM_PADB] = 1}};
+
+static loglin_status set_and_compile(loglin_device *device, const loglin_gemm_parameters *parameters) {
+    bool is_new = false;
+    RETURN_IF_ERROR(set_once(device->id, parameters, &is_new));
+    loglin_status status = warm_up(device);
+    if (status != LOGLIN_OK && is_new && !loglin_gemm_parameters_absent(parameters)) {
+        loglin_log(LOGLIN_LOG_WARN, "%s: tuned parameters of CLBlast fail and are not used: %s", device->info.name,
+                   loglin_last_error());
+        RETURN_IF_ERROR(set_direct_parameters(device->id, &plain_parameters));
+        status = warm_up(device);
+    }
+    return status;
+}
+
+loglin_status loglin_gemm_prepare(loglin_device *device, const loglin_gemm_parameters *parameters) {
     loglin_status status = LOGLIN_OK;
     mtx_lock(&device->lock);
     if (!device->gemm_ready) {
-        const char *name = "XGEMM_MIN_INDIRECT_SIZE";
-        status = gemm_status(
-            CLBlastOverrideParameters(device->id, "GemmRoutine", CLBlastPrecisionSingle, 1, &name, &always_direct));
-        if (status == LOGLIN_OK) {
-            status = warm_up(device);
-        }
+        (void)pthread_mutex_lock(&set_lock);
+        status = set_and_compile(device, parameters);
+        (void)pthread_mutex_unlock(&set_lock);
         device->gemm_ready = status == LOGLIN_OK;
     }
     mtx_unlock(&device->lock);

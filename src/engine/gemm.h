@@ -3,7 +3,7 @@
 #ifndef LOGLIN_ENGINE_GEMM_H
 #define LOGLIN_ENGINE_GEMM_H
 
-#include "loglin.h"
+#include "engine/tunables.h"
 #include <stdbool.h>
 
 /* One matrix of a batch: element offset of the first, elements from a row to the next, elements from one to the next. */
@@ -19,8 +19,12 @@ typedef struct loglin_gemm {
     loglin_matrix a, b, c;
 } loglin_gemm;
 
-/* Compiles CLBlast's kernels for the device, once; later calls return at once.  Slow: plan creation, not enqueue. */
-loglin_status loglin_gemm_prepare(loglin_device *device);
+/*
+ * Compiles CLBlast's kernels for the device, once; later calls return at once.  Slow: plan creation, not enqueue.
+ * The parameters are CLBlast's for the whole process, so those of a device's first call stay.  Parameters that do not
+ * compile give way to plain ones, with a warning.
+ */
+loglin_status loglin_gemm_prepare(loglin_device *device, const loglin_gemm_parameters *parameters);
 
 /*
  * Enqueues behind what is in an in-order queue.  Never allocates: only CLBlast's direct kernels are used.  All offsets

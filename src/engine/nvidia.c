@@ -170,7 +170,8 @@ static void destroy(loglin_engine_state *state) {
     free(state);
 }
 
-static loglin_status prepare(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
+static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
+                             const loglin_configuration *configuration, loglin_engine_state *state) {
     const size_t columns = loglin_num_levels(problem->length) | 1;
     const size_t walk_bytes =
         (NV_SEGMENT_BITS + cached_blocks(problem)) * state_bytes(problem) +
@@ -179,17 +180,18 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
     lay_out(problem, state);
     RETURN_IF_ERROR(create_kernels(device, problem, state));
     if ((problem->phases & LOGLIN_BACKWARD) != 0) {
-        return loglin_blas_engine.create(device, problem, &state->backward);
+        return loglin_blas_engine.create(device, problem, configuration, &state->backward);
     }
     return LOGLIN_OK;
 }
 
-static loglin_status create(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state) {
+static loglin_status create(loglin_device *device, const loglin_problem *problem,
+                            const loglin_configuration *configuration, loglin_engine_state **state) {
     loglin_engine_state *made = calloc(1, sizeof *made);
     if (made == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "NVIDIA engine: out of host memory");
     }
-    const loglin_status status = prepare(device, problem, made);
+    const loglin_status status = prepare(device, problem, configuration, made);
     if (status != LOGLIN_OK) {
         destroy(made);
         return status;

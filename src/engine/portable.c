@@ -187,7 +187,8 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     return LOGLIN_OK;
 }
 
-static loglin_status create(loglin_device *device, const loglin_problem *problem, loglin_engine_state **state) {
+static loglin_status create(loglin_device *device, const loglin_problem *problem,
+                            const loglin_configuration *configuration, loglin_engine_state **state) {
     loglin_engine_state *made = calloc(1, sizeof *made);
     if (made == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "fused engine: out of host memory");
@@ -197,7 +198,7 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
         status = create_kernels(device, problem, made);
     }
     if (status == LOGLIN_OK && (problem->phases & LOGLIN_BACKWARD) != 0) {
-        status = loglin_blas_engine.create(device, problem, &made->backward);
+        status = loglin_blas_engine.create(device, problem, configuration, &made->backward);
     }
     if (status != LOGLIN_OK) {
         destroy(made);

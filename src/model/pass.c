@@ -8,6 +8,7 @@
 #include "model/session.h"
 
 #include "engine/gemm.h"
+#include "plan/tuning.h"
 #include "runtime/device.h"
 #include "runtime/status.h"
 
@@ -25,7 +26,8 @@ loglin_status loglin_pass_create(loglin_session *session) {
     const size_t fit = LOGIT_FLOATS / loglin_whole_blocks(model->lm.vocabulary);
     const size_t logit_rows = fit < 1 ? 1 : fit < piece ? fit : piece;
     if (!model->device->is_cpu) {
-        RETURN_IF_ERROR(loglin_gemm_prepare(model->device));
+        const loglin_gemm_parameters parameters = loglin_tuning_gemm(model->device);
+        RETURN_IF_ERROR(loglin_gemm_prepare(model->device, &parameters));
     }
     return loglin_activations_create(session, piece, logit_rows, true, &session->pass_activations);
 }

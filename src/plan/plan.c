@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Plans: a validated problem, the engine that runs it, and the checks of every call. */
+#include "plan/plan.h"
 #include "engine/engine.h"
 #include "engine/step.h"
 #include "plan/problem.h"
+#include "plan/tuning.h"
 #include "runtime/device.h"
 #include "runtime/status.h"
 
@@ -10,15 +12,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Tokens of a chunk where nothing else is known: products of 64 rows, and few levels below them. */
-static const size_t default_chunk = 64;
-
 struct loglin_plan {
     loglin_device *device;
     loglin_problem problem; /* filled in */
     bool chunk_given;
     const loglin_engine_class *engine;
-    char engine_reason[160];    /* why this engine */
+    char engine_reason[256];    /* why this engine */
+    char chunk_reason[256];     /* why this chunk size, and with it the other tunables */
     loglin_engine_state *state; /* forward and backward; NULL if only steps are planned */
     loglin_stepper *stepper;    /* NULL if no steps are planned */
 };
@@ -41,54 +41,95 @@ static loglin_status check_allocation(const loglin_plan *plan, loglin_phase phas
     return LOGLIN_OK;
 }
 
+/* What a plan is made from: given values, or (knowledge) what is known about the device. */
+typedef struct wish {
+    const loglin_configuration *configuration; /* NULL: to be looked up */
+    loglin_knowledge knowledge;
+} wish;
+
+/* The engine's values: as given, as asked, or as known to be good. */
+static loglin_configuration choose_values(loglin_plan *plan, const wish *from, loglin_engine engine) {
+    if (from->configuration != NULL) {
+        plan->problem.chunk = from->configuration->values[LOGLIN_TUNABLE_CHUNK];
+        return *from->configuration;
+    }
+    const loglin_choice choice = loglin_knowledge_choose(&from->knowledge, &plan->problem, engine);
+    if (!plan->chunk_given) {
+        plan->problem.chunk = choice.configuration.values[LOGLIN_TUNABLE_CHUNK];
+    }
+    (void)snprintf(plan->chunk_reason, sizeof plan->chunk_reason, "%s", plan->chunk_given ? "as asked" : choice.where);
+    return choice.configuration;
+}
+
 /* What keeps an engine from the plan, "" if nothing does: then plan->state is its. */
-static loglin_status try_engine(loglin_plan *plan, const loglin_engine_class *engine, char *refusal, size_t capacity) {
+static loglin_status try_engine(loglin_plan *plan, const loglin_engine_class *engine,
+                                const loglin_configuration *configuration, char *refusal, size_t capacity) {
     const char *reason = engine->refuses(plan->device, &plan->problem);
     loglin_status status = reason == NULL ? LOGLIN_OK : LOGLIN_UNSUPPORTED;
     if (status == LOGLIN_OK) {
-        status = engine->create(plan->device, &plan->problem, &plan->state);
+        status = engine->create(plan->device, &plan->problem, configuration, &plan->state);
         reason = status == LOGLIN_OK ? "" : loglin_last_error();
     }
     (void)snprintf(refusal, capacity, "%s", reason);
     return status;
 }
 
-/* The first engine that takes the problem, of those asked for. */
-static loglin_status choose_engine(loglin_plan *plan) {
-    static const struct {
-        loglin_engine choice;
-        const loglin_engine_class *engine;
-    } engines[] = {{LOGLIN_ENGINE_FUSED, &loglin_nvidia_engine},
-                   {LOGLIN_ENGINE_FUSED, &loglin_portable_engine},
-                   {LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};
-    const loglin_engine asked = plan->problem.engine;
-    (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "%s",
-                   asked == LOGLIN_ENGINE_AUTO ? "default" : "as asked");
+static const struct {
+    loglin_engine choice;
+    const loglin_engine_class *engine;
+} engines[] = {{LOGLIN_ENGINE_FUSED, &loglin_nvidia_engine},
+               {LOGLIN_ENGINE_FUSED, &loglin_portable_engine},
+               {LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};
+
+enum { ENGINE_COUNT = sizeof engines / sizeof engines[0] };
+
+/* The engine that is known to be the fastest, LOGLIN_ENGINE_AUTO if none is. */
+static loglin_engine find_favourite(loglin_plan *plan, const wish *from) {
+    if (plan->problem.engine != LOGLIN_ENGINE_AUTO || from->configuration != NULL) {
+        (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "as asked");
+        return plan->problem.engine;
+    }
+    const loglin_choice choice = loglin_knowledge_choose(&from->knowledge, &plan->problem, LOGLIN_ENGINE_AUTO);
+    (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "%s", choice.where);
+    return choice.configuration.engine;
+}
+
+/* The first engine that takes the problem, of those asked for; the favourite before the others. */
+static loglin_status choose_engine(loglin_plan *plan, const wish *from) {
+    const loglin_engine asked = plan->problem.engine, favourite = find_favourite(plan, from);
     loglin_status status = LOGLIN_UNSUPPORTED;
-    char refusal[1024] = "no such engine is built in";
-    for (size_t i = 0; i < sizeof engines / sizeof engines[0]; i++) {
-        if (asked != LOGLIN_ENGINE_AUTO && asked != engines[i].choice) {
+    char refusals[1024] = "";
+    for (size_t i = 0; i < 2 * (size_t)ENGINE_COUNT; i++) {
+        const size_t at = i % ENGINE_COUNT, used = strlen(refusals);
+        if ((engines[at].choice == favourite) != (i < ENGINE_COUNT) ||
+            (asked != LOGLIN_ENGINE_AUTO && asked != engines[at].choice)) {
             continue;
         }
-        status = try_engine(plan, engines[i].engine, refusal, sizeof refusal);
+        const loglin_configuration configuration = choose_values(plan, from, engines[at].choice);
+        char refusal[512];
+        status = try_engine(plan, engines[at].engine, &configuration, refusal, sizeof refusal);
         if (status == LOGLIN_OK) {
-            plan->engine = engines[i].engine;
+            plan->engine = engines[at].engine;
+            if (used > 0) {
+                (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "not %.*s",
+                               (int)sizeof plan->engine_reason - 8, refusals);
+            }
             return LOGLIN_OK;
         }
+        (void)snprintf(refusals + used, sizeof refusals - used, "%s%s: %s", used > 0 ? "; " : "",
+                       engines[at].engine->name, refusal);
         if (status != LOGLIN_UNSUPPORTED && status != LOGLIN_BUILD_FAILED) {
             break;
         }
-        (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "not %s: %.120s", engines[i].engine->name,
-                       refusal);
     }
     return loglin_fail(
         status, "%s%s",
-        asked == LOGLIN_ENGINE_FUSED ? "problem.engine is fused, which does not take this problem: " : "", refusal);
+        asked == LOGLIN_ENGINE_FUSED ? "problem.engine is fused, which does not take this problem: " : "", refusals);
 }
 
-static loglin_status create_parts(loglin_plan *plan) {
+static loglin_status create_parts(loglin_plan *plan, const wish *from) {
     if (plans(plan, LOGLIN_FORWARD | LOGLIN_BACKWARD)) {
-        RETURN_IF_ERROR(choose_engine(plan));
+        RETURN_IF_ERROR(choose_engine(plan, from));
         RETURN_IF_ERROR(check_allocation(plan, LOGLIN_FORWARD));
         RETURN_IF_ERROR(check_allocation(plan, LOGLIN_BACKWARD));
     }
@@ -98,7 +139,8 @@ static loglin_status create_parts(loglin_plan *plan) {
     return LOGLIN_OK;
 }
 
-loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *problem, loglin_plan **plan) {
+static loglin_status create_plan(loglin_device *device, const loglin_problem *problem,
+                                 const loglin_configuration *configuration, loglin_plan **plan) {
     if (device == NULL || plan == NULL) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is NULL", device == NULL ? "device" : "plan");
     }
@@ -113,16 +155,29 @@ loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *pr
     made->device = device;
     made->problem = filled;
     made->chunk_given = filled.chunk != 0;
-    if (!made->chunk_given) {
-        made->problem.chunk = default_chunk;
+    wish from = {.configuration = configuration};
+    if (configuration == NULL) {
+        loglin_knowledge_gather(device->cache_directory, &device->info, &from.knowledge);
+    } else {
+        made->problem.engine = configuration->engine;
     }
-    const loglin_status status = create_parts(made);
+    const loglin_status status = create_parts(made, &from);
+    loglin_knowledge_free(&from.knowledge);
     if (status != LOGLIN_OK) {
         loglin_plan_destroy(made);
         return status;
     }
     *plan = made;
     return LOGLIN_OK;
+}
+
+loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *problem, loglin_plan **plan) {
+    return create_plan(device, problem, NULL, plan);
+}
+
+loglin_status loglin_plan_create_configured(loglin_device *device, const loglin_problem *problem,
+                                            const loglin_configuration *configuration, loglin_plan **plan) {
+    return create_plan(device, problem, configuration, plan);
 }
 
 void loglin_plan_destroy(loglin_plan *plan) {
@@ -142,10 +197,10 @@ void loglin_plan_destroy(loglin_plan *plan) {
 size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity) {
     static const char *const dtypes[] = {"f32", "f16", "bf16"};
     const loglin_problem *p = &plan->problem;
-    char calls[384] = "";
+    char calls[768] = "";
     if (plan->state != NULL) {
         (void)snprintf(calls, sizeof calls, ", engine %s (%s), chunk %zu (%s), workspace %zu bytes forward",
-                       plan->engine->name, plan->engine_reason, p->chunk, plan->chunk_given ? "as asked" : "default",
+                       plan->engine->name, plan->engine_reason, p->chunk, plan->chunk_reason,
                        loglin_workspace_size(plan, LOGLIN_FORWARD));
         const size_t used = strlen(calls);
         if (plans(plan, LOGLIN_BACKWARD)) {

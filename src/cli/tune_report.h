@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What a tuning run has measured, and the page with its plots. */
+#ifndef LOGLIN_CLI_TUNE_REPORT_H
+#define LOGLIN_CLI_TUNE_REPORT_H
+
+#include "cli/status.h"
+#include <stdbool.h>
+
+/* A candidate's measurement, or (choice) the end of a class. */
+typedef struct loglin_cli_tuned {
+    char subject[96], candidate[160], outcome[16];
+    loglin_problem problem; /* with the candidate's engine and chunk */
+    double ms, spread, default_ms;
+    bool choice;
+} loglin_cli_tuned;
+
+typedef struct loglin_cli_tune_results {
+    char device[128];
+    loglin_cli_tuned *rows;
+    size_t count;
+    double gflops, gbytes; /* of the device; 0: not measured */
+} loglin_cli_tune_results;
+
+/* Writes DIR/index.html and its plots, which gnuplot draws. */
+loglin_cli_status loglin_cli_tune_report(const char *directory, const loglin_cli_tune_results *results);
+
+#endif

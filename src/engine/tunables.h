@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What can be tuned, in one table that an engine adds its own to, and CLBlast's parameters, which belong to a device. */
+#ifndef LOGLIN_ENGINE_TUNABLES_H
+#define LOGLIN_ENGINE_TUNABLES_H
+
+#include "loglin.h"
+#include <stdbool.h>
+
+/*
+ * X(NAME, name, engines, fallback, ...): the engines that read it (a bit each, 1 << loglin_engine), the value where
+ * nothing is known, and the values that the tuner tries.
+ */
+#define LOGLIN_TUNABLES(X)                                                                                             \
+    X(CHUNK, chunk, LOGLIN_ANY_ENGINE, 64, 16, 32, 64, 128, 256)                                                       \
+    X(PANEL_MIB, panel_mib, 1u << LOGLIN_ENGINE_BLAS, 256, 4, 16, 64, 256)
+
+#define LOGLIN_ANY_ENGINE (~0u)
+
+enum {
+#define LOGLIN_TUNABLE_ENUM(NAME, name, engines, fallback, ...) LOGLIN_TUNABLE_##NAME,
+    LOGLIN_TUNABLES(LOGLIN_TUNABLE_ENUM)
+#undef LOGLIN_TUNABLE_ENUM
+        LOGLIN_TUNABLE_COUNT
+};
+
+typedef struct loglin_tunable {
+    const char *name;
+    unsigned engines, fallback;
+    const unsigned *values; /* ascending */
+    size_t value_count;
+} loglin_tunable;
+
+extern const loglin_tunable loglin_tunables[LOGLIN_TUNABLE_COUNT];
+
+/* The parameters of CLBlast's direct products, as CLBlast names them. */
+#define LOGLIN_GEMM_PARAMETERS(X) X(WGD) X(MDIMCD) X(NDIMCD) X(MDIMAD) X(NDIMBD) X(KWID) X(VWMD) X(VWND) X(PADA) X(PADB)
+
+enum {
+#define LOGLIN_GEMM_ENUM(NAME) LOGLIN_GEMM_##NAME,
+    LOGLIN_GEMM_PARAMETERS(LOGLIN_GEMM_ENUM)
+#undef LOGLIN_GEMM_ENUM
+        LOGLIN_GEMM_PARAMETER_COUNT
+};
+
+extern const char *const loglin_gemm_parameter_names[LOGLIN_GEMM_PARAMETER_COUNT];
+
+/* All 0: CLBlast's own choice. */
+typedef struct loglin_gemm_parameters {
+    unsigned values[LOGLIN_GEMM_PARAMETER_COUNT];
+} loglin_gemm_parameters;
+
+/* An engine with the values of its tunables, and what CLBlast is set to. */
+typedef struct loglin_configuration {
+    loglin_engine engine; /* LOGLIN_ENGINE_AUTO: not decided */
+    unsigned values[LOGLIN_TUNABLE_COUNT];
+    loglin_gemm_parameters gemm;
+} loglin_configuration;
+
+/* Every tunable at its fallback, CLBlast's own parameters. */
+loglin_configuration loglin_configuration_default(loglin_engine engine);
+
+/* Is the value one that the table lists? */
+bool loglin_tunable_takes(const loglin_tunable *tunable, unsigned value);
+
+/* Does CLBlast have kernels with these parameters?  What the device allows is not looked at. */
+bool loglin_gemm_parameters_possible(const loglin_gemm_parameters *parameters);
+
+/* Work-items of a group, and bytes of local memory, that the parameters need. */
+size_t loglin_gemm_group_size(const loglin_gemm_parameters *parameters);
+size_t loglin_gemm_local_memory(const loglin_gemm_parameters *parameters);
+
+/* Are all parameters CLBlast's own? */
+bool loglin_gemm_parameters_absent(const loglin_gemm_parameters *parameters);
+
+#endif

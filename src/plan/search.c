@@ -1,0 +1,203 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "plan/search.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const size_t kept_share = 3; /* of how many candidates one stays */
+
+uint64_t loglin_search_random(uint64_t *state) {
+    uint64_t x = (*state += 0x9e3779b97f4a7c15u);
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+/* ---- Samples ----------------------------------------------------------------------------------------------------- */
+
+static int ascending(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* The value below which a share of the sample lies. */
+static double quantile(const loglin_sample *sample, double share) {
+    double sorted[LOGLIN_SEARCH_MAX_RUNS];
+    if (sample->runs == 0) {
+        return INFINITY;
+    }
+    memcpy(sorted, sample->ms, sample->runs * sizeof sorted[0]);
+    qsort(sorted, sample->runs, sizeof sorted[0], ascending);
+    const double at = share * (double)(sample->runs - 1);
+    const size_t low = (size_t)at, high = low + 1 < sample->runs ? low + 1 : low;
+    return sorted[low] + (at - (double)low) * (sorted[high] - sorted[low]);
+}
+
+double loglin_sample_median(const loglin_sample *sample) {
+    return quantile(sample, 0.5);
+}
+
+double loglin_sample_spread(const loglin_sample *sample) {
+    return 0.5 * (quantile(sample, 0.75) - quantile(sample, 0.25));
+}
+
+/* ---- Rounds ------------------------------------------------------------------------------------------------------ */
+
+/* A candidate in a round. */
+typedef struct runner {
+    size_t candidate;
+    double ms;
+} runner;
+
+typedef struct race {
+    const loglin_search *search;
+    runner *runners;
+    size_t count; /* of those still in it */
+    unsigned round;
+    size_t measured, expected; /* measurements, for the share that is done */
+    runner best;
+    bool first_failed, stopped;
+} race;
+
+static int faster(const void *a, const void *b) {
+    return ascending(&((const runner *)a)->ms, &((const runner *)b)->ms);
+}
+
+static loglin_outcome measure(race *at, size_t candidate, unsigned runs, loglin_sample *sample) {
+    const loglin_search *search = at->search;
+    const unsigned allowed = runs < LOGLIN_SEARCH_MAX_RUNS ? runs : LOGLIN_SEARCH_MAX_RUNS;
+    *sample = (loglin_sample){.runs = 0};
+    const loglin_outcome outcome = search->measure(search->context, candidate, at->round, allowed, sample);
+    at->measured++;
+    at->stopped = at->stopped || outcome == LOGLIN_OUTCOME_STOPPED;
+    at->first_failed = at->first_failed || (candidate == 0 && outcome == LOGLIN_OUTCOME_FAILED);
+    if (outcome == LOGLIN_OUTCOME_OK && loglin_sample_median(sample) < at->best.ms) {
+        at->best = (runner){.candidate = candidate, .ms = loglin_sample_median(sample)};
+    }
+    if (search->advance != NULL) {
+        const double share = at->measured < at->expected ? (double)at->measured / (double)at->expected : 1.0;
+        search->advance(search->context, share, at->best.candidate, at->best.ms);
+    }
+    return outcome;
+}
+
+static void shuffle(race *at, uint64_t *random) {
+    for (size_t i = at->count; i > 1; i--) {
+        const size_t j = (size_t)(loglin_search_random(random) % i);
+        const runner moved = at->runners[i - 1];
+        at->runners[i - 1] = at->runners[j];
+        at->runners[j] = moved;
+    }
+}
+
+/* Measures all that are in the race, sorts them, and drops those that failed. */
+static void run_round(race *at, unsigned runs) {
+    size_t good = 0;
+    for (size_t i = 0; i < at->count && !at->stopped; i++) {
+        loglin_sample sample;
+        runner entered = at->runners[i];
+        if (measure(at, entered.candidate, runs, &sample) == LOGLIN_OUTCOME_OK) {
+            entered.ms = loglin_sample_median(&sample);
+            at->runners[good++] = entered;
+        }
+    }
+    at->count = good;
+    qsort(at->runners, good, sizeof at->runners[0], faster);
+    at->round++;
+}
+
+static size_t kept_of(size_t count) {
+    return (count + kept_share - 1) / kept_share;
+}
+
+/* Rounds until one candidate is left. */
+static void halve(race *at) {
+    unsigned runs = at->search->runs;
+    uint64_t random = at->search->seed;
+    while (at->count > 1 && !at->stopped) {
+        shuffle(at, &random);
+        run_round(at, runs);
+        if (at->search->one_round) {
+            return;
+        }
+        at->count = at->count > 0 ? kept_of(at->count) : 0;
+        runs *= 2;
+    }
+}
+
+static size_t expected_measurements(const loglin_search *search) {
+    size_t expected = search->count + 4;
+    for (size_t left = kept_of(search->count); left > 1 && !search->one_round; left = kept_of(left)) {
+        expected += left;
+    }
+    return expected;
+}
+
+/* ---- The duels --------------------------------------------------------------------------------------------------- */
+
+static void append(loglin_sample *all, const loglin_sample *more) {
+    for (unsigned i = 0; i < more->runs && all->runs < LOGLIN_SEARCH_MAX_RUNS; i++) {
+        all->ms[all->runs++] = more->ms[i];
+    }
+}
+
+/* One duel; true if the challenger has won it.  The samples are added to those of the duels before. */
+static bool fight(race *at, size_t challenger, loglin_sample *first_all, loglin_sample *challenger_all) {
+    const unsigned runs =
+        2 * at->search->runs < LOGLIN_SEARCH_MAX_RUNS / 2 ? 2 * at->search->runs + 1 : LOGLIN_SEARCH_MAX_RUNS / 2;
+    loglin_sample first = {.runs = 0}, second = {.runs = 0};
+    if (!at->first_failed) {
+        (void)measure(at, 0, runs, &first);
+    }
+    if (at->stopped || measure(at, challenger, runs, &second) != LOGLIN_OUTCOME_OK) {
+        return false;
+    }
+    at->round++;
+    append(first_all, &first);
+    append(challenger_all, &second);
+    const double spread = fmax(loglin_sample_spread(&first), loglin_sample_spread(&second));
+    return at->first_failed || loglin_sample_median(&second) + spread < loglin_sample_median(&first);
+}
+
+static void settle(race *at, loglin_search_result *result) {
+    loglin_sample first = {.runs = 0}, challenger = {.runs = 0};
+    const size_t candidate = at->runners[0].candidate;
+    if (candidate == 0) { /* nobody was faster */
+        if (measure(at, 0, at->search->runs, &first) == LOGLIN_OUTCOME_OK) {
+            *result = (loglin_search_result){.found = true, .complete = !at->stopped};
+            result->ms = result->first_ms = loglin_sample_median(&first);
+            result->spread = loglin_sample_spread(&first);
+        }
+        return;
+    }
+    const bool won = fight(at, candidate, &first, &challenger) && fight(at, candidate, &first, &challenger);
+    const loglin_sample *winner = won ? &challenger : &first;
+    result->winner = won ? candidate : 0;
+    result->found = won || (!at->first_failed && first.runs > 0);
+    result->complete = !at->stopped;
+    result->ms = loglin_sample_median(winner);
+    result->spread = loglin_sample_spread(winner);
+    result->first_ms = first.runs > 0 ? loglin_sample_median(&first) : 0;
+}
+
+loglin_search_result loglin_search_run(const loglin_search *search) {
+    loglin_search_result result = {.found = false};
+    race at = {.search = search,
+               .runners = calloc(search->count, sizeof(runner)),
+               .count = search->count,
+               .expected = expected_measurements(search),
+               .best = {.ms = INFINITY}};
+    if (at.runners == NULL) {
+        return result;
+    }
+    for (size_t i = 0; i < search->count; i++) {
+        at.runners[i].candidate = i;
+    }
+    halve(&at);
+    if (at.count > 0 && !at.stopped) {
+        settle(&at, &result);
+    }
+    free(at.runners);
+    return result;
+}

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The search for the fastest candidate, whatever a candidate is: successive halving.  All candidates are measured a few
+ * times, the faster third of them again with twice as many runs, and so on.  The last challenger then meets candidate
+ * 0, the one to beat, in two duels, and must win both by more than the spread that was measured.
+ */
+#ifndef LOGLIN_PLAN_SEARCH_H
+#define LOGLIN_PLAN_SEARCH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef enum loglin_outcome {
+    LOGLIN_OUTCOME_OK,
+    LOGLIN_OUTCOME_FAILED,  /* refused, wrong, crashed, hung: never tried again */
+    LOGLIN_OUTCOME_STOPPED, /* the search must end: its time is up, or so the caller wishes */
+} loglin_outcome;
+
+enum { LOGLIN_SEARCH_MAX_RUNS = 16 };
+
+/* Times of a candidate's runs. */
+typedef struct loglin_sample {
+    double ms[LOGLIN_SEARCH_MAX_RUNS];
+    unsigned runs;
+} loglin_sample;
+
+typedef struct loglin_search {
+    size_t count;   /* of candidates, at least 1 */
+    uint64_t seed;  /* of the order in which they are measured */
+    unsigned runs;  /* of the first round, at least 1 */
+    bool one_round; /* the first round chooses the challenger */
+    /* Runs a candidate so many times.  `round` tells measurements of one candidate apart. */
+    loglin_outcome (*measure)(void *context, size_t candidate, unsigned round, unsigned runs, loglin_sample *sample);
+    /* A share of the search is done, 0 to 1; `best` is the fastest so far.  May be NULL. */
+    void (*advance)(void *context, double share, size_t best, double ms);
+    void *context;
+} loglin_search;
+
+typedef struct loglin_search_result {
+    bool found;        /* false: candidate 0 failed and so did all others, or there was no time for one */
+    bool complete;     /* false: the search was stopped; the winner is the best that was known for certain */
+    size_t winner;     /* 0 unless a challenger has won */
+    double ms, spread; /* the winner's median, and the half of its middle spread */
+    double first_ms;   /* candidate 0's median in the duel; 0 if it failed */
+} loglin_search_result;
+
+loglin_search_result loglin_search_run(const loglin_search *search);
+
+/* The median of a sample, and half the distance between its quartiles. */
+double loglin_sample_median(const loglin_sample *sample);
+double loglin_sample_spread(const loglin_sample *sample);
+
+/* The next number of a sequence that the state fixes. */
+uint64_t loglin_search_random(uint64_t *state);
+
+#endif

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A child process with a time limit. */
+#include "plan/worker.h"
+
+#include "runtime/status.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+extern char **environ;
+
+enum { REPLY_SIZE = 8192 };
+
+static double now(void) {
+    struct timespec time;
+    (void)clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* The child leads a process group of its own, so that what it starts can be ended with it. */
+static int start(const char *program, const char *request, int output, pid_t *child) {
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    int code = posix_spawn_file_actions_init(&actions);
+    if (code != 0) {
+        return code;
+    }
+    code = posix_spawnattr_init(&attributes);
+    if (code == 0) {
+        char *arguments[] = {(char *)program, (char *)"tune-worker", (char *)request, NULL};
+        code = posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+        code = code != 0 ? code : posix_spawn_file_actions_adddup2(&actions, output, STDOUT_FILENO);
+        code = code != 0 ? code : posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, "/dev/null", O_WRONLY, 0);
+        code = code != 0 ? code : posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+        code = code != 0 ? code : posix_spawnp(child, program, &actions, &attributes, arguments, environ);
+        (void)posix_spawnattr_destroy(&attributes);
+    }
+    (void)posix_spawn_file_actions_destroy(&actions);
+    return code;
+}
+
+static loglin_reply failed(const char *reason, const char *detail) {
+    loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED};
+    (void)snprintf(reply.reason, sizeof reply.reason, "%s", reason);
+    (void)snprintf(reply.detail, sizeof reply.detail, "%s", detail);
+    return reply;
+}
+
+typedef enum listen_end { LISTEN_CLOSED, LISTEN_LATE, LISTEN_STOPPED } listen_end;
+
+/* Reads what the child prints until it closes its output; what does not fit is dropped. */
+static listen_end listen_to(int input, double limit, loglin_patience *patience, void *context, char *text) {
+    const double end = now() + limit;
+    size_t length = 0;
+    text[0] = '\0';
+    while (now() < end) {
+        struct pollfd ready = {.fd = input, .events = POLLIN};
+        if (patience != NULL && patience(context) != 0) {
+            return LISTEN_STOPPED;
+        }
+        if (poll(&ready, 1, 100) <= 0) {
+            continue;
+        }
+        char piece[512];
+        const ssize_t got = read(input, piece, sizeof piece);
+        if (got == 0 || (got < 0 && errno != EINTR)) {
+            return LISTEN_CLOSED;
+        }
+        const size_t taken = got > 0 && length + (size_t)got < REPLY_SIZE ? (size_t)got : 0;
+        memcpy(text + length, piece, taken);
+        length += taken;
+        text[length] = '\0';
+    }
+    return LISTEN_LATE;
+}
+
+/* The child's exit; a moment is left to it if it has closed its output by itself. */
+static int reap(pid_t child, bool kill_it) {
+    int status = 0;
+    pid_t ended = 0;
+    for (int i = 0; i < 200 && !kill_it && (ended = waitpid(child, &status, WNOHANG)) == 0; i++) {
+        (void)nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+    }
+    (void)kill(-child, SIGKILL);
+    while (ended <= 0 && (ended = waitpid(child, &status, 0)) < 0 && errno == EINTR) {
+    }
+    return status;
+}
+
+loglin_reply loglin_worker_ask(const char *program, const char *request, double limit, loglin_patience *patience,
+                               void *context) {
+    int ends[2];
+    if (pipe(ends) != 0) {
+        return failed("crashed", "no pipe to a child process");
+    }
+    (void)fcntl(ends[0], F_SETFD, FD_CLOEXEC);
+    (void)fcntl(ends[1], F_SETFD, FD_CLOEXEC);
+    pid_t child = 0;
+    const int code = start(program, request, ends[1], &child);
+    close(ends[1]);
+    if (code != 0) {
+        close(ends[0]);
+        loglin_reply reply = failed("no worker", "");
+        reply.outcome = LOGLIN_OUTCOME_STOPPED;
+        (void)snprintf(reply.detail, sizeof reply.detail, "cannot start \"%.128s\": error %d", program, code);
+        return reply;
+    }
+    char text[REPLY_SIZE];
+    const listen_end end = listen_to(ends[0], limit, patience, context, text);
+    close(ends[0]);
+    const int status = reap(child, end != LISTEN_CLOSED);
+    if (end == LISTEN_STOPPED) {
+        return (loglin_reply){.outcome = LOGLIN_OUTCOME_STOPPED};
+    }
+    if (end == LISTEN_LATE) {
+        return failed("hung", "no answer in time");
+    }
+    if (WIFSIGNALED(status)) {
+        loglin_reply reply = failed("crashed", "");
+        (void)snprintf(reply.detail, sizeof reply.detail, "ended by signal %d", WTERMSIG(status));
+        return reply;
+    }
+    return loglin_reply_parse(text);
+}
