@@ -13,6 +13,10 @@
 #define SIZE_L PORTABLE_WEIGHTS
 #define SIZE_P POOL
 #define SIZE_D PORTABLE_DECAYS
+#define SIZE_J COLUMNS
+#define SIZE_2J (2 * COLUMNS)
+#define SIZE_M (SEGMENTS + SEGMENT)
+#define SIZE_MJ ((SEGMENTS + SEGMENT) * COLUMNS)
 #define SIZE_1 1
 #define SIZE_2 2
 #define COUNT_ONE 1
@@ -22,11 +26,10 @@
 #define WHEN_SCALAR (1 - IS_DELTA)
 #define WHEN_STRONG STRONG
 #define WHEN_NEAR IS_NEAR
-#define WHEN_MAPS (IS_DELTA || IS_NEAR)
+#define WHEN_MAPS (IS_DELTA || IS_NEAR || GRADIENTS)
+#define WHEN_PAIRS (IS_DELTA || GRADIENTS)
 #define WHEN_GRADIENTS GRADIENTS
 #define WHEN_DELTA_GRADIENTS (IS_DELTA && GRADIENTS)
-#define WHEN_NEAR_GRADIENTS (IS_NEAR && GRADIENTS)
-#define WHEN_NEAR_DELTA_GRADIENTS (IS_NEAR && IS_DELTA && GRADIENTS)
 
 /* Offsets of the arrays in a lane's memory. */
 #define PORTABLE_OFFSET(name, count, rows, columns, when)                                                              \
@@ -392,12 +395,11 @@ void invert(const place *at) {
 #endif
 
 /*
- * The map of the chunk for the head, from QK, KK, the gates, beta and the weights: MZ; where states are read and written
- * through READ and WRITE, these too.
+ * The chunk's map for the head, of what it writes: T and WRITE, from KK, the gates and beta.  Without near keys the
+ * scalar-gated forward pass needs neither WRITE nor READ: their decays go to the values and to the level weights.
  */
-void make_map(const place *at) {
+void make_write(const place *at) {
 #if IS_DELTA
-    scale_triangle(at, ARRAY(A), ARRAY(QK), 0, DECAYED);
     scale_triangle(at, ARRAY(X), ARRAY(KK), ARRAY(BETA), DECAYED | STRICT);
     invert(at);
     for (uint r = 0; r < CHUNK; r++) {
@@ -406,20 +408,77 @@ void make_map(const place *at) {
                      ARRAY(T) + r * CHUNK + c);
         }
     }
-    product(CHUNK, CHUNK, CHUNK, ARRAY(A), CHUNK, 1, ARRAY(T), CHUNK, ARRAY(Z), CHUNK, 0, A_LOWER | B_LOWER | C_LOWER,
-            0.0f);
-    scale_triangle(at, ARRAY(MZ), ARRAY(Z), 0, WEIGHED);
     scale_rows(ARRAY(K_START), ARRAY(KEY), ARRAY(START), PAD_K);
     scale_rows(ARRAY(K_END), ARRAY(KEY), ARRAY(END), PAD_K);
-    scale_rows(ARRAY(READ), ARRAY(Q), ARRAY(START), PAD_K);
-    product(CHUNK, PAD_K, CHUNK, ARRAY(Z), CHUNK, 1, ARRAY(K_START), PAD_K, ARRAY(READ), PAD_K, 0, A_LOWER | SUBTRACT,
-            1.0f);
     product(CHUNK, PAD_K, CHUNK, ARRAY(T), 1, CHUNK, ARRAY(K_END), PAD_K, ARRAY(WRITE), PAD_K, 0, A_UPPER, 0.0f);
 #else
-    scale_triangle(at, ARRAY(MZ), ARRAY(QK), 0, DECAYED | WEIGHED);
-#if IS_NEAR
-    scale_rows(ARRAY(READ), ARRAY(Q), ARRAY(START), PAD_K);
+    (void)at;
+#if IS_NEAR || GRADIENTS
     scale_rows(ARRAY(WRITE), ARRAY(KEY), ARRAY(END), PAD_K);
 #endif
 #endif
+}
+
+/* And of what it reads: Z, MZ and READ. */
+void make_read(const place *at) {
+#if IS_DELTA
+    scale_triangle(at, ARRAY(A), ARRAY(QK), 0, DECAYED);
+    product(CHUNK, CHUNK, CHUNK, ARRAY(A), CHUNK, 1, ARRAY(T), CHUNK, ARRAY(Z), CHUNK, 0, A_LOWER | B_LOWER | C_LOWER,
+            0.0f);
+    scale_triangle(at, ARRAY(MZ), ARRAY(Z), 0, WEIGHED);
+    scale_rows(ARRAY(READ), ARRAY(Q), ARRAY(START), PAD_K);
+    product(CHUNK, PAD_K, CHUNK, ARRAY(Z), CHUNK, 1, ARRAY(K_START), PAD_K, ARRAY(READ), PAD_K, 0, A_LOWER | SUBTRACT,
+            1.0f);
+#else
+#if GRADIENTS
+    scale_triangle(at, ARRAY(Z), ARRAY(QK), 0, DECAYED);
+    scale_triangle(at, ARRAY(MZ), ARRAY(Z), 0, WEIGHED);
+#else
+    scale_triangle(at, ARRAY(MZ), ARRAY(QK), 0, DECAYED | WEIGHED);
+#endif
+#if IS_NEAR || GRADIENTS
+    scale_rows(ARRAY(READ), ARRAY(Q), ARRAY(START), PAD_K);
+#endif
+#endif
+}
+
+/* What one head needs of its chunk: gates, values, weights and what it writes. */
+void load_head(const loglin_panel p, const place *at, const inputs *in) {
+    load_gates(p, at, in);
+    load_weights(p, at, in);
+    load_values(p, at, ARRAY(V), in->v);
+#if !IS_DELTA
+    scale_rows(ARRAY(V_END), ARRAY(V), ARRAY(END), PAD_V);
+#endif
+    make_write(at);
+}
+
+/* ---- Lanes ---------------------------------------------------------------------------------------------------------- */
+
+/* The lane's sequence, group, heads and values, from its number. */
+place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane) {
+    const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, head_parts = p.heads / p.groups / LANE_HEADS;
+    const uint of_heads = lane / value_parts, of_group = of_heads / head_parts;
+    place at;
+    at.memory = ws + lanes + (ulong)lane * LANE_FLOATS;
+    at.sequence = of_group / p.groups;
+    at.group = of_group % p.groups;
+    at.head = 0;
+    at.first_head = at.group * (p.heads / p.groups) + of_heads % head_parts * LANE_HEADS;
+    at.first_value = lane % value_parts * PAD_V;
+    at.values = min((uint)PAD_V, DIM_V - at.first_value);
+    at.slot = 0;
+    return at;
+}
+
+/* The slot of wave n of the lane's sequence, or NULL behind its last one. */
+const __global int *find_slot(const loglin_panel p, const __global float *ws, const __global int *cu_seqlens,
+                              uint sequence, uint n) {
+    if (p.packed && sequence_length(p, cu_seqlens, sequence) == 0) {
+        return 0;
+    }
+    const uint slot = p.packed ? packed_slot(p, cu_seqlens, sequence) + n : n * p.batch_width + sequence;
+    const __global int *record = slot < p.slots ? slot_record(p, ws, slot) : 0;
+    const int mine = record && (record[SLOT_FLAGS] & SLOT_VALID) && (uint)record[SLOT_SEQUENCE] == sequence;
+    return mine ? record : 0;
 }

@@ -9,7 +9,14 @@
 void chunk_output(const loglin_panel p, const place *at, const int *where) {
     product(CHUNK, PAD_V, CHUNK, ARRAY(MZ), CHUNK, 1, ARRAY(V), PAD_V, ARRAY(O), PAD_V, 0, A_LOWER, 0.0f);
     for (uint j = 0; j < COLUMNS; j++) {
-        if (read_weights(p, at, j, where[j])) {
+        if (is_read(j, where[j])) {
+            read_weights(p, at, j);
+#if !IS_DELTA
+            const float decay = exp(HEAD_ARRAY(DECAY)[where[j]]);
+            for (uint r = 0; r < CHUNK; r += 16) {
+                vstore16(decay * vload16(0, ARRAY(ROWS) + r) * vload16(0, ARRAY(START) + r), 0, ARRAY(ROWS) + r);
+            }
+#endif
             product(CHUNK, PAD_V, DIM_K, IS_DELTA ? ARRAY(READ) : ARRAY(Q), PAD_K, 1, STATE(where[j]), PAD_V, ARRAY(O),
                     PAD_V, ARRAY(ROWS), ADD, 1.0f);
         }
@@ -40,17 +47,6 @@ void store_output(const loglin_panel p, const place *at, __global storage *o) {
     }
 }
 
-/* What one head needs of its chunk: gates, values, weights and the map. */
-void load_head(const loglin_panel p, const place *at, const inputs *in) {
-    load_gates(p, at, in);
-    load_weights(p, at, in);
-    load_values(p, at, ARRAY(V), in->v);
-#if !IS_DELTA
-    scale_rows(ARRAY(V_END), ARRAY(V), ARRAY(END), PAD_V);
-#endif
-    make_map(at);
-}
-
 /* What the next chunk reads one by one. */
 void keep_near(const place *at) {
     (void)at;
@@ -58,34 +54,6 @@ void keep_near(const place *at) {
     set_scaled(HEAD_ARRAY(V_BEFORE), ARRAY(V), 1.0f, CHUNK * PAD_V);
     transpose(HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, ARRAY(WRITE), PAD_K, CHUNK, PAD_K);
 #endif
-}
-
-/* The lane's sequence, group, heads and values, from its number. */
-place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane) {
-    const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, head_parts = p.heads / p.groups / LANE_HEADS;
-    const uint of_heads = lane / value_parts, of_group = of_heads / head_parts;
-    place at;
-    at.memory = ws + lanes + (ulong)lane * LANE_FLOATS;
-    at.sequence = of_group / p.groups;
-    at.group = of_group % p.groups;
-    at.head = 0;
-    at.first_head = at.group * (p.heads / p.groups) + of_heads % head_parts * LANE_HEADS;
-    at.first_value = lane % value_parts * PAD_V;
-    at.values = min((uint)PAD_V, DIM_V - at.first_value);
-    at.slot = 0;
-    return at;
-}
-
-/* The slot of wave n of the lane's sequence, or NULL behind its last one. */
-const __global int *find_slot(const loglin_panel p, const __global float *ws, const __global int *cu_seqlens,
-                              uint sequence, uint n) {
-    if (p.packed && sequence_length(p, cu_seqlens, sequence) == 0) {
-        return 0;
-    }
-    const uint slot = p.packed ? packed_slot(p, cu_seqlens, sequence) + n : n * p.batch_width + sequence;
-    const __global int *record = slot < p.slots ? slot_record(p, ws, slot) : 0;
-    const int mine = record && (record[SLOT_FLAGS] & SLOT_VALID) && (uint)record[SLOT_SEQUENCE] == sequence;
-    return mine ? record : 0;
 }
 
 __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void
@@ -111,6 +79,7 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
                              where);
             }
             load_head(p, &at, &in);
+            make_read(&at);
             chunk_output(p, &at, where);
             store_output(p, &at, o + o_offset);
             if (!(flags & SLOT_LAST)) {

@@ -8,7 +8,8 @@
 
 /*
  * ARRAY(name, count, rows, columns, when): floats, in C (chunk), K, V (padded), L (weights of a row), P (states in the
- * pool), D (their decays); a copy for each HEAD of the lane where ONE is not enough.
+ * pool), D (their decays), J (columns), M (moments: segments, and chunks of a segment); a copy for each HEAD of the lane
+ * where ONE is not enough.
  */
 #define PORTABLE_ARRAYS(ARRAY)                                                                                         \
     ARRAY(Q, ONE, C, K, ALWAYS)            /* queries times scale, normalised where asked for */                       \
@@ -31,7 +32,7 @@
     ARRAY(X, ONE, C, C, DELTA)                                                                                         \
     ARRAY(XINV, ONE, C, C, DELTA)                                                                                      \
     ARRAY(T, ONE, C, C, DELTA)                                                                                         \
-    ARRAY(Z, ONE, C, C, DELTA)                                                                                         \
+    ARRAY(Z, ONE, C, C, PAIRS)                                                                                         \
     ARRAY(MZ, ONE, C, C, ALWAYS)                                                                                       \
     ARRAY(K_START, ONE, C, K, DELTA)                                                                                   \
     ARRAY(K_END, ONE, C, K, DELTA)                                                                                     \
@@ -45,6 +46,41 @@
     ARRAY(V_BEFORE, HEAD, C, V, NEAR)      /* values of the chunk before */                                            \
     ARRAY(WRITE_BEFORE_T, HEAD, K, C, NEAR) /* and its WRITE, transposed */                                            \
     ARRAY(DECAY, HEAD, D, 1, ALWAYS)       /* a state of the pool is exp(its DECAY) times what stands in E */          \
-    ARRAY(E, HEAD, P, KV, ALWAYS)          /* the pool of level states */
+    ARRAY(E, HEAD, P, KV, ALWAYS)          /* the pool of level states */                                              \
+    ARRAY(READ_T, ONE, K, C, GRADIENTS)                                                                                \
+    ARRAY(V_T, ONE, V, C, GRADIENTS)                                                                                   \
+    ARRAY(D_O, ONE, C, V, GRADIENTS)                                                                                   \
+    ARRAY(D_O_T, ONE, V, C, GRADIENTS)                                                                                 \
+    ARRAY(WEIGHED_D_O, ONE, C, V, GRADIENTS) /* level weights times dO */                                              \
+    ARRAY(D_V, ONE, C, V, GRADIENTS)                                                                                   \
+    ARRAY(D_MZ, ONE, C, C, GRADIENTS)      /* dO V^T, then that of Z */                                                \
+    ARRAY(D_LEVELS, ONE, C, L, GRADIENTS)  /* gradients of the rows' level weights */                                  \
+    ARRAY(ASKED_T, ONE, K, C, GRADIENTS)   /* E dO^T of one state */                                                   \
+    ARRAY(D_READ_T, ONE, K, C, GRADIENTS)                                                                              \
+    ARRAY(D_WRITE_T, ONE, K, C, GRADIENTS)                                                                             \
+    ARRAY(D_READ, ONE, C, K, GRADIENTS)                                                                                \
+    ARRAY(D_WRITE, ONE, C, K, GRADIENTS)                                                                               \
+    ARRAY(D_QK, ONE, C, C, GRADIENTS)      /* summed over the heads of the lane, as all below up to D_KEY */           \
+    ARRAY(D_KK, ONE, C, C, DELTA_GRADIENTS)                                                                            \
+    ARRAY(D_Q, ONE, C, K, GRADIENTS)                                                                                   \
+    ARRAY(D_KEY, ONE, C, K, GRADIENTS)                                                                                 \
+    ARRAY(D_GATE, ONE, C, 1, GRADIENTS)    /* gradient of a_r */                                                       \
+    ARRAY(D_END, ONE, C, 1, GRADIENTS)     /* and of a_C - a_r */                                                      \
+    ARRAY(D_BETA, ONE, C, 1, DELTA_GRADIENTS)                                                                          \
+    ARRAY(SEEN_T, ONE, V, C, DELTA_GRADIENTS)                                                                          \
+    ARRAY(GIVEN, ONE, C, V, DELTA_GRADIENTS) /* WRITE D_E_END of one state */                                          \
+    ARRAY(GIVEN_T, ONE, V, C, DELTA_GRADIENTS)                                                                         \
+    ARRAY(T_T, ONE, C, C, DELTA_GRADIENTS)                                                                             \
+    ARRAY(TT, ONE, C, C, DELTA_GRADIENTS)  /* D_T T^T */                                                               \
+    ARRAY(D_T, ONE, C, C, DELTA_GRADIENTS)                                                                             \
+    ARRAY(D_A, ONE, C, C, DELTA_GRADIENTS)                                                                             \
+    ARRAY(D_X, ONE, C, C, DELTA_GRADIENTS) /* negated */                                                               \
+    ARRAY(K_START_T, ONE, K, C, DELTA_GRADIENTS)                                                                       \
+    ARRAY(D_K_START_T, ONE, K, C, DELTA_GRADIENTS)                                                                     \
+    ARRAY(D_K_START, ONE, C, K, DELTA_GRADIENTS)                                                                       \
+    ARRAY(D_K_END, ONE, C, K, DELTA_GRADIENTS)                                                                         \
+    ARRAY(HOLDS, ONE, M, J, GRADIENTS)     /* 1 where a state of the next two exists */                                \
+    ARRAY(SAVED, HEAD, MJ, KV, GRADIENTS)  /* states at the start of segments, then of a segment's chunks */           \
+    ARRAY(D_E, HEAD, 2J, KV, GRADIENTS)    /* adjoints of the states of two chunks in turn */
 
 enum { PORTABLE_WEIGHTS = 32, PORTABLE_DECAYS = 48 };

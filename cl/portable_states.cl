@@ -52,33 +52,24 @@ int free_place(const int *where) {
     return (int)(63 - clz(~taken & (taken + 1)));
 }
 
-/* Column j's weights of the rows, decays included, into ROWS; false where the column is not read. */
-int read_weights(const loglin_panel p, const place *at, uint j, int index) {
-    if (index == NOWHERE) {
-        return 0;
-    }
-#if IS_NEAR
-    if (j == COLUMNS - 1) {
-        return 0;
-    }
-#endif
+/* Is column j's state read?  The last one is not while its keys are read one by one. */
+int is_read(uint j, int index) {
+    return index != NOWHERE && j + IS_NEAR < COLUMNS;
+}
+
+/* The level of column j's state as row r sees it: below near_levels it moves with the row. */
+int level_seen(const loglin_panel p, const place *at, uint j, uint r) {
     const int first = (int)(p.first_level + j);
-    matrix rows = ARRAY(ROWS);
     const uint time = (uint)at->slot[SLOT_TIME], low = (uint)at->slot[SLOT_LO];
+    return first > (int)p.near_levels ? first : r < low ? PORTABLE_WEIGHTS : level_advance(first, time, time + r - low);
+}
+
+/* Column j's level weights of the rows, into ROWS. */
+void read_weights(const loglin_panel p, const place *at, uint j) {
     for (uint r = 0; r < CHUNK; r++) {
-        int level = first;
-        if (first <= (int)p.near_levels) {
-            level = r < low ? (int)PORTABLE_WEIGHTS : level_advance(first, time, time + r - low);
-        }
-        rows[r] = level < (int)PORTABLE_WEIGHTS ? ARRAY(WEIGHTS)[r * PORTABLE_WEIGHTS + level] : 0.0f;
+        const int level = level_seen(p, at, j, r);
+        ARRAY(ROWS)[r] = level < (int)PORTABLE_WEIGHTS ? ARRAY(WEIGHTS)[r * PORTABLE_WEIGHTS + level] : 0.0f;
     }
-#if !IS_DELTA
-    const float decay = exp(HEAD_ARRAY(DECAY)[index]);
-    for (uint r = 0; r < CHUNK; r += 16) {
-        vstore16(decay * vload16(0, rows + r) * vload16(0, ARRAY(START) + r), 0, rows + r);
-    }
-#endif
-    return 1;
 }
 
 /* A state through the chunk, from place `from` to `to` (which may be the same). */

@@ -18,8 +18,12 @@
 /* More heads to a lane share q k^T, but their states leave the core's cache. */
 static const size_t most_lane_heads = 4;
 
-/* X(name): the kernels. */
-#define PORTABLE_KERNELS(X) X(chunk_layout) X(chunk_keep) X(chunk_positions) X(portable_forward)
+/* Chunks whose states the backward pass holds at a time. */
+static const size_t most_segment_chunks = 32;
+
+/* X(name): the kernels; the last two are the backward program's. */
+#define PORTABLE_KERNELS(X)                                                                                            \
+    X(chunk_layout) X(chunk_keep) X(chunk_positions) X(portable_forward) X(portable_backward) X(portable_reduce)
 
 typedef enum portable_kernel {
 #define PORTABLE_KERNEL_ENUM(name) KERNEL_##name,
@@ -30,18 +34,27 @@ typedef enum portable_kernel {
 
 /* How the work is divided, and what the kernels are compiled with. */
 typedef struct lane_shape {
-    size_t heads;        /* of a lane */
-    size_t pad_k, pad_v; /* whole vectors; pad_v of the values of a lane */
-    size_t columns;      /* of the panel, at least 1 */
+    size_t heads;                   /* of a lane */
+    size_t pad_k, pad_v;            /* whole vectors; pad_v of the values of a lane */
+    size_t columns;                 /* of the panel, at least 1 */
+    size_t head_parts, value_parts; /* of a group, of its values */
     size_t lanes;
+    size_t segment, segments; /* backward: chunks, and how many of them a sequence has at most; 0: forward */
 } lane_shape;
+
+/* Where the parts of the workspace begin, in floats from its start. */
+typedef struct workspace_layout {
+    size_t lanes;
+    size_t q_parts, k_parts, g_parts, beta_parts, level_parts; /* backward */
+    size_t floats;
+} workspace_layout;
 
 struct loglin_engine_state {
     cl_kernel kernels[KERNEL_COUNT];
     loglin_panel panel; /* table from the workspace's start */
     lane_shape shape;
-    size_t lanes_at, floats;       /* of the workspace */
-    loglin_engine_state *backward; /* the blas engine's, or NULL */
+    workspace_layout forward, backward;
+    loglin_engine_state *blas; /* for the backward pass where this engine has none, or NULL */
 };
 
 /* ---- Which problems ---------------------------------------------------------------------------------------------- */
@@ -83,7 +96,9 @@ static lane_shape divide(const loglin_problem *problem, const loglin_panel *pane
                                     .pad_k = pad(problem->dim_k),
                                     .pad_v = pad(ceil_div(problem->dim_v, value_parts)),
                                     .columns = panel->columns > 0 ? panel->columns : 1};
-                best.lanes = matrices * head_parts * ceil_div(problem->dim_v, best.pad_v);
+                best.head_parts = head_parts;
+                best.value_parts = ceil_div(problem->dim_v, best.pad_v);
+                best.lanes = matrices * head_parts * best.value_parts;
             }
         }
     }
@@ -92,11 +107,36 @@ static lane_shape divide(const loglin_problem *problem, const loglin_panel *pane
 
 /* Floats of a lane's memory. */
 static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bool strong) {
-    enum { ALWAYS, DELTA, SCALAR, STRONG, NEAR, MAPS, WHEN_COUNT };
-    enum { SIZE_1, SIZE_2, SIZE_C, SIZE_K, SIZE_V, SIZE_L, SIZE_D, SIZE_P, SIZE_KV, SIZE_COUNT };
+    const bool gradients = shape->segment > 0;
+    enum { ALWAYS, DELTA, SCALAR, STRONG, NEAR, MAPS, PAIRS, GRADIENTS, DELTA_GRADIENTS, WHEN_COUNT };
+    enum {
+        SIZE_1,
+        SIZE_2,
+        SIZE_C,
+        SIZE_K,
+        SIZE_V,
+        SIZE_L,
+        SIZE_D,
+        SIZE_P,
+        SIZE_KV,
+        SIZE_J,
+        SIZE_2J,
+        SIZE_M,
+        SIZE_MJ,
+        SIZE_COUNT
+    };
     enum { ONE, HEAD };
-    const bool when[WHEN_COUNT] = {[ALWAYS] = true,   [DELTA] = panel->delta, [SCALAR] = !panel->delta,
-                                   [STRONG] = strong, [NEAR] = panel->near,   [MAPS] = panel->delta || panel->near};
+    const bool when[WHEN_COUNT] = {
+        [ALWAYS] = true,
+        [DELTA] = panel->delta,
+        [SCALAR] = !panel->delta,
+        [STRONG] = strong,
+        [NEAR] = panel->near,
+        [MAPS] = panel->delta || panel->near || gradients,
+        [PAIRS] = panel->delta || gradients,
+        [GRADIENTS] = gradients,
+        [DELTA_GRADIENTS] = panel->delta && gradients,
+    };
     const size_t sizes[SIZE_COUNT] = {
         [SIZE_1] = 1,
         [SIZE_2] = 2,
@@ -107,6 +147,10 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
         [SIZE_D] = PORTABLE_DECAYS,
         [SIZE_P] = shape->columns + 1,
         [SIZE_KV] = shape->pad_k * shape->pad_v,
+        [SIZE_J] = shape->columns,
+        [SIZE_2J] = 2 * shape->columns,
+        [SIZE_M] = shape->segments + shape->segment,
+        [SIZE_MJ] = (shape->segments + shape->segment) * shape->columns,
     };
     const size_t counts[] = {[ONE] = 1, [HEAD] = shape->heads};
     size_t floats = 0;
@@ -114,7 +158,49 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
     floats += when[condition] ? counts[count] * sizes[SIZE_##rows] * sizes[SIZE_##columns] : 0;
     PORTABLE_ARRAYS(PORTABLE_ADD)
 #undef PORTABLE_ADD
-    return floats;
+    return ceil_div(floats, 16) * 16;
+}
+
+static size_t reserve(size_t *end, size_t floats) {
+    const size_t at = *end;
+    *end += ceil_div(floats, 16) * 16;
+    return at;
+}
+
+/* The shape of the backward pass's lanes. */
+static lane_shape backward_shape(const loglin_problem *problem, const loglin_engine_state *state) {
+    lane_shape shape = state->shape;
+    const size_t waves = problem->sequences > 0 ? problem->max_length / problem->chunk + 2 : state->panel.waves;
+    shape.segment = waves < most_segment_chunks ? waves : most_segment_chunks;
+    shape.segments = ceil_div(waves, shape.segment);
+    return shape;
+}
+
+/* The workspace behind the slot table: the lanes, and backwards the parts of the gradients. */
+static loglin_status lay_out_workspace(const loglin_problem *problem, const loglin_panel *panel,
+                                       const lane_shape *shape, workspace_layout *layout) {
+    const size_t floats = lane_floats(shape, panel, problem->partition == LOGLIN_STRONG);
+    if (floats > INT32_MAX) {
+        return loglin_fail(LOGLIN_UNSUPPORTED, "a lane takes %zu floats, expected below 2^31", floats);
+    }
+    size_t end = 0;
+    (void)reserve(&end, (size_t)panel->slots * SLOT_INTS);
+    layout->lanes = reserve(&end, shape->lanes * floats);
+    if (shape->segment > 0) {
+        const size_t tokens = problem->batch * problem->length, values = tokens * problem->heads * shape->value_parts;
+        const size_t keys = tokens * problem->groups * problem->dim_k * shape->head_parts * shape->value_parts;
+        layout->q_parts = reserve(&end, keys);
+        layout->k_parts = reserve(&end, keys);
+        layout->g_parts = reserve(&end, values);
+        layout->beta_parts = reserve(&end, panel->delta ? values : 0);
+        layout->level_parts = reserve(&end, values * problem->levels);
+    }
+    layout->floats = end + 16; /* its start is rounded up */
+    return LOGLIN_OK;
+}
+
+static bool has_backward(const loglin_problem *problem) {
+    return (problem->phases & LOGLIN_BACKWARD) != 0 && problem->partition == LOGLIN_WEAK;
 }
 
 static loglin_status lay_out(const loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
@@ -124,13 +210,11 @@ static loglin_status lay_out(const loglin_device *device, const loglin_problem *
     panel->waves = (unsigned)loglin_count_waves(problem);
     panel->slots = panel->waves * panel->batch_width;
     state->shape = divide(problem, panel, device->info.compute_units);
-    const size_t floats = lane_floats(&state->shape, panel, problem->partition == LOGLIN_STRONG);
-    if (floats > INT32_MAX) {
-        return loglin_fail(LOGLIN_UNSUPPORTED, "a lane takes %zu floats, expected below 2^31", floats);
+    RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->shape, &state->forward));
+    if (has_backward(problem)) {
+        const lane_shape shape = backward_shape(problem, state);
+        RETURN_IF_ERROR(lay_out_workspace(problem, panel, &shape, &state->backward));
     }
-    panel->table = 16; /* the lanes' start is rounded up */
-    state->lanes_at = ceil_div(panel->table + (size_t)panel->slots * SLOT_INTS, 16) * 16;
-    state->floats = state->lanes_at + state->shape.lanes * floats;
     return LOGLIN_OK;
 }
 
@@ -145,7 +229,7 @@ static void destroy(loglin_engine_state *state) {
             clReleaseKernel(state->kernels[i]);
         }
     }
-    loglin_blas_engine.destroy(state->backward);
+    loglin_blas_engine.destroy(state->blas);
     free(state);
 }
 
@@ -156,28 +240,29 @@ static int vector_width(const loglin_device *device) {
     return width >= 16 ? 16 : 8;
 }
 
-static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
+/* Creates the kernels first .. end - 1, compiled for a shape. */
+static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
+                                    portable_kernel first, portable_kernel end, loglin_engine_state *state) {
     static const char *const names[KERNEL_COUNT] = {
 #define PORTABLE_KERNEL_NAME(name) #name,
         PORTABLE_KERNELS(PORTABLE_KERNEL_NAME)
 #undef PORTABLE_KERNEL_NAME
     };
-    static const char *const files[] = {"panel.cl",           "common.cl",           "chunk_layout.cl",
-                                        "mma_portable.cl",    "portable_layout.cl",  "portable_chunk.cl",
-                                        "portable_states.cl", "portable_forward.cl", NULL};
-    const lane_shape *shape = &state->shape;
-    char options[512];
+    static const char *const files[] = {
+        "panel.cl",          "common.cl",          "chunk_layout.cl",     "mma_portable.cl",      "portable_layout.cl",
+        "portable_chunk.cl", "portable_states.cl", "portable_forward.cl", "portable_backward.cl", NULL};
+    char options[640];
     (void)snprintf(options, sizeof options,
                    "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
                    "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
-                   "-DIS_NORMALIZED=%d -cl-denorms-are-zero",
+                   "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
                    (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
                    vector_width(device), problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v,
                    shape->heads, shape->columns, shape->columns + 1, state->panel.delta, state->panel.near,
-                   problem->normalize_qk != 0);
+                   problem->normalize_qk != 0, shape->segment > 0, shape->segment, shape->segments);
     cl_program program;
     RETURN_IF_ERROR(loglin_program_get(device, files, options, &program));
-    for (int i = 0; i < KERNEL_COUNT; i++) {
+    for (portable_kernel i = first; i < end; i++) {
         cl_int code;
         state->kernels[i] = clCreateKernel(program, names[i], &code);
         if (code != CL_SUCCESS) {
@@ -187,19 +272,26 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     return LOGLIN_OK;
 }
 
+static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
+                             const loglin_configuration *configuration, loglin_engine_state *state) {
+    RETURN_IF_ERROR(lay_out(device, problem, state));
+    RETURN_IF_ERROR(create_kernels(device, problem, &state->shape, 0, KERNEL_portable_backward, state));
+    if (has_backward(problem)) {
+        const lane_shape shape = backward_shape(problem, state);
+        return create_kernels(device, problem, &shape, KERNEL_portable_backward, KERNEL_COUNT, state);
+    }
+    return (problem->phases & LOGLIN_BACKWARD) == 0
+               ? LOGLIN_OK
+               : loglin_blas_engine.create(device, problem, configuration, &state->blas);
+}
+
 static loglin_status create(loglin_device *device, const loglin_problem *problem,
                             const loglin_configuration *configuration, loglin_engine_state **state) {
     loglin_engine_state *made = calloc(1, sizeof *made);
     if (made == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "fused engine: out of host memory");
     }
-    loglin_status status = lay_out(device, problem, made);
-    if (status == LOGLIN_OK) {
-        status = create_kernels(device, problem, made);
-    }
-    if (status == LOGLIN_OK && (problem->phases & LOGLIN_BACKWARD) != 0) {
-        status = loglin_blas_engine.create(device, problem, configuration, &made->backward);
-    }
+    const loglin_status status = prepare(device, problem, configuration, made);
     if (status != LOGLIN_OK) {
         destroy(made);
         return status;
@@ -209,19 +301,22 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
 }
 
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
-    if (phase == LOGLIN_BACKWARD) {
-        return state->backward == NULL ? 0 : loglin_blas_engine.workspace_size(state->backward, phase);
+    if (phase == LOGLIN_BACKWARD && state->blas != NULL) {
+        return loglin_blas_engine.workspace_size(state->blas, phase);
     }
-    return (state->floats + 16) * sizeof(float);
+    return (phase == LOGLIN_BACKWARD ? state->backward.floats : state->forward.floats) * sizeof(float);
 }
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
 
-/* A tape with the slot table filled in; *lanes: where the lanes' memory begins, at a whole vector. */
+/* The workspace from its first whole vector on. */
+static loglin_buffer align(loglin_buffer workspace) {
+    return (loglin_buffer){workspace.mem, ceil_div(workspace.offset, 16) * 16};
+}
+
+/* A tape with the slot table filled in. */
 static loglin_tape start(const loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
-                         cl_command_queue queue, cl_uint num_wait, const cl_event *wait, size_t *lanes) {
-    workspace.offset = ceil_div(workspace.offset, 16) * 16;
-    *lanes = workspace.offset + state->lanes_at;
+                         cl_command_queue queue, cl_uint num_wait, const cl_event *wait) {
     loglin_tape tape = loglin_tape_start(&state->panel, state->kernels, workspace, queue, num_wait, wait);
     loglin_tape_launch(
         &tape, KERNEL_chunk_layout, state->panel.slots, 1, 1,
@@ -229,25 +324,34 @@ static loglin_tape start(const loglin_engine_state *state, const loglin_call *ca
     return tape;
 }
 
+/* Sequences without tokens: `to` = `from` where its levels exist. */
+static void keep_states(loglin_tape *tape, const loglin_call *call, loglin_buffer from, loglin_buffer log_decay,
+                        loglin_buffer to) {
+    const loglin_panel *p = &tape->panel;
+    loglin_tape_launch(tape, KERNEL_chunk_keep, (size_t)p->sequences * p->heads, p->dim_k, p->dim_v,
+                       ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position), BUFFER(from),
+                                 BUFFER(log_decay), BUFFER(to)));
+}
+
+static void launch_lanes(loglin_tape *tape, portable_kernel kernel, size_t lanes, const loglin_argument *arguments) {
+    const size_t global[3] = {lanes, 1, 1}, local[3] = {1, 1, 1};
+    loglin_tape_enqueue(tape, (int)kernel, global, local, arguments);
+}
+
 static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
-    size_t lanes;
-    loglin_tape tape = start(state, call, workspace, queue, num_wait, wait, &lanes);
-    const loglin_panel *p = &tape.panel;
-    const size_t global[3] = {state->shape.lanes, 1, 1}, local[3] = {1, 1, 1};
-    loglin_tape_enqueue(&tape, KERNEL_portable_forward, global, local,
-                        ARGUMENTS(ULONG(lanes), BUFFER(call->in.cu_seqlens), BUFFER(call->in.q), BUFFER(call->in.k),
-                                  BUFFER(call->in.v), BUFFER(call->in.g), BUFFER(call->in.level_scales),
-                                  BUFFER(call->in.beta), BUFFER(call->initial.values), BUFFER(call->initial.log_decay),
-                                  BUFFER(call->o), BUFFER(call->final.values)));
+    workspace = align(workspace);
+    loglin_tape tape = start(state, call, workspace, queue, num_wait, wait);
+    launch_lanes(&tape, KERNEL_portable_forward, state->shape.lanes,
+                 ARGUMENTS(ULONG(workspace.offset + state->forward.lanes), BUFFER(call->in.cu_seqlens),
+                           BUFFER(call->in.q), BUFFER(call->in.k), BUFFER(call->in.v), BUFFER(call->in.g),
+                           BUFFER(call->in.level_scales), BUFFER(call->in.beta), BUFFER(call->initial.values),
+                           BUFFER(call->initial.log_decay), BUFFER(call->o), BUFFER(call->final.values)));
     if (call->final.values.mem != NULL) {
-        if (p->packed) {
-            loglin_tape_launch(&tape, KERNEL_chunk_keep, (size_t)p->sequences * p->heads, p->dim_k, p->dim_v,
-                               ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position),
-                                         BUFFER(call->initial.values), BUFFER(call->initial.log_decay),
-                                         BUFFER(call->final.values)));
+        if (state->panel.packed) {
+            keep_states(&tape, call, call->initial.values, call->initial.log_decay, call->final.values);
         }
-        loglin_tape_launch(&tape, KERNEL_chunk_positions, p->sequences, 1, 1,
+        loglin_tape_launch(&tape, KERNEL_chunk_positions, state->panel.sequences, 1, 1,
                            ARGUMENTS(BUFFER(call->in.cu_seqlens), BUFFER(call->initial.position),
                                      BUFFER(call->final.position), BUFFER(call->final.log_decay)));
     }
@@ -256,7 +360,29 @@ static loglin_status forward(loglin_engine_state *state, const loglin_call *call
 
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                               cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
-    return loglin_blas_engine.backward(state->backward, call, workspace, queue, num_wait, wait, event);
+    if (state->blas != NULL) {
+        return loglin_blas_engine.backward(state->blas, call, workspace, queue, num_wait, wait, event);
+    }
+    workspace = align(workspace);
+    const workspace_layout *layout = &state->backward;
+    const size_t at = workspace.offset, tokens = state->panel.packed ? 1 : state->panel.sequences;
+    loglin_tape tape = start(state, call, workspace, queue, num_wait, wait);
+    launch_lanes(&tape, KERNEL_portable_backward, state->shape.lanes,
+                 ARGUMENTS(ULONG(at + layout->lanes), ULONG(at + layout->q_parts), ULONG(at + layout->k_parts),
+                           ULONG(at + layout->g_parts), ULONG(at + layout->beta_parts), ULONG(at + layout->level_parts),
+                           BUFFER(call->in.cu_seqlens), BUFFER(call->in.q), BUFFER(call->in.k), BUFFER(call->in.v),
+                           BUFFER(call->in.g), BUFFER(call->in.level_scales), BUFFER(call->in.beta),
+                           BUFFER(call->initial.values), BUFFER(call->initial.log_decay), BUFFER(call->d_o),
+                           BUFFER(call->dfinal_states), BUFFER(call->out.dv), BUFFER(call->out.dinitial_states)));
+    loglin_tape_launch(&tape, KERNEL_portable_reduce, tokens * state->panel.length, 1, 1,
+                       ARGUMENTS(ULONG(at + layout->q_parts), ULONG(at + layout->k_parts), ULONG(at + layout->g_parts),
+                                 ULONG(at + layout->beta_parts), ULONG(at + layout->level_parts), BUFFER(call->in.q),
+                                 BUFFER(call->in.k), BUFFER(call->out.dq), BUFFER(call->out.dk), BUFFER(call->out.dg),
+                                 BUFFER(call->out.dbeta), BUFFER(call->out.dlevel_scales)));
+    if (call->out.dinitial_states.mem != NULL && state->panel.packed) {
+        keep_states(&tape, call, call->dfinal_states, (loglin_buffer){0}, call->out.dinitial_states);
+    }
+    return loglin_tape_finish(&tape, event);
 }
 
 const loglin_engine_class loglin_portable_engine = {

@@ -1,0 +1,523 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The backward pass (weak partition), one work-item a lane.  A lane walks its sequence forwards for the states at the
+ * start of every segment of SEGMENT chunks; then segment by segment from the last one, forwards again for the states at
+ * every chunk's start, and backwards for the gradients.  Adjoints of E walk backwards with it: what the chunk's reads ask
+ * for, and what the next chunk's states hand back.  The formulas are those of src/operator; names with _T are transposed.
+ *
+ * A lane adds its part of dq, dk, dg, dbeta and dlevel_scales into arrays of floats of its own; portable_reduce sums the
+ * parts in a fixed order.
+ */
+#if GRADIENTS
+
+/* The parts of the gradients: element offsets in the workspace. */
+typedef struct {
+    ulong q, k, g, beta, levels;
+} parts;
+
+/* Tokens of all sequences. */
+ulong tokens_of(const loglin_panel p) {
+    return p.packed ? p.length : p.length * p.sequences;
+}
+
+/* ---- States, forwards ---------------------------------------------------------------------------------------------- */
+
+#define HOLDS(moment) (ARRAY(HOLDS) + (moment) * COLUMNS)
+#define SAVED(moment, column) (HEAD_ARRAY(SAVED) + ((ulong)(moment) * COLUMNS + (column)) * SIZE_KV)
+
+/* The states as they are, their decays applied, at a moment. */
+void save_states(const place *at, const int *where, uint moment) {
+    for (uint j = 0; j < COLUMNS; j++) {
+        HOLDS(moment)[j] = where[j] == NOWHERE ? 0.0f : 1.0f;
+        if (where[j] != NOWHERE) {
+            set_scaled(SAVED(moment, j), STATE(where[j]), exp(HEAD_ARRAY(DECAY)[where[j]]), SIZE_KV);
+        }
+    }
+}
+
+void restore_states(const place *at, int *where, uint moment) {
+    for (uint j = 0; j < COLUMNS; j++) {
+        where[j] = HOLDS(moment)[j] != 0.0f ? (int)j : NOWHERE;
+        if (where[j] != NOWHERE) {
+            set_scaled(STATE(j), SAVED(moment, j), 1.0f, SIZE_KV);
+            HEAD_ARRAY(DECAY)[j] = 0.0f;
+        }
+    }
+}
+
+/* ---- Outputs to values, weights and states -------------------------------------------------------------------------- */
+
+/* D_LEVELS += Z_rs dS_rs by level, dS = dO V^T in D_MZ.  Off the diagonal a block of 16 by 16 has one level. */
+void add_level_gradients(const place *at) {
+    operand z = ARRAY(Z), ds = ARRAY(D_MZ);
+    for (uint r = 0; r < CHUNK; r++) {
+        matrix to = ARRAY(D_LEVELS) + r * PORTABLE_WEIGHTS;
+        for (uint s = 0; s <= r; s += 16) {
+            const float16 x = vload16(0, z + r * CHUNK + s) * vload16(0, ds + r * CHUNK + s);
+            if (s + 16 <= r) {
+                to[bit_length((r ^ s) & ~15u)] += sum16(x);
+                continue;
+            }
+            float each[16];
+            vstore16(x, 0, each);
+            for (uint i = s; i <= r; i++) {
+                to[bit_length(r ^ i)] += each[i - s];
+            }
+        }
+    }
+}
+
+/*
+ * A state's reads: with ASKED = dO E^T, D_READ += weight ASKED, the weight's gradient is READ . ASKED, and
+ * D_E = (weight READ)^T dO, added to what stands there.
+ */
+void read_gradients(const loglin_panel p, const place *at, uint j, operand state, matrix d_state) {
+    read_weights(p, at, j);
+    product(PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(D_O_T), CHUNK, ARRAY(ASKED_T), CHUNK, 0, 0, 0.0f);
+    for (uint r = 0; r < CHUNK; r += 16) {
+        const float16 weights = vload16(0, ARRAY(ROWS) + r);
+        float16 dots = 0.0f;
+        for (uint k = 0; k < DIM_K; k++) {
+            const uint i = k * CHUNK + r;
+            const float16 asked = vload16(0, ARRAY(ASKED_T) + i);
+            dots = fma(asked, vload16(0, ARRAY(READ_T) + i), dots);
+            vstore16(fma(weights, asked, vload16(0, ARRAY(D_READ_T) + i)), 0, ARRAY(D_READ_T) + i);
+        }
+        float each[16];
+        vstore16(dots, 0, each);
+        for (uint i = 0; i < 16; i++) {
+            const int level = level_seen(p, at, j, r + i);
+            if (level < PORTABLE_WEIGHTS) {
+                ARRAY(D_LEVELS)[(r + i) * PORTABLE_WEIGHTS + level] += each[i];
+            }
+        }
+    }
+    scale_rows(ARRAY(WEIGHED_D_O), ARRAY(D_O), ARRAY(ROWS), PAD_V);
+    product(PAD_K, PAD_V, CHUNK, ARRAY(READ), 1, PAD_K, ARRAY(WEIGHED_D_O), PAD_V, d_state, PAD_V, 0, ADD, 1.0f);
+}
+
+/*
+ * A state through the chunk: D_E = exp(a_C) D_E_END, less K_START^T WRITE D_E_END for the delta rule, whose keys take
+ * part too.  Returns the gradient of a_C.
+ */
+float pass_gradients(const place *at, operand state, operand d_end, matrix d_state) {
+    const float decay = chunk_decay(at);
+    set_scaled(d_state, d_end, decay, SIZE_KV);
+#if IS_DELTA
+    product(CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, state, PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
+    product(CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_end, PAD_V, ARRAY(GIVEN), PAD_V, 0, 0, 0.0f);
+    transpose(ARRAY(SEEN_T), CHUNK, ARRAY(SEEN), PAD_V, CHUNK, PAD_V);
+    transpose(ARRAY(GIVEN_T), CHUNK, ARRAY(GIVEN), PAD_V, CHUNK, PAD_V);
+    product(PAD_K, PAD_V, CHUNK, ARRAY(K_START), 1, PAD_K, ARRAY(GIVEN), PAD_V, d_state, PAD_V, 0, SUBTRACT, 1.0f);
+    product(PAD_K, CHUNK, PAD_V, d_end, PAD_V, 1, ARRAY(SEEN_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, SUBTRACT, 1.0f);
+    product(PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(GIVEN_T), CHUNK, ARRAY(D_K_START_T), CHUNK, 0, SUBTRACT, 1.0f);
+#endif
+    float16 sums = 0.0f;
+    for (uint i = 0; i < SIZE_KV; i += 16) {
+        sums = fma(vload16(0, state + i), vload16(0, d_end + i), sums);
+    }
+    return decay * sum16(sums);
+}
+
+/* ---- Final states ----------------------------------------------------------------------------------------------- */
+
+/* The caller's gradient of a level, padded. */
+void load_level(const loglin_panel p, const place *at, matrix to, const __global float *values, int level) {
+    for (uint k = 0; k < PAD_K; k++) {
+        fill(to + k * PAD_V, PAD_V, 0.0f);
+        for (uint i = 0; k < DIM_K && i < at->values; i++) {
+            to[k * PAD_V + i] = values[state_row(p, at, k) + (ulong)level * DIM_K * DIM_V + i];
+        }
+    }
+}
+
+/* What the final states ask of the last chunk's keys and values, level by level. */
+void final_gradients(const loglin_panel p, const place *at, const __global float *dfinal, matrix scratch) {
+    const uint last = (uint)at->slot[SLOT_HI] - 1;
+    for (uint begin = (uint)at->slot[SLOT_LO], end; begin <= last; begin = end) {
+        const int level = level_of(last, begin);
+        for (end = begin + 1; end <= last && level_of(last, end) == level; end++) {
+        }
+        load_level(p, at, scratch, dfinal, level);
+        for (uint s = begin; s < end; s++) {
+            for (uint k = 0; k < DIM_K; k++) {
+                operand row = scratch + k * PAD_V;
+                ARRAY(D_WRITE_T)[k * CHUNK + s] += row_dot(ARRAY(V) + s * PAD_V, row, PAD_V);
+                add_scaled(ARRAY(D_V) + s * PAD_V, 1.0f, row, ARRAY(WRITE)[s * PAD_K + k], PAD_V);
+            }
+        }
+    }
+}
+
+/* ---- The chunk's map -------------------------------------------------------------------------------------------- */
+
+/* Column sums minus row sums of x y over the lower triangle: what pairs decayed by exp(a_r - a_s) ask of the sums. */
+void add_pair_gradients(const place *at, operand x, operand y, float sign) {
+    for (uint r = 0; r < CHUNK; r++) {
+        float16 of_row = 0.0f;
+        for (uint s = 0; s <= r; s += 16) {
+            const float16 product_of = sign * vload16(0, x + r * CHUNK + s) * vload16(0, y + r * CHUNK + s);
+            const float16 below = select((float16)0.0f, product_of, s + COLUMNS_16 < r);
+            of_row += below;
+            vstore16(vload16(0, ARRAY(D_GATE) + s) - below, 0, ARRAY(D_GATE) + s);
+        }
+        ARRAY(D_GATE)[r] += sum16(of_row);
+    }
+}
+
+#if IS_DELTA
+/* Through READ = exp(a) Q - Z K_START, WRITE = T^T K_END, Z = A T and T = (I + X)^-1 diag(beta). */
+void map_gradients(const place *at) {
+    product(CHUNK, CHUNK, DIM_K, ARRAY(D_READ), PAD_K, 1, ARRAY(K_START_T), CHUNK, ARRAY(D_MZ), CHUNK, 0,
+            C_LOWER | SUBTRACT, 1.0f);
+    scale_triangle(at, ARRAY(D_MZ), ARRAY(D_MZ), 0, 0);
+    product(CHUNK, PAD_K, CHUNK, ARRAY(Z), 1, CHUNK, ARRAY(D_READ), PAD_K, ARRAY(D_K_START), PAD_K, 0,
+            A_UPPER | SUBTRACT, 1.0f);
+    product(CHUNK, CHUNK, DIM_K, ARRAY(K_END), PAD_K, 1, ARRAY(D_WRITE_T), CHUNK, ARRAY(D_T), CHUNK, 0, C_LOWER, 0.0f);
+    product(CHUNK, PAD_K, CHUNK, ARRAY(T), CHUNK, 1, ARRAY(D_WRITE), PAD_K, ARRAY(D_K_END), PAD_K, 0, A_LOWER, 0.0f);
+    transpose(ARRAY(T_T), CHUNK, ARRAY(T), CHUNK, CHUNK, CHUNK);
+    product(CHUNK, CHUNK, CHUNK, ARRAY(D_MZ), CHUNK, 1, ARRAY(T_T), CHUNK, ARRAY(D_A), CHUNK, 0, A_LOWER | C_LOWER,
+            0.0f);
+    product(CHUNK, CHUNK, CHUNK, ARRAY(A), 1, CHUNK, ARRAY(D_MZ), CHUNK, ARRAY(D_T), CHUNK, 0, A_UPPER | C_LOWER | ADD,
+            1.0f);
+    scale_triangle(at, ARRAY(D_T), ARRAY(D_T), 0, 0);
+    product(CHUNK, CHUNK, CHUNK, ARRAY(D_T), CHUNK, 1, ARRAY(T_T), CHUNK, ARRAY(TT), CHUNK, 0, A_LOWER | C_LOWER, 0.0f);
+    product(CHUNK, CHUNK, CHUNK, ARRAY(XINV), 1, CHUNK, ARRAY(TT), CHUNK, ARRAY(D_X), CHUNK, 0, A_UPPER | C_LOWER,
+            0.0f);
+    scale_triangle(at, ARRAY(D_X), ARRAY(D_X), 0, STRICT);
+    add_pair_gradients(at, ARRAY(A), ARRAY(D_A), 1.0f);
+    add_pair_gradients(at, ARRAY(X), ARRAY(D_X), -1.0f);
+    /* X = diag(beta) times the decayed K K^T: from here on D_X is the gradient of that one's decay-free self. */
+    scale_triangle(at, ARRAY(D_X), ARRAY(D_X), 0, DECAYED | STRICT);
+    for (uint r = 0; r < CHUNK; r++) {
+        float sum = 0.0f;
+        for (uint t = r; t < CHUNK; t++) {
+            sum = fma(ARRAY(XINV)[t * CHUNK + r], ARRAY(D_T)[t * CHUNK + r], sum);
+        }
+        float16 sums = 0.0f;
+        for (uint s = 0; s <= r; s += 16) {
+            const float16 d_x = vload16(0, ARRAY(D_X) + r * CHUNK + s);
+            sums = fma(d_x, vload16(0, ARRAY(KK) + r * CHUNK + s), sums);
+            matrix to = ARRAY(D_KK) + r * CHUNK + s;
+            vstore16(fma((float16)-ARRAY(BETA)[r], d_x, vload16(0, to)), 0, to);
+        }
+        ARRAY(D_BETA)[r] = sum - sum16(sums);
+    }
+}
+#endif
+
+/* From D_MZ, D_READ, D_WRITE (and D_K_START) to the gates, and to what the lane's heads share. */
+void share_gradients(const place *at) {
+    transpose(ARRAY(D_READ), PAD_K, ARRAY(D_READ_T), CHUNK, PAD_K, CHUNK);
+    transpose(ARRAY(D_WRITE), PAD_K, ARRAY(D_WRITE_T), CHUNK, PAD_K, CHUNK);
+    fill(ARRAY(D_GATE), CHUNK, 0.0f);
+#if IS_DELTA
+    transpose(ARRAY(D_K_START), PAD_K, ARRAY(D_K_START_T), CHUNK, PAD_K, CHUNK);
+    map_gradients(at);
+    operand d_pair = ARRAY(D_A), d_end = ARRAY(D_K_END);
+#else
+    operand d_pair = ARRAY(D_MZ), d_end = ARRAY(D_WRITE);
+    add_pair_gradients(at, ARRAY(Z), ARRAY(D_MZ), 1.0f);
+#endif
+    scale_triangle(at, ARRAY(MZ), d_pair, 0, DECAYED); /* MZ has done its part */
+    for (uint i = 0; i < CHUNK; i++) {
+        add_scaled(ARRAY(D_QK) + i * CHUNK, 1.0f, ARRAY(MZ) + i * CHUNK, 1.0f, i / 16 * 16 + 16);
+    }
+    for (uint r = 0; r < CHUNK; r++) {
+        const uint i = r * PAD_K;
+        const float start = ARRAY(START)[r], end = ARRAY(END)[r];
+        float from_start = row_dot(ARRAY(Q) + i, ARRAY(D_READ) + i, PAD_K);
+        add_scaled(ARRAY(D_Q) + i, 1.0f, ARRAY(D_READ) + i, start, PAD_K);
+        add_scaled(ARRAY(D_KEY) + i, 1.0f, d_end + i, end, PAD_K);
+#if IS_DELTA
+        from_start += row_dot(ARRAY(KEY) + i, ARRAY(D_K_START) + i, PAD_K);
+        add_scaled(ARRAY(D_KEY) + i, 1.0f, ARRAY(D_K_START) + i, start, PAD_K);
+#endif
+        ARRAY(D_GATE)[r] += start * from_start;
+        ARRAY(D_END)[r] = end * row_dot(ARRAY(KEY) + i, d_end + i, PAD_K);
+    }
+}
+
+/* Products that the heads of the lane share: D_Q and D_KEY through q k^T and k k^T. */
+void group_gradients(const place *at) {
+    product(CHUNK, PAD_K, CHUNK, ARRAY(D_QK), CHUNK, 1, ARRAY(KEY), PAD_K, ARRAY(D_Q), PAD_K, 0, A_LOWER | ADD, 1.0f);
+    product(CHUNK, PAD_K, CHUNK, ARRAY(D_QK), 1, CHUNK, ARRAY(Q), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_UPPER | ADD, 1.0f);
+#if IS_DELTA
+    product(CHUNK, PAD_K, CHUNK, ARRAY(D_KK), CHUNK, 1, ARRAY(KEY), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_LOWER | ADD, 1.0f);
+    product(CHUNK, PAD_K, CHUNK, ARRAY(D_KK), 1, CHUNK, ARRAY(KEY), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_UPPER | ADD, 1.0f);
+#endif
+}
+
+/* ---- To the parts ---------------------------------------------------------------------------------------------------- */
+
+/*
+ * The head's dv, and its parts of dg, dbeta and dlevel_scales.  A gate takes part in the sums of its row and the rows
+ * behind it, and in the decays to the end (d_decay: of the states) of the rows before it.
+ */
+void store_head(const loglin_panel p, const place *at, __global float *ws, parts to, __global storage *dv,
+                float d_decay) {
+    float before = d_decay, behind = 0.0f;
+    for (uint r = 0; r < CHUNK; r++) {
+        const float end = ARRAY(D_END)[r];
+        ARRAY(D_END)[r] = before;
+        before += end;
+    }
+    for (uint r = CHUNK; r-- > 0;) {
+        const long token = row_token(at->slot, r);
+        behind += ARRAY(D_GATE)[r];
+        if (token < 0) {
+            continue;
+        }
+        const ulong row = (ulong)token * p.heads + head_of(at);
+        ws[to.g + row] = behind + ARRAY(D_END)[r];
+#if IS_DELTA
+        ws[to.beta + row] = ARRAY(D_BETA)[r];
+#endif
+        for (uint level = 0; level < p.levels; level++) {
+            ws[to.levels + row * p.levels + level] =
+                level < PORTABLE_WEIGHTS ? ARRAY(D_LEVELS)[r * PORTABLE_WEIGHTS + level] : 0.0f;
+        }
+        store_row(dv + row * DIM_V + at->first_value, ARRAY(D_V) + r * PAD_V, at->values);
+    }
+}
+
+void store_group(const loglin_panel p, const place *at, __global float *ws, parts to) {
+    for (uint r = 0; r < CHUNK; r++) {
+        const long token = row_token(at->slot, r);
+        const ulong row = ((ulong)max(token, 0L) * p.groups + at->group) * DIM_K;
+        for (uint k = 0; token >= 0 && k < DIM_K; k++) {
+            ws[to.q + row + k] = ARRAY(D_Q)[r * PAD_K + k];
+            ws[to.k + row + k] = ARRAY(D_KEY)[r * PAD_K + k];
+        }
+    }
+}
+
+/* ---- One chunk, backwards -------------------------------------------------------------------------------------------- */
+
+/* The adjoint of column j's state at the start of this chunk (turn) or of the next one (1 - turn). */
+#define ADJOINT(turn, column) (HEAD_ARRAY(D_E) + ((ulong)(turn) * COLUMNS + (column)) * SIZE_KV)
+
+/* One head: everything up to its parts of the gradients; moment: where its states are saved. */
+void head_gradients(const loglin_panel p, const place *at, __global float *ws, parts to, uint moment, uint turn,
+                    const __global storage *d_o, __global storage *dv, const __global float *dfinal) {
+    const int last = at->slot[SLOT_FLAGS] & SLOT_LAST, own = at->slot[SLOT_OWN];
+    load_values(p, at, ARRAY(D_O), d_o);
+    transpose(ARRAY(D_O_T), CHUNK, ARRAY(D_O), PAD_V, CHUNK, PAD_V);
+    transpose(ARRAY(V_T), CHUNK, ARRAY(V), PAD_V, CHUNK, PAD_V);
+    transpose(ARRAY(READ_T), CHUNK, ARRAY(READ), PAD_K, CHUNK, PAD_K);
+    fill(ARRAY(D_LEVELS), CHUNK * PORTABLE_WEIGHTS, 0.0f);
+    fill(ARRAY(D_READ_T), PAD_K * CHUNK, 0.0f);
+    fill(ARRAY(D_WRITE_T), PAD_K * CHUNK, 0.0f);
+#if IS_DELTA
+    transpose(ARRAY(K_START_T), CHUNK, ARRAY(K_START), PAD_K, CHUNK, PAD_K);
+    fill(ARRAY(D_K_START_T), PAD_K * CHUNK, 0.0f);
+#endif
+    product(CHUNK, CHUNK, PAD_V, ARRAY(D_O), PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_MZ), CHUNK, 0, C_LOWER, 0.0f);
+    add_level_gradients(at);
+    scale_triangle(at, ARRAY(D_MZ), ARRAY(D_MZ), 0, WEIGHED);
+    product(CHUNK, PAD_V, CHUNK, ARRAY(MZ), 1, CHUNK, ARRAY(D_O), PAD_V, ARRAY(D_V), PAD_V, 0, A_UPPER, 0.0f);
+    if (!last && own >= 0) {
+        operand d_own = ADJOINT(1 - turn, own);
+        product(PAD_K, CHUNK, PAD_V, d_own, PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, ADD, 1.0f);
+        product(CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_own, PAD_V, ARRAY(D_V), PAD_V, 0, ADD, 1.0f);
+    }
+    float d_decay = 0.0f;
+    for (uint j = 0; j < COLUMNS; j++) {
+        if (HOLDS(moment)[j] == 0.0f) {
+            continue;
+        }
+        const int next = at->slot[SLOT_MAP + j];
+        matrix d_state = ADJOINT(turn, j);
+        if (next >= 0 && (!last || dfinal)) {
+            matrix d_end = last ? STATE(0) : ADJOINT(1 - turn, next); /* the pool is not in use */
+            if (last) {
+                load_level(p, at, d_end, dfinal, next);
+            }
+            d_decay += pass_gradients(at, SAVED(moment, j), d_end, d_state);
+        } else {
+            fill(d_state, SIZE_KV, 0.0f);
+        }
+        read_gradients(p, at, j, SAVED(moment, j), d_state);
+    }
+    if (last && dfinal) {
+        final_gradients(p, at, dfinal, STATE(0));
+    }
+    share_gradients(at);
+    store_head(p, at, ws, to, dv, d_decay);
+}
+
+/* The gradient of the caller's initial states, at the first chunk of a sequence. */
+void store_initial(const loglin_panel p, const place *at, __global float *to, uint turn) {
+    for (uint level = 0; level < p.levels; level++) {
+        const int column = initial_column(p, (int)level, (uint)at->slot[SLOT_TIME]);
+        for (uint k = 0; k < DIM_K; k++) {
+            __global float *row = to + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
+            for (uint i = 0; i < at->values; i++) {
+                row[i] = column >= 0 ? ADJOINT(turn, column)[k * PAD_V + i] : 0.0f;
+            }
+        }
+    }
+}
+
+/* What the chunk's heads write: enough to walk the states on. */
+void load_chunk_states(const loglin_panel p, place *at, const inputs *in) {
+    load_keys(p, at, ARRAY(KEY), in->k, 1.0f, ARRAY(NORM) + CHUNK);
+#if IS_DELTA
+    transpose(ARRAY(KEY_T), CHUNK, ARRAY(KEY), PAD_K, CHUNK, PAD_K);
+    product(CHUNK, CHUNK, DIM_K, ARRAY(KEY), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(KK), CHUNK, 0, C_LOWER, 0.0f);
+#endif
+}
+
+/* The states of the waves first .. end - 1, saved at `moment` and the moments behind it every `every` waves. */
+void walk_states(const loglin_panel p, place *at, const __global float *ws, const __global int *cu_seqlens,
+                 const inputs *in, const __global float *values, const __global float *log_decay, int *where, uint first,
+                 uint end, uint every, uint moment) {
+    int next[COLUMNS];
+    for (uint n = first; n < end; n++) {
+        at->slot = find_slot(p, ws, cu_seqlens, at->sequence, n);
+        load_chunk_states(p, at, in);
+        for (at->head = 0; at->head < LANE_HEADS; at->head++) {
+            if (n == 0) {
+                begin_states(p, at, values, log_decay, where);
+            } else if (n == first) {
+                restore_states(at, where, n / SEGMENT);
+            }
+            if ((n - first) % every == 0) {
+                save_states(at, where, moment + (n - first) / every);
+            }
+            if (n + 1 < end) {
+                load_head(p, at, in);
+                advance_states(at, where, next);
+            }
+        }
+        for (uint j = 0; j < COLUMNS && n + 1 < end; j++) {
+            where[j] = next[j];
+        }
+    }
+}
+
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void
+portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q_parts, ulong k_parts, ulong g_parts,
+                  ulong beta_parts, ulong level_parts, const __global int *cu_seqlens, ulong cu_offset,
+                  const __global storage *q, ulong q_offset, const __global storage *k, ulong k_offset,
+                  const __global storage *v, ulong v_offset, const __global float *g, ulong g_offset,
+                  const __global weight *level_scales, ulong weights_offset, const __global weight *beta,
+                  ulong beta_offset, const __global float *values, ulong values_offset,
+                  const __global float *log_decay, ulong decay_offset, const __global storage *d_o, ulong d_o_offset,
+                  const __global float *dfinal, ulong dfinal_offset, __global storage *dv, ulong dv_offset,
+                  __global float *dinitial, ulong dinitial_offset) {
+    const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
+                       beta ? beta + beta_offset : 0};
+    const uint lane = (uint)get_global_id(0);
+    const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, group_parts = p.heads / p.groups / LANE_HEADS * value_parts;
+    const ulong of_values = (ulong)(lane % value_parts) * tokens_of(p) * p.heads;
+    const ulong of_group = (ulong)(lane % group_parts) * tokens_of(p) * p.groups * DIM_K;
+    const parts to = {q_parts + of_group, k_parts + of_group, g_parts + of_values, beta_parts + of_values,
+                      level_parts + of_values * p.levels};
+    place at = find_lane(p, ws, lanes, lane);
+    cu_seqlens += cu_offset;
+    values = values ? values + values_offset : 0;
+    log_decay = log_decay ? log_decay + decay_offset : 0;
+    uint waves = 0;
+    while (find_slot(p, ws, cu_seqlens, at.sequence, waves)) {
+        waves++;
+    }
+    int where[COLUMNS];
+    const uint segments = (waves + SEGMENT - 1) / SEGMENT;
+    if (segments > 1) {
+        walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, where, 0, (segments - 1) * SEGMENT + 1, SEGMENT, 0);
+    }
+    uint turn = 0;
+    for (uint segment = segments; segment-- > 0;) {
+        const uint first = segment * SEGMENT, end = min(first + SEGMENT, waves);
+        walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, where, first, end, 1, SEGMENTS);
+        for (uint n = end; n-- > first; turn = 1 - turn) {
+            at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n);
+            load_group(p, &at, &in);
+            fill(at.memory + LANE_D_QK, CHUNK * CHUNK, 0.0f);
+            fill(at.memory + LANE_D_Q, CHUNK * PAD_K, 0.0f);
+            fill(at.memory + LANE_D_KEY, CHUNK * PAD_K, 0.0f);
+#if IS_DELTA
+            fill(at.memory + LANE_D_KK, CHUNK * CHUNK, 0.0f);
+#endif
+            for (at.head = 0; at.head < LANE_HEADS; at.head++) {
+                load_head(p, &at, &in);
+                make_read(&at);
+                head_gradients(p, &at, ws, to, SEGMENTS + n - first, turn, d_o + d_o_offset, dv + dv_offset,
+                               dfinal ? dfinal + dfinal_offset : 0);
+                if (n == 0 && dinitial) {
+                    store_initial(p, &at, dinitial + dinitial_offset, turn);
+                }
+            }
+            group_gradients(&at);
+            store_group(p, &at, ws, to);
+        }
+    }
+}
+
+/* ---- The sums of the parts ---------------------------------------------------------------------------------------- */
+
+/* dq or dk of a token and group: the sum of the parts, through the scale and the normalisation. */
+void reduce_row(const __global float *from, ulong stride, uint count, const __global storage *x, float scale,
+                __global storage *to) {
+    float16 sums[PAD_K / 16], values[PAD_K / 16], dots = 0.0f, squares = 0.0f;
+    for (uint i = 0; i < PAD_K; i++) {
+        float sum = 0.0f;
+        for (uint part = 0; part < count && i < DIM_K; part++) {
+            sum += from[part * stride + i];
+        }
+        ((float *)sums)[i] = scale * sum;
+        ((float *)values)[i] = i < DIM_K ? load(x, i) : 0.0f;
+    }
+    for (uint i = 0; IS_NORMALIZED && i < PAD_K / 16; i++) {
+        squares = fma(values[i], values[i], squares);
+        dots = fma(values[i], sums[i], dots);
+    }
+    const float norm = 1.0f / sqrt(sum16(squares) + 1e-6f), along = norm * norm * sum16(dots);
+    for (uint i = 0; i < DIM_K; i++) {
+        const float sum = ((float *)sums)[i];
+        store(to, i, IS_NORMALIZED ? norm * (sum - along * ((float *)values)[i]) : sum);
+    }
+}
+
+/* One work-item a token. */
+__kernel void portable_reduce(const loglin_panel p, const __global float *ws, ulong q_parts, ulong k_parts,
+                              ulong g_parts, ulong beta_parts, ulong level_parts, const __global storage *q,
+                              ulong q_offset, const __global storage *k, ulong k_offset, __global storage *dq,
+                              ulong dq_offset, __global storage *dk, ulong dk_offset, __global float *dg,
+                              ulong dg_offset, __global weight *dbeta, ulong dbeta_offset, __global weight *dlevels,
+                              ulong dlevels_offset) {
+    const ulong token = get_global_id(0);
+    const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, group_parts = p.heads / p.groups / LANE_HEADS * value_parts;
+    if (token >= tokens_of(p)) {
+        return;
+    }
+    const ulong group_stride = tokens_of(p) * p.groups * DIM_K, stride = tokens_of(p) * p.heads;
+    for (uint group = 0; group < p.groups; group++) {
+        const ulong row = (token * p.groups + group) * DIM_K;
+        reduce_row(ws + q_parts + row, group_stride, group_parts, q + q_offset + row, p.scale, dq + dq_offset + row);
+        reduce_row(ws + k_parts + row, group_stride, group_parts, k + k_offset + row, 1.0f, dk + dk_offset + row);
+    }
+    for (ulong i = token * p.heads; i < (token + 1) * p.heads; i++) {
+        float d_gate = 0.0f, d_beta = 0.0f;
+        for (uint part = 0; part < value_parts; part++) {
+            d_gate += ws[g_parts + part * stride + i];
+            d_beta += IS_DELTA ? ws[beta_parts + part * stride + i] : 0.0f;
+        }
+        if (dg) {
+            dg[dg_offset + i] = d_gate;
+        }
+        if (dbeta) {
+            store_weight(dbeta, dbeta_offset + i, d_beta);
+        }
+        for (ulong level = i * p.levels; dlevels && level < (i + 1) * p.levels; level++) {
+            float sum = 0.0f;
+            for (uint part = 0; part < value_parts; part++) {
+                sum += ws[level_parts + part * stride * p.levels + level];
+            }
+            store_weight(dlevels, dlevels_offset + level, sum);
+        }
+    }
+}
+
+#endif
