@@ -13,17 +13,22 @@
 #if VECTOR == 16
 typedef float16 vector;
 #define TILE_ROWS 8
-#define LOAD_VECTOR(p) vload16(0, p)
-#define STORE_VECTOR(x, p) vstore16(x, 0, p)
 #else
 typedef float8 vector;
 #define TILE_ROWS 4
-#define LOAD_VECTOR(p) vload8(0, p)
-#define STORE_VECTOR(x, p) vstore8(x, 0, p)
 #endif
 
 typedef __global float *matrix;
 typedef const __global float *operand;
+
+/* vload and vstore take four elements at a time on some compilers; a vector of float's alignment is one access. */
+typedef vector loose_vector __attribute__((aligned(4)));
+typedef float16 loose_float16 __attribute__((aligned(4)));
+#define LOAD_VECTOR(p) (*(const __global loose_vector *)(p))
+#define STORE_VECTOR(x, p) (*(__global loose_vector *)(p) = (x))
+
+float16 get16(operand p) { return *(const __global loose_float16 *)p; }
+void put16(float16 x, matrix p) { *(__global loose_float16 *)p = x; }
 
 /* Element (r, c) of an operand lies at r * row + c * column: columns apart, A may be read transposed. */
 

@@ -53,7 +53,7 @@ void add_level_gradients(const place *at) {
     for (uint r = 0; r < CHUNK; r++) {
         matrix to = ARRAY(D_LEVELS) + r * PORTABLE_WEIGHTS;
         for (uint s = 0; s <= r; s += 16) {
-            const float16 x = vload16(0, z + r * CHUNK + s) * vload16(0, ds + r * CHUNK + s);
+            const float16 x = get16(z + r * CHUNK + s) * get16(ds + r * CHUNK + s);
             if (s + 16 <= r) {
                 to[bit_length((r ^ s) & ~15u)] += sum16(x);
                 continue;
@@ -75,13 +75,13 @@ void read_gradients(const loglin_panel p, const place *at, uint j, operand state
     read_weights(p, at, j);
     product(PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(D_O_T), CHUNK, ARRAY(ASKED_T), CHUNK, 0, 0, 0.0f);
     for (uint r = 0; r < CHUNK; r += 16) {
-        const float16 weights = vload16(0, ARRAY(ROWS) + r);
+        const float16 weights = get16(ARRAY(ROWS) + r);
         float16 dots = 0.0f;
         for (uint k = 0; k < DIM_K; k++) {
             const uint i = k * CHUNK + r;
-            const float16 asked = vload16(0, ARRAY(ASKED_T) + i);
-            dots = fma(asked, vload16(0, ARRAY(READ_T) + i), dots);
-            vstore16(fma(weights, asked, vload16(0, ARRAY(D_READ_T) + i)), 0, ARRAY(D_READ_T) + i);
+            const float16 asked = get16(ARRAY(ASKED_T) + i);
+            dots = fma(asked, get16(ARRAY(READ_T) + i), dots);
+            put16(fma(weights, asked, get16(ARRAY(D_READ_T) + i)), ARRAY(D_READ_T) + i);
         }
         float each[16];
         vstore16(dots, 0, each);
@@ -114,7 +114,7 @@ float pass_gradients(const place *at, operand state, operand d_end, matrix d_sta
 #endif
     float16 sums = 0.0f;
     for (uint i = 0; i < SIZE_KV; i += 16) {
-        sums = fma(vload16(0, state + i), vload16(0, d_end + i), sums);
+        sums = fma(get16(state + i), get16(d_end + i), sums);
     }
     return decay * sum16(sums);
 }
@@ -156,10 +156,10 @@ void add_pair_gradients(const place *at, operand x, operand y, float sign) {
     for (uint r = 0; r < CHUNK; r++) {
         float16 of_row = 0.0f;
         for (uint s = 0; s <= r; s += 16) {
-            const float16 product_of = sign * vload16(0, x + r * CHUNK + s) * vload16(0, y + r * CHUNK + s);
+            const float16 product_of = sign * get16(x + r * CHUNK + s) * get16(y + r * CHUNK + s);
             const float16 below = select((float16)0.0f, product_of, s + COLUMNS_16 < r);
             of_row += below;
-            vstore16(vload16(0, ARRAY(D_GATE) + s) - below, 0, ARRAY(D_GATE) + s);
+            put16(get16(ARRAY(D_GATE) + s) - below, ARRAY(D_GATE) + s);
         }
         ARRAY(D_GATE)[r] += sum16(of_row);
     }
@@ -196,10 +196,10 @@ void map_gradients(const place *at) {
         }
         float16 sums = 0.0f;
         for (uint s = 0; s <= r; s += 16) {
-            const float16 d_x = vload16(0, ARRAY(D_X) + r * CHUNK + s);
-            sums = fma(d_x, vload16(0, ARRAY(KK) + r * CHUNK + s), sums);
+            const float16 d_x = get16(ARRAY(D_X) + r * CHUNK + s);
+            sums = fma(d_x, get16(ARRAY(KK) + r * CHUNK + s), sums);
             matrix to = ARRAY(D_KK) + r * CHUNK + s;
-            vstore16(fma((float16)-ARRAY(BETA)[r], d_x, vload16(0, to)), 0, to);
+            put16(fma((float16)-ARRAY(BETA)[r], d_x, get16(to)), to);
         }
         ARRAY(D_BETA)[r] = sum - sum16(sums);
     }

@@ -62,25 +62,27 @@ uint head_of(const place *at) { return at->first_head + at->head; }
 
 /* ---- Rows -------------------------------------------------------------------------------------------------------- */
 
+typedef ushort16 loose_ushort16 __attribute__((aligned(2)));
+
 float16 load16(const __global storage *p) {
 #if STORAGE == 0
-    return vload16(0, p);
+    return get16(p);
 #elif STORAGE == 1
     return vload_half16(0, p);
 #else
-    return as_float16(convert_uint16(vload16(0, p)) << 16);
+    return as_float16(convert_uint16(*(const __global loose_ushort16 *)p) << 16);
 #endif
 }
 
 void store16(__global storage *p, float16 x) {
 #if STORAGE == 0
-    vstore16(x, 0, p);
+    put16(x, p);
 #elif STORAGE == 1
     vstore_half16_rte(x, 0, p);
 #else
     const uint16 bits = as_uint16(x);
     const uint16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    vstore16(convert_ushort16(select(rounded, (uint16)0x7fc0u, isnan(x))), 0, p);
+    *(__global loose_ushort16 *)p = convert_ushort16(select(rounded, (uint16)0x7fc0u, isnan(x)));
 #endif
 }
 
@@ -88,7 +90,7 @@ void store16(__global storage *p, float16 x) {
 void load_row(matrix to, const __global storage *from, uint count, uint padded) {
     uint i = 0;
     for (; i + 16 <= count; i += 16) {
-        vstore16(load16(from + i), 0, to + i);
+        put16(load16(from + i), to + i);
     }
     for (; i < count; i++) {
         to[i] = load(from, i);
@@ -101,7 +103,7 @@ void load_row(matrix to, const __global storage *from, uint count, uint padded) 
 void store_row(__global storage *to, operand from, uint count) {
     uint i = 0;
     for (; i + 16 <= count; i += 16) {
-        store16(to + i, vload16(0, from + i));
+        store16(to + i, get16(from + i));
     }
     for (; i < count; i++) {
         store(to, i, from[i]);
@@ -111,21 +113,21 @@ void store_row(__global storage *to, operand from, uint count) {
 /* Floats in whole vectors. */
 void fill(matrix to, uint count, float x) {
     for (uint i = 0; i < count; i += 16) {
-        vstore16((float16)x, 0, to + i);
+        put16((float16)x, to + i);
     }
 }
 
 /* to = scale from */
 void set_scaled(matrix to, operand from, float scale, uint count) {
     for (uint i = 0; i < count; i += 16) {
-        vstore16(scale * vload16(0, from + i), 0, to + i);
+        put16(scale * get16(from + i), to + i);
     }
 }
 
 /* to = keep to + scale from */
 void add_scaled(matrix to, float keep, operand from, float scale, uint count) {
     for (uint i = 0; i < count; i += 16) {
-        vstore16(fma((float16)scale, vload16(0, from + i), keep * vload16(0, to + i)), 0, to + i);
+        put16(fma((float16)scale, get16(from + i), keep * get16(to + i)), to + i);
     }
 }
 
@@ -139,7 +141,7 @@ float sum16(float16 x) {
 float row_dot(operand x, operand y, uint count) {
     float16 sums = 0.0f;
     for (uint i = 0; i < count; i += 16) {
-        sums = fma(vload16(0, x + i), vload16(0, y + i), sums);
+        sums = fma(get16(x + i), get16(y + i), sums);
     }
     return sum16(sums);
 }
@@ -151,7 +153,7 @@ void transpose(matrix to, uint to_row, operand from, uint from_row, uint rows, u
             float16 x[16];
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                x[i] = vload16(0, from + (r + i) * from_row + c);
+                x[i] = get16(from + (r + i) * from_row + c);
             }
 /* Rows i and i + distance: their even blocks of `distance` columns go to the first, the odd ones to the second. */
 #define SWAP(distance, first, second)                                                                                  \
@@ -171,7 +173,7 @@ void transpose(matrix to, uint to_row, operand from, uint from_row, uint rows, u
 #undef SWAP
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                vstore16(x[i], 0, to + (c + i) * to_row + r);
+                put16(x[i], to + (c + i) * to_row + r);
             }
         }
     }
@@ -251,9 +253,9 @@ void load_gates(const loglin_panel p, const place *at, const inputs *in) {
 #endif
     }
     for (uint r = 0; r < CHUNK; r += 16) {
-        const float16 main = vload16(0, sums + r), remainder = vload16(0, sums + CHUNK + r);
-        vstore16(exp(main + remainder), 0, ARRAY(START) + r);
-        vstore16(exp((sum - main) + (rest - remainder)), 0, ARRAY(END) + r);
+        const float16 main = get16(sums + r), remainder = get16(sums + CHUNK + r);
+        put16(exp(main + remainder), ARRAY(START) + r);
+        put16(exp((sum - main) + (rest - remainder)), ARRAY(END) + r);
     }
 }
 
@@ -290,7 +292,7 @@ float16 weights_of(const place *at, uint row, uint level) {
 float16 weights_at(const place *at, uint r, uint s) {
     operand weights = ARRAY(WEIGHTS) + r * PORTABLE_WEIGHTS;
 #if STRONG
-    return shuffle(vload16(0, weights), vload16(0, (const __global uint *)ARRAY(LEVEL) + r * CHUNK + s));
+    return shuffle(get16(weights), vload16(0, (const __global uint *)ARRAY(LEVEL) + r * CHUNK + s));
 #else
     const uint16 apart = (uint16)r ^ (s + COLUMNS_16);
     float16 x = select((float16)weights[1], (float16)weights[0], apart == 0u);
@@ -311,9 +313,9 @@ enum { DECAYED = 1, WEIGHED = 2, STRICT = 4 };
 void scale_triangle(const place *at, matrix to, operand from, operand rows, int how) {
     operand sums = ARRAY(SUMS), remainders = sums + CHUNK;
     for (uint s = 0; s < CHUNK; s += 16) {
-        const float16 sum = vload16(0, sums + s), remainder = vload16(0, remainders + s);
+        const float16 sum = get16(sums + s), remainder = get16(remainders + s);
         for (uint r = s; r < s + 16; r++) {
-            float16 x = vload16(0, from + r * CHUNK + s) * (rows ? rows[r] : 1.0f);
+            float16 x = get16(from + r * CHUNK + s) * (rows ? rows[r] : 1.0f);
             if (how & DECAYED) {
                 x *= exp(min((sums[r] - sum) + (remainders[r] - remainder), 0.0f));
             }
@@ -321,14 +323,14 @@ void scale_triangle(const place *at, matrix to, operand from, operand rows, int 
                 x *= weights_at(at, r, s);
             }
             const uint16 column = s + COLUMNS_16;
-            vstore16(select((float16)0.0f, x, (how & STRICT) ? column < r : column <= r), 0, to + r * CHUNK + s);
+            put16(select((float16)0.0f, x, (how & STRICT) ? column < r : column <= r), to + r * CHUNK + s);
         }
         const float end = sums[s + 15], end_remainder = remainders[s + 15];
         const float16 of_columns = exp((end - sum) + (end_remainder - remainder));
         for (uint block = s + 16; block < CHUNK; block += 16) {
-            float16 of_rows = rows ? vload16(0, rows + block) : (float16)1.0f;
+            float16 of_rows = rows ? get16(rows + block) : (float16)1.0f;
             if (how & DECAYED) {
-                of_rows *= exp((vload16(0, sums + block) - end) + (vload16(0, remainders + block) - end_remainder));
+                of_rows *= exp((get16(sums + block) - end) + (get16(remainders + block) - end_remainder));
             }
             if (!STRONG && (how & WEIGHED)) {
                 of_rows *= weights_of(at, block, (uint)bit_length(block ^ s));
@@ -336,14 +338,14 @@ void scale_triangle(const place *at, matrix to, operand from, operand rows, int 
             float factors[16];
             vstore16(of_rows, 0, factors);
             for (uint i = 0; i < 16; i++) {
-                float16 x = vload16(0, from + (block + i) * CHUNK + s) * factors[i];
+                float16 x = get16(from + (block + i) * CHUNK + s) * factors[i];
                 if (how & DECAYED) {
                     x *= of_columns;
                 }
                 if (STRONG && (how & WEIGHED)) {
                     x *= weights_at(at, block + i, s);
                 }
-                vstore16(x, 0, to + (block + i) * CHUNK + s);
+                put16(x, to + (block + i) * CHUNK + s);
             }
         }
     }
@@ -382,13 +384,13 @@ void invert(const place *at) {
             float16 even = select((float16)0.0f, (float16)1.0f, c + COLUMNS_16 == r), odd = 0.0f;
             uint s = c;
             for (; s + 2 <= r; s += 2) {
-                even = fma((float16)-x[r * CHUNK + s], vload16(0, inverse + s * CHUNK + c), even);
-                odd = fma((float16)-x[r * CHUNK + s + 1], vload16(0, inverse + (s + 1) * CHUNK + c), odd);
+                even = fma((float16)-x[r * CHUNK + s], get16(inverse + s * CHUNK + c), even);
+                odd = fma((float16)-x[r * CHUNK + s + 1], get16(inverse + (s + 1) * CHUNK + c), odd);
             }
             if (s < r) {
-                even = fma((float16)-x[r * CHUNK + s], vload16(0, inverse + s * CHUNK + c), even);
+                even = fma((float16)-x[r * CHUNK + s], get16(inverse + s * CHUNK + c), even);
             }
-            vstore16(even + odd, 0, inverse + r * CHUNK + c);
+            put16(even + odd, inverse + r * CHUNK + c);
         }
     }
 }
@@ -404,8 +406,7 @@ void make_write(const place *at) {
     invert(at);
     for (uint r = 0; r < CHUNK; r++) {
         for (uint c = 0; c < CHUNK; c += 16) {
-            vstore16(vload16(0, ARRAY(XINV) + r * CHUNK + c) * vload16(0, ARRAY(BETA) + c), 0,
-                     ARRAY(T) + r * CHUNK + c);
+            put16(get16(ARRAY(XINV) + r * CHUNK + c) * get16(ARRAY(BETA) + c), ARRAY(T) + r * CHUNK + c);
         }
     }
     scale_rows(ARRAY(K_START), ARRAY(KEY), ARRAY(START), PAD_K);

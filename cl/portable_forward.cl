@@ -14,7 +14,7 @@ void chunk_output(const loglin_panel p, const place *at, const int *where) {
 #if !IS_DELTA
             const float decay = exp(HEAD_ARRAY(DECAY)[where[j]]);
             for (uint r = 0; r < CHUNK; r += 16) {
-                vstore16(decay * vload16(0, ARRAY(ROWS) + r) * vload16(0, ARRAY(START) + r), 0, ARRAY(ROWS) + r);
+                put16(decay * get16(ARRAY(ROWS) + r) * get16(ARRAY(START) + r), ARRAY(ROWS) + r);
             }
 #endif
             product(CHUNK, PAD_V, DIM_K, IS_DELTA ? ARRAY(READ) : ARRAY(Q), PAD_K, 1, STATE(where[j]), PAD_V, ARRAY(O),
