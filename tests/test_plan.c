@@ -155,11 +155,12 @@ Test(plan, refuses_products_that_overflow) {
 Test(plan, describes_itself) {
     loglin_problem problem = GOOD;
     problem.chunk = 32;
+    problem.engine = LOGLIN_ENGINE_BLAS;
     loglin_plan *plan = make_plan(&problem);
     char whole[1024];
     const size_t length = loglin_plan_describe(plan, whole, sizeof whole);
     cr_expect_eq(length, strlen(whole));
-    cr_expect(strstr(whole, "blas") != NULL && strstr(whole, "32") != NULL && strstr(whole, "workspace") != NULL, "%s",
+    cr_expect(strstr(whole, "engine blas (as asked)") != NULL && strstr(whole, "32") != NULL && strstr(whole, "workspace") != NULL, "%s",
               whole);
     char cut[8];
     cr_expect_eq(loglin_plan_describe(plan, cut, sizeof cut), length);

@@ -17,6 +17,8 @@ typedef struct loglin_engine_class {
     loglin_status (*create)(loglin_device *device, const loglin_problem *problem,
                             const loglin_configuration *configuration, loglin_engine_state **state);
     void (*destroy)(loglin_engine_state *state);
+    /* What runs the backward pass if not this engine, and why; NULL if it does, or none is planned.  May be NULL. */
+    const char *(*backward_remark)(const loglin_engine_state *state);
     size_t (*workspace_size)(const loglin_engine_state *state, loglin_phase phase); /* bytes */
     /* Arguments are checked; the work starts after the events of `wait`. */
     loglin_status (*forward)(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,

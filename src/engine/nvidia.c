@@ -200,6 +200,10 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
     return LOGLIN_OK;
 }
 
+static const char *backward_remark(const loglin_engine_state *state) {
+    return state->backward == NULL ? NULL : "by the blas engine: only the forward pass is fused";
+}
+
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
     if (phase == LOGLIN_FORWARD) {
         return state->workspace;
@@ -303,6 +307,7 @@ const loglin_engine_class loglin_nvidia_engine = {
     .refuses = refuses,
     .create = create,
     .destroy = destroy,
+    .backward_remark = backward_remark,
     .workspace_size = workspace_size,
     .forward = forward,
     .backward = backward,

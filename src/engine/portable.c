@@ -300,6 +300,10 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
     return LOGLIN_OK;
 }
 
+static const char *backward_remark(const loglin_engine_state *state) {
+    return state->blas == NULL ? NULL : "by the blas engine: the strong partition's is not fused";
+}
+
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
     if (phase == LOGLIN_BACKWARD && state->blas != NULL) {
         return loglin_blas_engine.workspace_size(state->blas, phase);
@@ -390,6 +394,7 @@ const loglin_engine_class loglin_portable_engine = {
     .refuses = refuses,
     .create = create,
     .destroy = destroy,
+    .backward_remark = backward_remark,
     .workspace_size = workspace_size,
     .forward = forward,
     .backward = backward,

@@ -204,8 +204,11 @@ size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity
                        loglin_workspace_size(plan, LOGLIN_FORWARD));
         const size_t used = strlen(calls);
         if (plans(plan, LOGLIN_BACKWARD)) {
-            (void)snprintf(calls + used, sizeof calls - used, ", %zu backward",
-                           loglin_workspace_size(plan, LOGLIN_BACKWARD));
+            const char *remark =
+                plan->engine->backward_remark == NULL ? NULL : plan->engine->backward_remark(plan->state);
+            (void)snprintf(calls + used, sizeof calls - used, ", %zu backward%s%s%s",
+                           loglin_workspace_size(plan, LOGLIN_BACKWARD), remark == NULL ? "" : " (",
+                           remark == NULL ? "" : remark, remark == NULL ? "" : ")");
         }
     }
     const int length =
