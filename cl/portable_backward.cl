@@ -22,25 +22,34 @@ ulong tokens_of(const loglin_panel p) {
 
 /* ---- States, forwards ---------------------------------------------------------------------------------------------- */
 
-#define HOLDS(moment) (ARRAY(HOLDS) + (moment) * COLUMNS)
-#define SAVED(moment, column) (HEAD_ARRAY(SAVED) + ((ulong)(moment) * COLUMNS + (column)) * SIZE_KV)
+#define PLACES(moment) (ARRAY(PLACES) + (moment) * COLUMNS)
+#define DECAYS(moment) (HEAD_ARRAY(DECAYS) + (moment) * COLUMNS)
+#define SAVED(segment, column) (HEAD_ARRAY(SAVED) + ((ulong)(segment) * COLUMNS + (column)) * SIZE_KV)
 
-/* The states as they are, their decays applied, at a moment. */
-void save_states(const place *at, const int *where, uint moment) {
+/* Where the states stand at a moment, and their decays. */
+void note_states(const place *at, const int *where, uint moment) {
     for (uint j = 0; j < COLUMNS; j++) {
-        HOLDS(moment)[j] = where[j] == NOWHERE ? 0.0f : 1.0f;
+        PLACES(moment)[j] = (float)(where[j] + 1);
+        DECAYS(moment)[j] = where[j] == NOWHERE ? 0.0f : HEAD_ARRAY(DECAY)[where[j]];
+    }
+}
+
+/* The states at a segment's start, kept for good. */
+void save_states(const place *at, const int *where, uint segment) {
+    note_states(at, where, segment);
+    for (uint j = 0; j < COLUMNS; j++) {
         if (where[j] != NOWHERE) {
-            set_scaled(SAVED(moment, j), STATE(where[j]), exp(HEAD_ARRAY(DECAY)[where[j]]), SIZE_KV);
+            set_scaled(SAVED(segment, j), STATE(where[j]), 1.0f, SIZE_KV);
         }
     }
 }
 
-void restore_states(const place *at, int *where, uint moment) {
+void restore_states(const place *at, int *where, uint segment) {
     for (uint j = 0; j < COLUMNS; j++) {
-        where[j] = HOLDS(moment)[j] != 0.0f ? (int)j : NOWHERE;
+        where[j] = PLACES(segment)[j] != 0.0f ? (int)j : NOWHERE;
         if (where[j] != NOWHERE) {
-            set_scaled(STATE(j), SAVED(moment, j), 1.0f, SIZE_KV);
-            HEAD_ARRAY(DECAY)[j] = 0.0f;
+            set_scaled(STATE(j), SAVED(segment, j), 1.0f, SIZE_KV);
+            HEAD_ARRAY(DECAY)[j] = DECAYS(segment)[j];
         }
     }
 }
@@ -68,10 +77,11 @@ void add_level_gradients(const place *at) {
 }
 
 /*
- * A state's reads: with ASKED = dO E^T, D_READ += weight ASKED, the weight's gradient is READ . ASKED, and
- * D_E = (weight READ)^T dO, added to what stands there.
+ * A state's reads, E = decay times what stands there: with ASKED = dO E^T, D_READ += weight ASKED, the weight's gradient
+ * is READ . ASKED, and D_E = keep D_E + (weight READ)^T dO.
  */
-void read_gradients(const loglin_panel p, const place *at, uint j, operand state, matrix d_state) {
+void read_gradients(const loglin_panel p, const place *at, uint j, operand state, float decay, matrix d_state,
+                    float keep) {
     read_weights(p, at, j);
     product(PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(D_O_T), CHUNK, ARRAY(ASKED_T), CHUNK, 0, 0, 0.0f);
     for (uint r = 0; r < CHUNK; r += 16) {
@@ -79,7 +89,7 @@ void read_gradients(const loglin_panel p, const place *at, uint j, operand state
         float16 dots = 0.0f;
         for (uint k = 0; k < DIM_K; k++) {
             const uint i = k * CHUNK + r;
-            const float16 asked = get16(ARRAY(ASKED_T) + i);
+            const float16 asked = decay * get16(ARRAY(ASKED_T) + i);
             dots = fma(asked, get16(ARRAY(READ_T) + i), dots);
             put16(fma(weights, asked, get16(ARRAY(D_READ_T) + i)), ARRAY(D_READ_T) + i);
         }
@@ -93,30 +103,29 @@ void read_gradients(const loglin_panel p, const place *at, uint j, operand state
         }
     }
     scale_rows(ARRAY(WEIGHED_D_O), ARRAY(D_O), ARRAY(ROWS), PAD_V);
-    product(PAD_K, PAD_V, CHUNK, ARRAY(READ), 1, PAD_K, ARRAY(WEIGHED_D_O), PAD_V, d_state, PAD_V, 0, ADD, 1.0f);
+    product(PAD_K, PAD_V, CHUNK, ARRAY(READ), 1, PAD_K, ARRAY(WEIGHED_D_O), PAD_V, d_state, PAD_V, 0, ADD, keep);
 }
 
 /*
- * A state through the chunk: D_E = exp(a_C) D_E_END, less K_START^T WRITE D_E_END for the delta rule, whose keys take
- * part too.  Returns the gradient of a_C.
+ * A state through the chunk: D_E = exp(a_C) D_E_END for the scalar-gated operator, which is left to do.  Delta rule, in
+ * place: D_E = exp(a_C) D_E_END - K_START^T WRITE D_E_END, and what its keys get.  Returns the gradient of a_C.
  */
-float pass_gradients(const place *at, operand state, operand d_end, matrix d_state) {
-    const float decay = chunk_decay(at);
-    set_scaled(d_state, d_end, decay, SIZE_KV);
-#if IS_DELTA
-    product(CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, state, PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
-    product(CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_end, PAD_V, ARRAY(GIVEN), PAD_V, 0, 0, 0.0f);
-    transpose(ARRAY(SEEN_T), CHUNK, ARRAY(SEEN), PAD_V, CHUNK, PAD_V);
-    transpose(ARRAY(GIVEN_T), CHUNK, ARRAY(GIVEN), PAD_V, CHUNK, PAD_V);
-    product(PAD_K, PAD_V, CHUNK, ARRAY(K_START), 1, PAD_K, ARRAY(GIVEN), PAD_V, d_state, PAD_V, 0, SUBTRACT, 1.0f);
-    product(PAD_K, CHUNK, PAD_V, d_end, PAD_V, 1, ARRAY(SEEN_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, SUBTRACT, 1.0f);
-    product(PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(GIVEN_T), CHUNK, ARRAY(D_K_START_T), CHUNK, 0, SUBTRACT, 1.0f);
-#endif
+float pass_gradients(const place *at, operand state, float decay, matrix d_state) {
     float16 sums = 0.0f;
     for (uint i = 0; i < SIZE_KV; i += 16) {
-        sums = fma(get16(state + i), get16(d_end + i), sums);
+        sums = fma(get16(state + i), get16(d_state + i), sums);
     }
-    return decay * sum16(sums);
+#if IS_DELTA
+    product(CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, state, PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
+    product(CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_state, PAD_V, ARRAY(GIVEN), PAD_V, 0, 0, 0.0f);
+    transpose(ARRAY(SEEN_T), CHUNK, ARRAY(SEEN), PAD_V, CHUNK, PAD_V);
+    transpose(ARRAY(GIVEN_T), CHUNK, ARRAY(GIVEN), PAD_V, CHUNK, PAD_V);
+    product(PAD_K, CHUNK, PAD_V, d_state, PAD_V, 1, ARRAY(SEEN_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, SUBTRACT, 1.0f);
+    product(PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(GIVEN_T), CHUNK, ARRAY(D_K_START_T), CHUNK, 0, SUBTRACT, 1.0f);
+    product(PAD_K, PAD_V, CHUNK, ARRAY(K_START), 1, PAD_K, ARRAY(GIVEN), PAD_V, d_state, PAD_V, 0, SUBTRACT,
+            chunk_decay(at));
+#endif
+    return chunk_decay(at) * decay * sum16(sums);
 }
 
 /* ---- Final states ----------------------------------------------------------------------------------------------- */
@@ -294,12 +303,54 @@ void store_group(const loglin_panel p, const place *at, __global float *ws, part
 
 /* ---- One chunk, backwards -------------------------------------------------------------------------------------------- */
 
-/* The adjoint of column j's state at the start of this chunk (turn) or of the next one (1 - turn). */
-#define ADJOINT(turn, column) (HEAD_ARRAY(D_E) + ((ulong)(turn) * COLUMNS + (column)) * SIZE_KV)
+#define ADJOINT(place) (HEAD_ARRAY(D_E) + (ulong)(place) * SIZE_KV)
 
-/* One head: everything up to its parts of the gradients; moment: where its states are saved. */
-void head_gradients(const loglin_panel p, const place *at, __global float *ws, parts to, uint moment, uint turn,
-                    const __global storage *d_o, __global storage *dv, const __global float *dfinal) {
+/* How many states of this chunk have become the one in column `next`, from column j on. */
+uint joining(const place *at, uint moment, int next, uint j) {
+    uint count = 0;
+    for (; j < COLUMNS; j++) {
+        count += PLACES(moment)[j] != 0.0f && at->slot[SLOT_MAP + j] == next;
+    }
+    return count;
+}
+
+/* A place of the adjoints that neither the next chunk's nor this chunk's columns have. */
+int free_adjoint(const int *behind, const int *here) {
+    for (int index = 0;; index++) {
+        int taken = 0;
+        for (uint j = 0; j < COLUMNS; j++) {
+            taken |= behind[j] == index || here[j] == index;
+        }
+        if (!taken) {
+            return index;
+        }
+    }
+}
+
+/*
+ * Where the adjoint of column j's state stands, with that of its state at the chunk's end in it, or zeros.  behind, here:
+ * places of the next chunk's columns and of this one's; the last of the states that have become one takes its place.
+ */
+int take_adjoint(const loglin_panel p, const place *at, uint moment, uint j, const int *behind, const int *here,
+                 const __global float *dfinal) {
+    const int next = at->slot[SLOT_MAP + j], last = at->slot[SLOT_FLAGS] & SLOT_LAST;
+    if (!last && next >= 0 && joining(at, moment, next, j + 1) == 0) {
+        return behind[next];
+    }
+    const int vacant = free_adjoint(behind, here);
+    if (!last && next >= 0) {
+        set_scaled(ADJOINT(vacant), ADJOINT(behind[next]), 1.0f, SIZE_KV);
+    } else if (last && next >= 0 && dfinal) {
+        load_level(p, at, ADJOINT(vacant), dfinal, next);
+    } else {
+        fill(ADJOINT(vacant), SIZE_KV, 0.0f);
+    }
+    return vacant;
+}
+
+/* One head: everything up to its parts of the gradients; moment: where its states are noted. */
+void head_gradients(const loglin_panel p, const place *at, __global float *ws, parts to, uint moment, const int *behind,
+                    int *here, const __global storage *d_o, __global storage *dv, const __global float *dfinal) {
     const int last = at->slot[SLOT_FLAGS] & SLOT_LAST, own = at->slot[SLOT_OWN];
     load_values(p, at, ARRAY(D_O), d_o);
     transpose(ARRAY(D_O_T), CHUNK, ARRAY(D_O), PAD_V, CHUNK, PAD_V);
@@ -317,43 +368,38 @@ void head_gradients(const loglin_panel p, const place *at, __global float *ws, p
     scale_triangle(at, ARRAY(D_MZ), ARRAY(D_MZ), 0, WEIGHED);
     product(CHUNK, PAD_V, CHUNK, ARRAY(MZ), 1, CHUNK, ARRAY(D_O), PAD_V, ARRAY(D_V), PAD_V, 0, A_UPPER, 0.0f);
     if (!last && own >= 0) {
-        operand d_own = ADJOINT(1 - turn, own);
+        operand d_own = ADJOINT(behind[own]);
         product(PAD_K, CHUNK, PAD_V, d_own, PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, ADD, 1.0f);
         product(CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_own, PAD_V, ARRAY(D_V), PAD_V, 0, ADD, 1.0f);
     }
+    for (uint j = 0; j < COLUMNS; j++) {
+        here[j] = NOWHERE;
+    }
     float d_decay = 0.0f;
     for (uint j = 0; j < COLUMNS; j++) {
-        if (HOLDS(moment)[j] == 0.0f) {
-            continue;
+        if (PLACES(moment)[j] != 0.0f) {
+            here[j] = take_adjoint(p, at, moment, j, behind, here, dfinal);
+            operand state = STATE((int)PLACES(moment)[j] - 1);
+            const float decay = exp(DECAYS(moment)[j]);
+            d_decay += pass_gradients(at, state, decay, ADJOINT(here[j]));
+            read_gradients(p, at, j, state, decay, ADJOINT(here[j]), IS_DELTA ? 1.0f : chunk_decay(at));
         }
-        const int next = at->slot[SLOT_MAP + j];
-        matrix d_state = ADJOINT(turn, j);
-        if (next >= 0 && (!last || dfinal)) {
-            matrix d_end = last ? STATE(0) : ADJOINT(1 - turn, next); /* the pool is not in use */
-            if (last) {
-                load_level(p, at, d_end, dfinal, next);
-            }
-            d_decay += pass_gradients(at, SAVED(moment, j), d_end, d_state);
-        } else {
-            fill(d_state, SIZE_KV, 0.0f);
-        }
-        read_gradients(p, at, j, SAVED(moment, j), d_state);
     }
     if (last && dfinal) {
-        final_gradients(p, at, dfinal, STATE(0));
+        final_gradients(p, at, dfinal, ADJOINT(free_adjoint(behind, here)));
     }
     share_gradients(at);
     store_head(p, at, ws, to, dv, d_decay);
 }
 
 /* The gradient of the caller's initial states, at the first chunk of a sequence. */
-void store_initial(const loglin_panel p, const place *at, __global float *to, uint turn) {
+void store_initial(const loglin_panel p, const place *at, __global float *to, const int *here) {
     for (uint level = 0; level < p.levels; level++) {
         const int column = initial_column(p, (int)level, (uint)at->slot[SLOT_TIME]);
         for (uint k = 0; k < DIM_K; k++) {
             __global float *row = to + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
             for (uint i = 0; i < at->values; i++) {
-                row[i] = column >= 0 ? ADJOINT(turn, column)[k * PAD_V + i] : 0.0f;
+                row[i] = column >= 0 ? ADJOINT(here[column])[k * PAD_V + i] : 0.0f;
             }
         }
     }
@@ -368,31 +414,38 @@ void load_chunk_states(const loglin_panel p, place *at, const inputs *in) {
 #endif
 }
 
-/* The states of the waves first .. end - 1, saved at `moment` and the moments behind it every `every` waves. */
+/*
+ * The states of the waves first .. end - 1: those at the start of each segment are saved (save), or those of every chunk
+ * stay where they are and are noted.
+ */
 void walk_states(const loglin_panel p, place *at, const __global float *ws, const __global int *cu_seqlens,
-                 const inputs *in, const __global float *values, const __global float *log_decay, int *where, uint first,
-                 uint end, uint every, uint moment) {
-    int next[COLUMNS];
+                 const inputs *in, const __global float *values, const __global float *log_decay, uint first, uint end,
+                 int save) {
+    int where[COLUMNS], next[COLUMNS], fresh = COLUMNS;
     for (uint n = first; n < end; n++) {
         at->slot = find_slot(p, ws, cu_seqlens, at->sequence, n);
         load_chunk_states(p, at, in);
+        int after = NOWHERE;
         for (at->head = 0; at->head < LANE_HEADS; at->head++) {
             if (n == 0) {
                 begin_states(p, at, values, log_decay, where);
             } else if (n == first) {
                 restore_states(at, where, n / SEGMENT);
             }
-            if ((n - first) % every == 0) {
-                save_states(at, where, moment + (n - first) / every);
+            if (!save) {
+                note_states(at, where, SEGMENTS + n - first);
+            } else if (n % SEGMENT == 0) {
+                save_states(at, where, n / SEGMENT);
             }
             if (n + 1 < end) {
                 load_head(p, at, in);
-                advance_states(at, where, next);
+                after = advance_states(at, where, next, save ? NOWHERE : fresh);
             }
         }
         for (uint j = 0; j < COLUMNS && n + 1 < end; j++) {
             where[j] = next[j];
         }
+        fresh = after;
     }
 }
 
@@ -422,16 +475,18 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
     while (find_slot(p, ws, cu_seqlens, at.sequence, waves)) {
         waves++;
     }
-    int where[COLUMNS];
     const uint segments = (waves + SEGMENT - 1) / SEGMENT;
     if (segments > 1) {
-        walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, where, 0, (segments - 1) * SEGMENT + 1, SEGMENT, 0);
+        walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, 0, (segments - 1) * SEGMENT + 1, 1);
     }
-    uint turn = 0;
+    int behind[COLUMNS], here[COLUMNS];
+    for (uint j = 0; j < COLUMNS; j++) {
+        behind[j] = NOWHERE;
+    }
     for (uint segment = segments; segment-- > 0;) {
         const uint first = segment * SEGMENT, end = min(first + SEGMENT, waves);
-        walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, where, first, end, 1, SEGMENTS);
-        for (uint n = end; n-- > first; turn = 1 - turn) {
+        walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, first, end, 0);
+        for (uint n = end; n-- > first;) {
             at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n);
             load_group(p, &at, &in);
             fill(at.memory + LANE_D_QK, CHUNK * CHUNK, 0.0f);
@@ -442,15 +497,18 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
 #endif
             for (at.head = 0; at.head < LANE_HEADS; at.head++) {
                 load_head(p, &at, &in);
-                make_read(&at);
-                head_gradients(p, &at, ws, to, SEGMENTS + n - first, turn, d_o + d_o_offset, dv + dv_offset,
-                               dfinal ? dfinal + dfinal_offset : 0);
+                make_read(p, &at, &in);
+                head_gradients(p, &at, ws, to, SEGMENTS + n - first, behind, here, d_o + d_o_offset,
+                               dv + dv_offset, dfinal ? dfinal + dfinal_offset : 0);
                 if (n == 0 && dinitial) {
-                    store_initial(p, &at, dinitial + dinitial_offset, turn);
+                    store_initial(p, &at, dinitial + dinitial_offset, here);
                 }
             }
             group_gradients(&at);
             store_group(p, &at, ws, to);
+            for (uint j = 0; j < COLUMNS; j++) {
+                behind[j] = here[j];
+            }
         }
     }
 }

@@ -12,11 +12,11 @@
 #define SIZE_KV (PAD_K * PAD_V)
 #define SIZE_L PORTABLE_WEIGHTS
 #define SIZE_P POOL
-#define SIZE_D PORTABLE_DECAYS
+#define SIZE_D ((POOL + 15) / 16 * 16)
 #define SIZE_J COLUMNS
-#define SIZE_2J (2 * COLUMNS)
 #define SIZE_M (SEGMENTS + SEGMENT)
-#define SIZE_MJ ((SEGMENTS + SEGMENT) * COLUMNS)
+#define SIZE_SJ (SEGMENTS * COLUMNS)
+#define SIZE_A (2 * COLUMNS)
 #define SIZE_1 1
 #define SIZE_2 2
 #define COUNT_ONE 1
@@ -420,8 +420,9 @@ void make_write(const place *at) {
 #endif
 }
 
-/* And of what it reads: Z, MZ and READ. */
-void make_read(const place *at) {
+/* And of what it reads: the level weights, Z, MZ and READ. */
+void make_read(const loglin_panel p, const place *at, const inputs *in) {
+    load_weights(p, at, in);
 #if IS_DELTA
     scale_triangle(at, ARRAY(A), ARRAY(QK), 0, DECAYED);
     product(CHUNK, CHUNK, CHUNK, ARRAY(A), CHUNK, 1, ARRAY(T), CHUNK, ARRAY(Z), CHUNK, 0, A_LOWER | B_LOWER | C_LOWER,
@@ -443,10 +444,9 @@ void make_read(const place *at) {
 #endif
 }
 
-/* What one head needs of its chunk: gates, values, weights and what it writes. */
+/* What one head needs of its chunk: gates, values and what it writes. */
 void load_head(const loglin_panel p, const place *at, const inputs *in) {
     load_gates(p, at, in);
-    load_weights(p, at, in);
     load_values(p, at, ARRAY(V), in->v);
 #if !IS_DELTA
     scale_rows(ARRAY(V_END), ARRAY(V), ARRAY(END), PAD_V);

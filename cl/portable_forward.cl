@@ -79,11 +79,11 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
                              where);
             }
             load_head(p, &at, &in);
-            make_read(&at);
+            make_read(p, &at, &in);
             chunk_output(p, &at, where);
             store_output(p, &at, o + o_offset);
             if (!(flags & SLOT_LAST)) {
-                advance_states(&at, where, next);
+                advance_states(&at, where, next, NOWHERE);
                 keep_near(&at);
             } else if (final_values) {
                 end_states(p, &at, where, final_values + final_offset);

@@ -8,8 +8,9 @@
 
 /*
  * ARRAY(name, count, rows, columns, when): floats, in C (chunk), K, V (padded), L (weights of a row), P (states in the
- * pool), D (their decays), J (columns), M (moments: segments, and chunks of a segment); a copy for each HEAD of the lane
- * where ONE is not enough.
+ * pool), D (their decays), J (columns), S (segments), M
+ * (moments: starts of segments, and of a segment's chunks), A (adjoints); a copy for each HEAD of the lane where ONE is
+ * not enough.
  */
 #define PORTABLE_ARRAYS(ARRAY)                                                                                         \
     ARRAY(Q, ONE, C, K, ALWAYS)            /* queries times scale, normalised where asked for */                       \
@@ -79,8 +80,9 @@
     ARRAY(D_K_START_T, ONE, K, C, DELTA_GRADIENTS)                                                                     \
     ARRAY(D_K_START, ONE, C, K, DELTA_GRADIENTS)                                                                       \
     ARRAY(D_K_END, ONE, C, K, DELTA_GRADIENTS)                                                                         \
-    ARRAY(HOLDS, ONE, M, J, GRADIENTS)     /* 1 where a state of the next two exists */                                \
-    ARRAY(SAVED, HEAD, MJ, KV, GRADIENTS)  /* states at the start of segments, then of a segment's chunks */           \
-    ARRAY(D_E, HEAD, 2J, KV, GRADIENTS)    /* adjoints of the states of two chunks in turn */
+    ARRAY(SAVED, HEAD, SJ, KV, GRADIENTS)  /* states at the start of segments */                                       \
+    ARRAY(D_E, HEAD, A, KV, GRADIENTS)     /* adjoints of states */                                                    \
+    ARRAY(PLACES, ONE, M, J, GRADIENTS)    /* of the states at the moments: 1 + place, 0 if there is none */           \
+    ARRAY(DECAYS, HEAD, M, J, GRADIENTS)   /* and their log decays */
 
-enum { PORTABLE_WEIGHTS = 32, PORTABLE_DECAYS = 48 };
+enum { PORTABLE_WEIGHTS = 32 };

@@ -78,6 +78,7 @@ void pass_state(const place *at, int from, int to) {
     product(CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, STATE(from), PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
     if (from != to) {
         set_scaled(STATE(to), STATE(from), 1.0f, SIZE_KV);
+        HEAD_ARRAY(DECAY)[to] = 0.0f;
     }
     product(PAD_K, PAD_V, CHUNK, ARRAY(WRITE), 1, PAD_K, ARRAY(SEEN), PAD_V, STATE(to), PAD_V, 0, SUBTRACT,
             chunk_decay(at));
@@ -96,26 +97,30 @@ void own_state(const place *at, matrix to) {
 }
 
 /*
- * The states at the next chunk's start: where they stand goes to `next`, the same for every head.  The own state takes
- * the free place; states that meet are added up in the place of the first.
+ * The states at the next chunk's start: where they stand goes to `next`, the same for every head.  The own state takes a
+ * free place; states that meet are added up in the place of the first, which is the own one wherever there is one.
+ * fresh: NOWHERE, or the first of the places that were never used: then no state that stands somewhere is changed.
+ * Returns the next such place.
  */
-void advance_states(const place *at, const int *where, int *next) {
-    const int own = at->slot[SLOT_OWN], vacant = free_place(where);
+int advance_states(const place *at, const int *where, int *next, int fresh) {
+    const int own = at->slot[SLOT_OWN], keep = fresh != NOWHERE;
     matrix decays = HEAD_ARRAY(DECAY);
     for (uint j = 0; j < COLUMNS; j++) {
         next[j] = NOWHERE;
     }
     if (own >= 0) {
+        const int vacant = keep ? fresh++ : free_place(where);
         own_state(at, STATE(vacant));
         decays[vacant] = 0.0f;
         next[own] = vacant;
     }
     for (uint j = 0; j < COLUMNS; j++) {
-        const int column = at->slot[SLOT_MAP + j], index = where[j];
-        if (index == NOWHERE || column < 0) {
+        const int column = at->slot[SLOT_MAP + j];
+        if (where[j] == NOWHERE || column < 0) {
             continue;
         }
-        pass_state(at, index, index);
+        const int index = IS_DELTA && keep ? fresh++ : where[j];
+        pass_state(at, where[j], index);
         if (next[column] == NOWHERE) {
             next[column] = index;
         } else {
@@ -124,6 +129,7 @@ void advance_states(const place *at, const int *where, int *next) {
             decays[first] = 0.0f;
         }
     }
+    return fresh;
 }
 
 /* ---- The final states ---------------------------------------------------------------------------------------------- */

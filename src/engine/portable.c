@@ -18,8 +18,8 @@
 /* More heads to a lane share q k^T, but their states leave the core's cache. */
 static const size_t most_lane_heads = 4;
 
-/* Chunks whose states the backward pass holds at a time. */
-static const size_t most_segment_chunks = 32;
+/* Chunks whose states the backward pass holds at a time, of a long sequence, and of one that needs no second walk. */
+static const size_t most_segment_chunks = 32, one_segment_chunks = 64;
 
 /* X(name): the kernels; the last two are the backward program's. */
 #define PORTABLE_KERNELS(X)                                                                                            \
@@ -37,6 +37,7 @@ typedef struct lane_shape {
     size_t heads;                   /* of a lane */
     size_t pad_k, pad_v;            /* whole vectors; pad_v of the values of a lane */
     size_t columns;                 /* of the panel, at least 1 */
+    size_t pool;                    /* places for states */
     size_t head_parts, value_parts; /* of a group, of its values */
     size_t lanes;
     size_t segment, segments; /* backward: chunks, and how many of them a sequence has at most; 0: forward */
@@ -95,7 +96,8 @@ static lane_shape divide(const loglin_problem *problem, const loglin_panel *pane
                 best = (lane_shape){.heads = heads / head_parts,
                                     .pad_k = pad(problem->dim_k),
                                     .pad_v = pad(ceil_div(problem->dim_v, value_parts)),
-                                    .columns = panel->columns > 0 ? panel->columns : 1};
+                                    .columns = panel->columns > 0 ? panel->columns : 1,
+                                    .pool = panel->columns + 2};
                 best.head_parts = head_parts;
                 best.value_parts = ceil_div(problem->dim_v, best.pad_v);
                 best.lanes = matrices * head_parts * best.value_parts;
@@ -120,9 +122,9 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
         SIZE_P,
         SIZE_KV,
         SIZE_J,
-        SIZE_2J,
+        SIZE_SJ,
         SIZE_M,
-        SIZE_MJ,
+        SIZE_A,
         SIZE_COUNT
     };
     enum { ONE, HEAD };
@@ -144,13 +146,13 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
         [SIZE_K] = shape->pad_k,
         [SIZE_V] = shape->pad_v,
         [SIZE_L] = PORTABLE_WEIGHTS,
-        [SIZE_D] = PORTABLE_DECAYS,
-        [SIZE_P] = shape->columns + 1,
+        [SIZE_D] = pad(shape->pool),
+        [SIZE_P] = shape->pool,
         [SIZE_KV] = shape->pad_k * shape->pad_v,
         [SIZE_J] = shape->columns,
-        [SIZE_2J] = 2 * shape->columns,
+        [SIZE_SJ] = shape->segments * shape->columns,
+        [SIZE_A] = 2 * shape->columns,
         [SIZE_M] = shape->segments + shape->segment,
-        [SIZE_MJ] = (shape->segments + shape->segment) * shape->columns,
     };
     const size_t counts[] = {[ONE] = 1, [HEAD] = shape->heads};
     size_t floats = 0;
@@ -171,8 +173,10 @@ static size_t reserve(size_t *end, size_t floats) {
 static lane_shape backward_shape(const loglin_problem *problem, const loglin_engine_state *state) {
     lane_shape shape = state->shape;
     const size_t waves = problem->sequences > 0 ? problem->max_length / problem->chunk + 2 : state->panel.waves;
-    shape.segment = waves < most_segment_chunks ? waves : most_segment_chunks;
+    shape.segment = waves <= one_segment_chunks ? waves : most_segment_chunks;
     shape.segments = ceil_div(waves, shape.segment);
+    /* Those at a segment's start, and what each of its chunks makes: its own, and anew all others for the delta rule. */
+    shape.pool = shape.columns + shape.segment * (state->panel.delta ? shape.columns + 1 : 1);
     return shape;
 }
 
@@ -258,7 +262,7 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                    "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
                    (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
                    vector_width(device), problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v,
-                   shape->heads, shape->columns, shape->columns + 1, state->panel.delta, state->panel.near,
+                   shape->heads, shape->columns, shape->pool, state->panel.delta, state->panel.near,
                    problem->normalize_qk != 0, shape->segment > 0, shape->segment, shape->segments);
     cl_program program;
     RETURN_IF_ERROR(loglin_program_get(device, files, options, &program));
