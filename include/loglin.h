@@ -58,6 +58,8 @@
  *
  * Threads.  A loglin_device may be used by any number of threads at once.  A loglin_plan by one thread at a time.
  *
+ * The fused engine on CPUs takes numbers below 1.2e-38 as 0.
+ *
  * Environment.  LOGLIN_DEVICE (which device loglin_select_device(NULL) takes), LOGLIN_CACHE_DIR (where compiled
  * programs and tuning results are kept; an empty value switches the cache off), LOGLIN_BUILD_OPTIONS (appended to the OpenCL build
  * options), LOGLIN_LOG (error, warn, info or debug: messages on standard error; warn is the default).

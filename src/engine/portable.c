@@ -244,26 +244,14 @@ static int vector_width(const loglin_device *device) {
     return width >= 16 ? 16 : 8;
 }
 
-/* Creates the kernels first .. end - 1, compiled for a shape. */
-static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
+/* Creates the kernels first .. end - 1 of a program. */
+static loglin_status create_kernels(loglin_device *device, const char *const *files, const char *options,
                                     portable_kernel first, portable_kernel end, loglin_engine_state *state) {
     static const char *const names[KERNEL_COUNT] = {
 #define PORTABLE_KERNEL_NAME(name) #name,
         PORTABLE_KERNELS(PORTABLE_KERNEL_NAME)
 #undef PORTABLE_KERNEL_NAME
     };
-    static const char *const files[] = {
-        "panel.cl",          "common.cl",          "chunk_layout.cl",     "mma_portable.cl",      "portable_layout.cl",
-        "portable_chunk.cl", "portable_states.cl", "portable_forward.cl", "portable_backward.cl", NULL};
-    char options[640];
-    (void)snprintf(options, sizeof options,
-                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
-                   "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
-                   "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
-                   (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
-                   vector_width(device), problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v,
-                   shape->heads, shape->columns, shape->pool, state->panel.delta, state->panel.near,
-                   problem->normalize_qk != 0, shape->segment > 0, shape->segment, shape->segments);
     cl_program program;
     RETURN_IF_ERROR(loglin_program_get(device, files, options, &program));
     for (portable_kernel i = first; i < end; i++) {
@@ -276,13 +264,40 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     return LOGLIN_OK;
 }
 
+/* The kernels that know nothing of the lanes: the same for all shapes, so they are compiled once. */
+static loglin_status create_slot_kernels(loglin_device *device, const loglin_problem *problem,
+                                         loglin_engine_state *state) {
+    static const char *const files[] = {"panel.cl", "common.cl", "chunk_layout.cl", NULL};
+    const char *options = problem->partition == LOGLIN_STRONG ? "-DSTRONG=1" : "-DSTRONG=0";
+    return create_kernels(device, files, options, KERNEL_chunk_layout, KERNEL_portable_forward, state);
+}
+
+static loglin_status create_lane_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
+                                         portable_kernel first, portable_kernel end, loglin_engine_state *state) {
+    static const char *const files[] = {
+        "panel.cl",          "common.cl",          "chunk_layout.cl",     "mma_portable.cl",      "portable_layout.cl",
+        "portable_chunk.cl", "portable_states.cl", "portable_forward.cl", "portable_backward.cl", NULL};
+    char options[640];
+    (void)snprintf(options, sizeof options,
+                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
+                   "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
+                   "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
+                   (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
+                   vector_width(device), problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v,
+                   shape->heads, shape->columns, shape->pool, state->panel.delta, state->panel.near,
+                   problem->normalize_qk != 0, shape->segment > 0, shape->segment, shape->segments);
+    return create_kernels(device, files, options, first, end, state);
+}
+
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     RETURN_IF_ERROR(lay_out(device, problem, state));
-    RETURN_IF_ERROR(create_kernels(device, problem, &state->shape, 0, KERNEL_portable_backward, state));
+    RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
+    RETURN_IF_ERROR(
+        create_lane_kernels(device, problem, &state->shape, KERNEL_portable_forward, KERNEL_portable_backward, state));
     if (has_backward(problem)) {
         const lane_shape shape = backward_shape(problem, state);
-        return create_kernels(device, problem, &shape, KERNEL_portable_backward, KERNEL_COUNT, state);
+        return create_lane_kernels(device, problem, &shape, KERNEL_portable_backward, KERNEL_COUNT, state);
     }
     return (problem->phases & LOGLIN_BACKWARD) == 0
                ? LOGLIN_OK
