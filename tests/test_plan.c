@@ -160,8 +160,9 @@ Test(plan, describes_itself) {
     char whole[1024];
     const size_t length = loglin_plan_describe(plan, whole, sizeof whole);
     cr_expect_eq(length, strlen(whole));
-    cr_expect(strstr(whole, "engine blas (as asked)") != NULL && strstr(whole, "32") != NULL && strstr(whole, "workspace") != NULL, "%s",
-              whole);
+    cr_expect(strstr(whole, "engine blas (as asked)") != NULL && strstr(whole, "32") != NULL &&
+                  strstr(whole, "workspace") != NULL,
+              "%s", whole);
     char cut[8];
     cr_expect_eq(loglin_plan_describe(plan, cut, sizeof cut), length);
     cr_expect_eq(strlen(cut), sizeof cut - 1);
