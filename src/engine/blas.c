@@ -137,16 +137,7 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     char options[128];
     (void)snprintf(options, sizeof options, "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d", (int)problem->dtype,
                    (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG);
-    cl_program program;
-    RETURN_IF_ERROR(loglin_program_get(device, files, options, &program));
-    for (int i = 0; i < CHUNK_KERNEL_COUNT; i++) {
-        cl_int code;
-        state->kernels[i] = clCreateKernel(program, names[i], &code);
-        if (code != CL_SUCCESS) {
-            return loglin_fail(code, "clCreateKernel(%s): %s", names[i], loglin_strerror(code));
-        }
-    }
-    return LOGLIN_OK;
+    return loglin_kernels_get(device, files, options, names, CHUNK_KERNEL_COUNT, state->kernels);
 }
 
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,

@@ -145,16 +145,7 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                    padded_k(problem), problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    loglin_num_levels(problem->length), problem->normalize_qk != 0, (int)problem->dtype,
                    (int)problem->weight_dtype, block_of(steps, 8), block_of(steps / 2, 4), cached_blocks(problem));
-    cl_program program;
-    RETURN_IF_ERROR(loglin_program_get(device, files, options, &program));
-    for (int i = 0; i < KERNEL_COUNT; i++) {
-        cl_int code = CL_SUCCESS;
-        state->kernels[i] = clCreateKernel(program, names[i], &code);
-        if (code != CL_SUCCESS) {
-            return loglin_fail(code, "clCreateKernel(%s): %s", names[i], loglin_strerror(code));
-        }
-    }
-    return LOGLIN_OK;
+    return loglin_kernels_get(device, files, options, names, KERNEL_COUNT, state->kernels);
 }
 
 static void destroy(loglin_engine_state *state) {

@@ -252,16 +252,7 @@ static loglin_status create_kernels(loglin_device *device, const char *const *fi
         PORTABLE_KERNELS(PORTABLE_KERNEL_NAME)
 #undef PORTABLE_KERNEL_NAME
     };
-    cl_program program;
-    RETURN_IF_ERROR(loglin_program_get(device, files, options, &program));
-    for (portable_kernel i = first; i < end; i++) {
-        cl_int code;
-        state->kernels[i] = clCreateKernel(program, names[i], &code);
-        if (code != CL_SUCCESS) {
-            return loglin_fail(code, "clCreateKernel(%s): %s", names[i], loglin_strerror(code));
-        }
-    }
-    return LOGLIN_OK;
+    return loglin_kernels_get(device, files, options, names + first, end - first, state->kernels + first);
 }
 
 /* The kernels that know nothing of the lanes: the same for all shapes, so they are compiled once. */

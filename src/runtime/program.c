@@ -390,3 +390,18 @@ loglin_status loglin_program_get(loglin_device *device, const char *const *names
     mtx_unlock(&device->lock);
     return status;
 }
+
+loglin_status loglin_kernels_get(loglin_device *device, const char *const *names, const char *options,
+                                 const char *const *kernels, size_t count, cl_kernel *made) {
+    cl_program program;
+    RETURN_IF_ERROR(loglin_program_get(device, names, options, &program));
+    for (size_t i = 0; i < count; i++) {
+        cl_int code = CL_SUCCESS;
+        made[i] = clCreateKernel(program, kernels[i], &code);
+        if (code != CL_SUCCESS) {
+            made[i] = NULL;
+            return loglin_fail(code, "clCreateKernel(%s): %s", kernels[i], loglin_strerror(code));
+        }
+    }
+    return LOGLIN_OK;
+}

@@ -16,6 +16,10 @@ struct loglin_program;
 loglin_status loglin_program_get(loglin_device *device, const char *const *names, const char *options,
                                  cl_program *program);
 
+/* The kernels `kernels` (a list of `count` names) of such a program; on failure those already made are the caller's too. */
+loglin_status loglin_kernels_get(loglin_device *device, const char *const *names, const char *options,
+                                 const char *const *kernels, size_t count, cl_kernel *made);
+
 /* For the end of a device: releases its programs. */
 void loglin_programs_release(struct loglin_program *programs);
 
