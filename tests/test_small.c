@@ -57,5 +57,6 @@ int main(void) {
     support_case decaying = {.length = 20, .final_states = true, .log_decay = true, .dim_k = 4, .dim_v = 4};
     count_result(support_check_decode(&decaying));
     printf("%zu passed, %zu failed\n", passed, failed);
+    fflush(stdout); /* whatever becomes of the process when libraries clean up */
     return failed == 0 ? 0 : 1;
 }
