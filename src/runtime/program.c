@@ -393,7 +393,7 @@ loglin_status loglin_program_get(loglin_device *device, const char *const *names
 
 loglin_status loglin_kernels_get(loglin_device *device, const char *const *names, const char *options,
                                  const char *const *kernels, size_t count, cl_kernel *made) {
-    cl_program program;
+    cl_program program = NULL;
     RETURN_IF_ERROR(loglin_program_get(device, names, options, &program));
     for (size_t i = 0; i < count; i++) {
         cl_int code = CL_SUCCESS;
