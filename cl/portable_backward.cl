@@ -133,7 +133,7 @@ float pass_gradients(const place *at, operand state, float decay, matrix d_state
 /* The caller's gradient of a level, padded. */
 void load_level(const loglin_panel p, const place *at, matrix to, const __global float *values, int level) {
     for (uint k = 0; k < PAD_K; k++) {
-        fill(to + k * PAD_V, PAD_V, 0.0f);
+        set_zero(to + k * PAD_V, PAD_V);
         for (uint i = 0; k < DIM_K && i < at->values; i++) {
             to[k * PAD_V + i] = values[state_row(p, at, k) + (ulong)level * DIM_K * DIM_V + i];
         }
@@ -219,7 +219,7 @@ void map_gradients(const place *at) {
 void share_gradients(const place *at) {
     transpose(ARRAY(D_READ), PAD_K, ARRAY(D_READ_T), CHUNK, PAD_K, CHUNK);
     transpose(ARRAY(D_WRITE), PAD_K, ARRAY(D_WRITE_T), CHUNK, PAD_K, CHUNK);
-    fill(ARRAY(D_GATE), CHUNK, 0.0f);
+    set_zero(ARRAY(D_GATE), CHUNK);
 #if IS_DELTA
     transpose(ARRAY(D_K_START), PAD_K, ARRAY(D_K_START_T), CHUNK, PAD_K, CHUNK);
     map_gradients(at);
@@ -343,7 +343,7 @@ int take_adjoint(const loglin_panel p, const place *at, uint moment, uint j, con
     } else if (last && next >= 0 && dfinal) {
         load_level(p, at, ADJOINT(vacant), dfinal, next);
     } else {
-        fill(ADJOINT(vacant), SIZE_KV, 0.0f);
+        set_zero(ADJOINT(vacant), SIZE_KV);
     }
     return vacant;
 }
@@ -356,12 +356,12 @@ void head_gradients(const loglin_panel p, const place *at, __global float *ws, p
     transpose(ARRAY(D_O_T), CHUNK, ARRAY(D_O), PAD_V, CHUNK, PAD_V);
     transpose(ARRAY(V_T), CHUNK, ARRAY(V), PAD_V, CHUNK, PAD_V);
     transpose(ARRAY(READ_T), CHUNK, ARRAY(READ), PAD_K, CHUNK, PAD_K);
-    fill(ARRAY(D_LEVELS), CHUNK * PORTABLE_WEIGHTS, 0.0f);
-    fill(ARRAY(D_READ_T), PAD_K * CHUNK, 0.0f);
-    fill(ARRAY(D_WRITE_T), PAD_K * CHUNK, 0.0f);
+    set_zero(ARRAY(D_LEVELS), CHUNK * PORTABLE_WEIGHTS);
+    set_zero(ARRAY(D_READ_T), PAD_K * CHUNK);
+    set_zero(ARRAY(D_WRITE_T), PAD_K * CHUNK);
 #if IS_DELTA
     transpose(ARRAY(K_START_T), CHUNK, ARRAY(K_START), PAD_K, CHUNK, PAD_K);
-    fill(ARRAY(D_K_START_T), PAD_K * CHUNK, 0.0f);
+    set_zero(ARRAY(D_K_START_T), PAD_K * CHUNK);
 #endif
     product(CHUNK, CHUNK, PAD_V, ARRAY(D_O), PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_MZ), CHUNK, 0, C_LOWER, 0.0f);
     add_level_gradients(at);
@@ -407,7 +407,7 @@ void store_initial(const loglin_panel p, const place *at, __global float *to, co
 
 /* What the chunk's heads write: enough to walk the states on. */
 void load_chunk_states(const loglin_panel p, place *at, const inputs *in) {
-    load_keys(p, at, ARRAY(KEY), in->k, 1.0f, ARRAY(NORM) + CHUNK);
+    load_keys(p, at, ARRAY(KEY), in->k, 1.0f);
 #if IS_DELTA
     transpose(ARRAY(KEY_T), CHUNK, ARRAY(KEY), PAD_K, CHUNK, PAD_K);
     product(CHUNK, CHUNK, DIM_K, ARRAY(KEY), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(KK), CHUNK, 0, C_LOWER, 0.0f);
@@ -489,11 +489,11 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
         for (uint n = end; n-- > first;) {
             at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n);
             load_group(p, &at, &in);
-            fill(at.memory + LANE_D_QK, CHUNK * CHUNK, 0.0f);
-            fill(at.memory + LANE_D_Q, CHUNK * PAD_K, 0.0f);
-            fill(at.memory + LANE_D_KEY, CHUNK * PAD_K, 0.0f);
+            set_zero(at.memory + LANE_D_QK, CHUNK * CHUNK);
+            set_zero(at.memory + LANE_D_Q, CHUNK * PAD_K);
+            set_zero(at.memory + LANE_D_KEY, CHUNK * PAD_K);
 #if IS_DELTA
-            fill(at.memory + LANE_D_KK, CHUNK * CHUNK, 0.0f);
+            set_zero(at.memory + LANE_D_KK, CHUNK * CHUNK);
 #endif
             for (at.head = 0; at.head < LANE_HEADS; at.head++) {
                 load_head(p, &at, &in);

@@ -111,9 +111,9 @@ void store_row(__global storage *to, operand from, uint count) {
 }
 
 /* Floats in whole vectors. */
-void fill(matrix to, uint count, float x) {
+void set_zero(matrix to, uint count) {
     for (uint i = 0; i < count; i += 16) {
-        put16((float16)x, to + i);
+        put16((float16)0.0f, to + i);
     }
 }
 
@@ -182,20 +182,18 @@ void transpose(matrix to, uint to_row, operand from, uint from_row, uint rows, u
 /* ---- What the heads of a group share ------------------------------------------------------------------------------ */
 
 /* Rows of q or k, times scale, divided by their norms where asked for. */
-void load_keys(const loglin_panel p, const place *at, matrix to, const __global storage *from, float scale,
-               matrix norms) {
+void load_keys(const loglin_panel p, const place *at, matrix to, const __global storage *from, float scale) {
     for (uint r = 0; r < CHUNK; r++) {
         const long token = row_token(at->slot, r);
         matrix row = to + r * PAD_K;
         if (token < 0) {
-            fill(row, PAD_K, 0.0f);
+            set_zero(row, PAD_K);
             continue;
         }
         load_row(row, from + ((ulong)token * p.groups + at->group) * DIM_K, DIM_K, PAD_K);
         float factor = scale;
         if (IS_NORMALIZED) {
-            norms[r] = 1.0f / sqrt(row_dot(row, row, PAD_K) + 1e-6f);
-            factor *= norms[r];
+            factor /= sqrt(row_dot(row, row, PAD_K) + 1e-6f);
         }
         if (factor != 1.0f) {
             set_scaled(row, row, factor, PAD_K);
@@ -204,8 +202,8 @@ void load_keys(const loglin_panel p, const place *at, matrix to, const __global 
 }
 
 void load_group(const loglin_panel p, const place *at, const inputs *in) {
-    load_keys(p, at, ARRAY(Q), in->q, p.scale, ARRAY(NORM));
-    load_keys(p, at, ARRAY(KEY), in->k, 1.0f, ARRAY(NORM) + CHUNK);
+    load_keys(p, at, ARRAY(Q), in->q, p.scale);
+    load_keys(p, at, ARRAY(KEY), in->k, 1.0f);
     transpose(ARRAY(KEY_T), CHUNK, ARRAY(KEY), PAD_K, CHUNK, PAD_K);
     product(CHUNK, CHUNK, DIM_K, ARRAY(Q), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(QK), CHUNK, 0, C_LOWER, 0.0f);
 #if IS_DELTA
@@ -219,17 +217,12 @@ void load_values(const loglin_panel p, const place *at, matrix to, const __globa
     for (uint r = 0; r < CHUNK; r++) {
         const long token = row_token(at->slot, r);
         if (token < 0) {
-            fill(to + r * PAD_V, PAD_V, 0.0f);
+            set_zero(to + r * PAD_V, PAD_V);
         } else {
             load_row(to + r * PAD_V, from + ((ulong)token * p.heads + head_of(at)) * DIM_V + at->first_value,
                      at->values, PAD_V);
         }
     }
-}
-
-/* exp(a_r - a_s), s <= r: the sums' difference first, then the remainders'. */
-float decay_between(operand sums, uint r, uint s) {
-    return exp((sums[r] - sums[s]) + (sums[CHUNK + r] - sums[CHUNK + s]));
 }
 
 /*
@@ -268,7 +261,7 @@ void load_weights(const loglin_panel p, const place *at, const inputs *in) {
     const uint count = min(p.levels, min((uint)PORTABLE_WEIGHTS, p.first_level + p.columns));
     for (uint r = 0; r < CHUNK; r++) {
         matrix row = ARRAY(WEIGHTS) + r * PORTABLE_WEIGHTS;
-        fill(row, PORTABLE_WEIGHTS, 0.0f);
+        set_zero(row, PORTABLE_WEIGHTS);
         const long token = row_token(at->slot, r);
         const ulong from = ((ulong)max(token, 0L) * p.heads + head_of(at)) * p.levels;
         for (uint level = 0; token >= 0 && level < count; level++) {
@@ -461,7 +454,7 @@ place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane
     const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, head_parts = p.heads / p.groups / LANE_HEADS;
     const uint of_heads = lane / value_parts, of_group = of_heads / head_parts;
     place at;
-    at.memory = ws + lanes + (ulong)lane * LANE_FLOATS;
+    at.memory = ws + lanes + (ulong)lane * ((LANE_FLOATS + 15) / 16 * 16); /* whole vectors, as the host has it */
     at.sequence = of_group / p.groups;
     at.group = of_group % p.groups;
     at.head = 0;

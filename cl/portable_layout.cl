@@ -16,7 +16,6 @@
     ARRAY(Q, ONE, C, K, ALWAYS)            /* queries times scale, normalised where asked for */                       \
     ARRAY(KEY, ONE, C, K, ALWAYS)          /* keys, likewise */                                                        \
     ARRAY(KEY_T, ONE, K, C, ALWAYS)        /* transposed */                                                            \
-    ARRAY(NORM, ONE, C, 2, ALWAYS)         /* 1 / norms of the rows of q, then of k */                                 \
     ARRAY(QK, ONE, C, C, ALWAYS)           /* q k^T, its lower triangle */                                             \
     ARRAY(KK, ONE, C, C, DELTA)            /* k k^T, likewise */                                                       \
     ARRAY(V, ONE, C, V, ALWAYS)            /* values */                                                                \

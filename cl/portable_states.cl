@@ -30,7 +30,7 @@ void begin_states(const loglin_panel p, const place *at, const __global float *v
         if (where[column] == NOWHERE) {
             where[column] = column;
             HEAD_ARRAY(DECAY)[column] = 0.0f;
-            fill(to, SIZE_KV, 0.0f);
+            set_zero(to, SIZE_KV);
         }
         const ulong of_head = ((ulong)at->sequence * p.heads + head_of(at)) * p.levels;
         const float scale = log_decay ? exp(log_decay[of_head + level]) : 1.0f;

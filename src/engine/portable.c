@@ -53,7 +53,7 @@ typedef struct workspace_layout {
 struct loglin_engine_state {
     cl_kernel kernels[KERNEL_COUNT];
     loglin_panel panel; /* table from the workspace's start */
-    lane_shape shape;
+    lane_shape shape, backward_shape;
     workspace_layout forward, backward;
     loglin_engine_state *blas; /* for the backward pass where this engine has none, or NULL */
 };
@@ -170,7 +170,7 @@ static size_t reserve(size_t *end, size_t floats) {
 }
 
 /* The shape of the backward pass's lanes. */
-static lane_shape backward_shape(const loglin_problem *problem, const loglin_engine_state *state) {
+static lane_shape divide_backward(const loglin_problem *problem, const loglin_engine_state *state) {
     lane_shape shape = state->shape;
     const size_t waves = problem->sequences > 0 ? problem->max_length / problem->chunk + 2 : state->panel.waves;
     shape.segment = waves <= one_segment_chunks ? waves : most_segment_chunks;
@@ -216,8 +216,8 @@ static loglin_status lay_out(const loglin_device *device, const loglin_problem *
     state->shape = divide(problem, panel, device->info.compute_units);
     RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->shape, &state->forward));
     if (has_backward(problem)) {
-        const lane_shape shape = backward_shape(problem, state);
-        RETURN_IF_ERROR(lay_out_workspace(problem, panel, &shape, &state->backward));
+        state->backward_shape = divide_backward(problem, state);
+        RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->backward_shape, &state->backward));
     }
     return LOGLIN_OK;
 }
@@ -287,8 +287,8 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
     RETURN_IF_ERROR(
         create_lane_kernels(device, problem, &state->shape, KERNEL_portable_forward, KERNEL_portable_backward, state));
     if (has_backward(problem)) {
-        const lane_shape shape = backward_shape(problem, state);
-        return create_lane_kernels(device, problem, &shape, KERNEL_portable_backward, KERNEL_COUNT, state);
+        return create_lane_kernels(device, problem, &state->backward_shape, KERNEL_portable_backward, KERNEL_COUNT,
+                                   state);
     }
     return (problem->phases & LOGLIN_BACKWARD) == 0
                ? LOGLIN_OK

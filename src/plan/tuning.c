@@ -499,21 +499,6 @@ loglin_status loglin_tuning_read(const char *path, loglin_tuning *tuning) {
     return status;
 }
 
-static bool write_all(int file, const char *text, size_t length) {
-    while (length > 0) {
-        const ssize_t put = write(file, text, length);
-        if (put < 0 && errno == EINTR) {
-            continue;
-        }
-        if (put <= 0) {
-            return false;
-        }
-        text += put;
-        length -= (size_t)put;
-    }
-    return true;
-}
-
 /* A string for the caller to free, NULL without memory. */
 static char *join(const char *first, const char *second) {
     const size_t size = strlen(first) + strlen(second) + 1;
@@ -529,7 +514,8 @@ static loglin_status replace_file(const char *path, char *temporary, const char 
     if (file < 0) {
         return fail_io("cannot create", temporary);
     }
-    const bool written = write_all(file, text, strlen(text)) && write_all(file, "\n", 1) && fsync(file) == 0;
+    const bool written =
+        loglin_write_all(file, text, strlen(text)) && loglin_write_all(file, "\n", 1) && fsync(file) == 0;
     loglin_status status = written ? LOGLIN_OK : fail_io("cannot write", path);
     if (close(file) != 0 && written) {
         status = fail_io("cannot write", path);

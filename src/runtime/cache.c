@@ -125,7 +125,7 @@ static bool read_all(int file, void *data, size_t size) {
     return true;
 }
 
-static bool write_all(int file, const void *data, size_t size) {
+bool loglin_write_all(int file, const void *data, size_t size) {
     const unsigned char *at = data;
     while (size > 0) {
         const ssize_t put = write(file, at, size);
@@ -194,7 +194,8 @@ static bool write_entry(int file, const char *key, const void *data, size_t size
     entry_header header = {
         .version = entry_version, .key_size = strlen(key), .data_size = size, .checksum = hash(data, size)};
     memcpy(header.magic, entry_magic, sizeof entry_magic);
-    return write_all(file, &header, sizeof header) && write_all(file, key, strlen(key)) && write_all(file, data, size);
+    return loglin_write_all(file, &header, sizeof header) && loglin_write_all(file, key, strlen(key)) &&
+           loglin_write_all(file, data, size);
 }
 
 void loglin_cache_store(const char *directory, const char *key, const void *data, size_t size) {

@@ -21,4 +21,7 @@ unsigned char *loglin_cache_load(const char *directory, const char *key, size_t 
 /* Stores data under the key, in place of what was there.  Readers and writers of other processes see a whole entry. */
 void loglin_cache_store(const char *directory, const char *key, const void *data, size_t size);
 
+/* Writes all bytes to an open file; false if that fails. */
+bool loglin_write_all(int file, const void *data, size_t size);
+
 #endif
