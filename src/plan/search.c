@@ -160,24 +160,29 @@ static bool fight(race *at, size_t challenger, loglin_sample *first_all, loglin_
     return at->first_failed || loglin_sample_median(&second) + spread < loglin_sample_median(&first);
 }
 
+/* The one that is chosen if nobody beats candidate 0. */
+static size_t fallback_of(const loglin_search *search) {
+    return search->yardstick ? 1 : 0;
+}
+
 static void settle(race *at, loglin_search_result *result) {
-    loglin_sample first = {.runs = 0}, challenger = {.runs = 0};
+    loglin_sample first = {.runs = 0}, challenger = {.runs = 0}, winner = {.runs = 0};
     const size_t candidate = at->runners[0].candidate;
-    if (candidate == 0) { /* nobody was faster */
-        if (measure(at, 0, at->search->runs, &first) == LOGLIN_OUTCOME_OK) {
-            *result = (loglin_search_result){.found = true, .complete = !at->stopped};
-            result->ms = result->first_ms = loglin_sample_median(&first);
-            result->spread = loglin_sample_spread(&first);
-        }
-        return;
+    const bool won =
+        candidate > 0 && fight(at, candidate, &first, &challenger) && fight(at, candidate, &first, &challenger);
+    result->winner = won ? candidate : fallback_of(at->search);
+    if (result->winner == candidate && candidate > 0) {
+        winner = challenger;
+    } else if (result->winner == 0) {
+        winner = first;
     }
-    const bool won = fight(at, candidate, &first, &challenger) && fight(at, candidate, &first, &challenger);
-    const loglin_sample *winner = won ? &challenger : &first;
-    result->winner = won ? candidate : 0;
-    result->found = won || (!at->first_failed && first.runs > 0);
-    result->complete = !at->stopped;
-    result->ms = loglin_sample_median(winner);
-    result->spread = loglin_sample_spread(winner);
+    if (winner.runs == 0) { /* it was in no duel */
+        (void)measure(at, result->winner, at->search->runs, &winner);
+        first = result->winner == 0 ? winner : first;
+    }
+    result->found = winner.runs > 0 && !at->stopped;
+    result->ms = loglin_sample_median(&winner);
+    result->spread = loglin_sample_spread(&winner);
     result->first_ms = first.runs > 0 ? loglin_sample_median(&first) : 0;
 }
 
@@ -191,13 +196,15 @@ loglin_search_result loglin_search_run(const loglin_search *search) {
     if (at.runners == NULL) {
         return result;
     }
-    for (size_t i = 0; i < search->count; i++) {
-        at.runners[i].candidate = i;
+    at.count -= fallback_of(search);
+    for (size_t i = 0; i < at.count; i++) {
+        at.runners[i].candidate = i + fallback_of(search);
     }
     halve(&at);
     if (at.count > 0 && !at.stopped) {
         settle(&at, &result);
     }
+    result.complete = !at.stopped;
     free(at.runners);
     return result;
 }

@@ -582,18 +582,23 @@ static int lock_file(const char *path) {
 }
 
 /* With the lock held: keeps a damaged file under a name of its own. */
-static void set_aside(const char *path) {
+static loglin_status set_aside(const char *path) {
     char *aside = join(path, ".damaged-XXXXXX");
     const int file = aside != NULL ? mkstemp(aside) : -1;
-    if (file >= 0) {
-        close(file);
-        if (rename(path, aside) == 0) {
-            loglin_log(LOGLIN_LOG_WARN, "the damaged file is now %s", aside);
-        } else {
+    loglin_status status = LOGLIN_OK;
+    if (file >= 0 && rename(path, aside) == 0) {
+        loglin_log(LOGLIN_LOG_WARN, "the damaged file is now %s", aside);
+    } else {
+        status = fail_io("cannot set aside the damaged file", path);
+        if (file >= 0) {
             (void)unlink(aside);
         }
     }
+    if (file >= 0) {
+        close(file);
+    }
     free(aside);
+    return status;
 }
 
 /* LOGLIN_BAD_FILE: it is damaged, or another device's. */
@@ -610,13 +615,12 @@ static loglin_status read_own(const char *path, const loglin_identity *identity,
     return status;
 }
 
-/* With the lock held.  LOGLIN_IO: there is a file that cannot be read. */
+/* With the lock held.  LOGLIN_IO: there is a file that can neither be read nor set aside. */
 static loglin_status read_or_set_aside(const char *path, const loglin_identity *identity, loglin_tuning *tuning) {
     const loglin_status status = read_own(path, identity, tuning);
     if (status == LOGLIN_BAD_FILE) {
         loglin_log(LOGLIN_LOG_WARN, "tuning results are not used: %s", loglin_last_error());
-        set_aside(path);
-        return LOGLIN_OK;
+        return set_aside(path);
     }
     return status == LOGLIN_IO && access(path, F_OK) != 0 ? LOGLIN_OK : status;
 }

@@ -14,14 +14,18 @@
 #include "tensorfile/dtype.h"
 
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { GUARD = 64 };                          /* elements before and behind an array */
 static const double reference_budget = 1.5e8; /* multiplications that the comparison may take */
+static const double short_call = 200;         /* ms: longer calls do not feel what the caches held before */
+static const double enough_ms = 2000;         /* no further run is timed behind so many */
 
 /* ---- Arrays ------------------------------------------------------------------------------------------------------ */
 
@@ -419,12 +423,14 @@ static loglin_status time_configuration(measurement *at, loglin_reply *reply) {
     RETURN_IF_ERROR(prepare(at));
     RETURN_IF_ERROR(run_call(at, &ms));
     RETURN_IF_ERROR(validate(at, reply));
-    if (reply->reason[0] == '\0') {
+    if (reply->reason[0] == '\0' && ms < short_call) {
         RETURN_IF_ERROR(run_call(at, &ms)); /* the comparison has emptied the processor's caches */
     }
-    while (reply->reason[0] == '\0' && reply->sample.runs < at->request->runs) {
+    double sum = 0;
+    while (reply->reason[0] == '\0' && reply->sample.runs < at->request->runs && sum < enough_ms) {
         RETURN_IF_ERROR(run_call(at, &ms));
         reply->sample.ms[reply->sample.runs++] = ms;
+        sum += ms;
     }
     reply->outcome = reply->reason[0] == '\0' ? LOGLIN_OUTCOME_OK : LOGLIN_OUTCOME_FAILED;
     return LOGLIN_OK;
@@ -512,6 +518,7 @@ static void close_measurement(measurement *at) {
 }
 
 int loglin_tune_worker(const char *text) {
+    (void)prctl(PR_SET_PDEATHSIG, SIGKILL); /* a call that hangs must not outlive the tuner */
     loglin_request request;
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED};
     loglin_status status = loglin_request_parse(text, &request);
