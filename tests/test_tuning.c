@@ -92,6 +92,24 @@ Test(search, finds_a_planted_optimum_under_noise) {
     }
 }
 
+/* A yardstick is never chosen, not even as the fastest, and is what the winner is compared with. */
+Test(search, a_yardstick_only_measures) {
+    for (uint64_t seed = 1; seed <= 20; seed++) {
+        synthetic device = plant(20, 7, seed);
+        device.ms[0] = 1;
+        device.ms[1] = 15;
+        loglin_search what = {
+            .count = 20, .seed = seed, .runs = 3, .yardstick = true, .measure = simulate, .context = &device};
+        loglin_search_result result = loglin_search_run(&what);
+        cr_expect(result.complete && result.winner == 7 && result.first_ms < 1.5, "%zu has won", result.winner);
+        device.ms[1] = 3;
+        result = loglin_search_run(&what);
+        cr_expect(result.winner == 1 && result.ms < 4 && result.first_ms < 1.5, "%zu has won", result.winner);
+        what.count = 2;
+        cr_expect_eq(loglin_search_run(&what).winner, 1u);
+    }
+}
+
 /* Candidates that differ by nothing but noise must not unseat the first. */
 Test(search, noise_alone_does_not_win) {
     size_t lost = 0;

@@ -33,13 +33,23 @@ static void clear_live(loglin_cli_tune_view *view) {
     }
 }
 
+/* A choice in words; a class's are without CLBlast's parameters, which are the device's and have a row of their own. */
+static void print_best(const loglin_tune_event *event, char text[LINE_SIZE]) {
+    (void)snprintf(text, LINE_SIZE, "%s", event->best);
+    char *gemm = strstr(text, " gemm=");
+    if (gemm != NULL && strcmp(event->subject, "CLBlast") != 0) {
+        *gemm = '\0';
+    }
+}
+
 static void print_choice(const loglin_tune_event *event) {
-    char untuned[24] = "fails", gain[24] = "";
+    char untuned[24] = "fails", gain[24] = "", choice[LINE_SIZE];
+    print_best(event, choice);
     if (event->default_ms > 0) {
         (void)snprintf(untuned, sizeof untuned, "%.3f", event->default_ms);
         (void)snprintf(gain, sizeof gain, "%.2f", event->default_ms / event->ms);
     }
-    (void)printf("%-47s %10s %10.3f %6s  %s\n", event->subject, untuned, event->ms, gain, event->best);
+    (void)printf("%-47s %10s %10.3f %6s  %s\n", event->subject, untuned, event->ms, gain, choice);
 }
 
 /* ---- The live lines ---------------------------------------------------------------------------------------------- */
@@ -59,11 +69,12 @@ static void print_duration(char *text, size_t capacity, double seconds) {
 
 /* The best so far of what is being searched, and the bar below it; both shorter than the terminal is wide. */
 static void draw(loglin_cli_tune_view *view, const loglin_tune_event *event) {
-    char row[LINE_SIZE], bar[BAR_WIDTH + 1], left[24], line[LINE_SIZE];
+    char row[2 * LINE_SIZE], best[LINE_SIZE], bar[BAR_WIDTH + 1], left[24], line[LINE_SIZE];
     const int most = terminal_width() - 1;
     if (event->best != NULL) {
+        print_best(event, best);
         (void)snprintf(row, sizeof row, "%-47s %10s %10.3f %6s  %s", event->subject, "so far", event->best_ms, "",
-                       event->best);
+                       best);
     } else {
         (void)snprintf(row, sizeof row, "%-47s", event->subject);
     }

@@ -30,6 +30,7 @@ typedef struct tuner {
     loglin_tuning known;   /* what the cache held when the tuner started */
     loglin_tuning results; /* since the last merge */
     loglin_gemm_parameters gemm;
+    int stopped; /* the caller has wished so */
     double begin;
     double live_since, live_share; /* when the first child was asked, and the share that the journal had done by then */
     loglin_status status;          /* of what no candidate is to blame for */
@@ -63,7 +64,10 @@ static int tell(tuner *at) {
     at->event.seed = at->options.seed;
     at->event.seconds = now() - at->begin;
     at->event.seconds_left = seconds_left(at);
-    return at->options.progress != NULL ? at->options.progress(at->options.context, &at->event) : 0;
+    if (at->options.progress != NULL && at->options.progress(at->options.context, &at->event) != 0) {
+        at->stopped = 1;
+    }
+    return at->stopped;
 }
 
 static int wait_patiently(void *context) {
