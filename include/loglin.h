@@ -271,7 +271,7 @@ typedef struct loglin_tune_event {
     const char *subject;   /* the class that is being tuned, or "CLBlast", or "peak" */
     const char *candidate; /* what has just been measured; NULL: only time has passed */
     const char *outcome;   /* "ok", or why not: refused, wrong, hung, crashed; NULL without a candidate */
-    const char *detail;    /* in words; may be empty */
+    const char *detail;    /* in words, may be empty; finished: NULL, or why there is no choice */
     double ms, spread;     /* of the candidate, or (finished) of the choice */
     double default_ms; /* finished: of the engine's untuned default, measured alternately with the choice; 0: fails */
     const char *best;  /* the fastest of the subject so far; the choice where finished; NULL: none yet */

@@ -86,7 +86,7 @@ static const loglin_problem PROBLEM = {.batch = 1,
 /* What a run has told, and when it is to be stopped: at the n-th measurement, or at the n-th event. */
 typedef struct run {
     size_t measured, events, stop_measured, stop_events; /* 0: never */
-    size_t finished;
+    size_t finished, without;                            /* subjects with a choice, and those that have none */
     bool complete;
     double best_ms, default_ms, last_share;
     char best[LOGLIN_CANDIDATE_TEXT_SIZE];
@@ -101,7 +101,8 @@ static int watch(void *context, const loglin_tune_event *event) {
               at->last_share);
     at->last_share = event->share;
     cr_expect(isfinite(event->best_ms) && isfinite(event->seconds_left) && event->seconds_left >= 0);
-    if (event->finished != 0 && event->gflops == 0) {
+    at->without += event->finished != 0 && event->best == NULL && event->detail != NULL;
+    if (event->finished != 0 && event->best != NULL) {
         at->finished++;
         at->best_ms = event->ms;
         at->default_ms = event->default_ms;
@@ -181,7 +182,7 @@ Test(tuner, finds_the_planted_optimum_among_candidates_that_fail) {
 Test(tuner, goes_on_where_an_engine_has_no_candidate) {
     set_worker("*'\"engine\":1'*) wrong;;\n*'\"engine\":2'*) refused;;");
     run at = tune(&(loglin_tune_options){0}, (run){0});
-    cr_expect(at.complete && at.finished == 0, "%zu finished", at.finished);
+    cr_expect(at.complete && at.finished == 0 && at.without == 3, "%zu, %zu", at.finished, at.without);
     loglin_tuning tuning = stored();
     cr_expect_eq(count_failures(&tuning, "refused"), 0u, "a refusal depends on the problem");
     loglin_tuning_free(&tuning);

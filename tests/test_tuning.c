@@ -435,6 +435,13 @@ Test(tuning, an_export_can_be_imported) {
     cr_expect_eq(loglin_tuning_export(info.id, path), LOGLIN_OK, "%s", loglin_last_error());
     cr_assert_eq(loglin_tuning_read(path, &read), LOGLIN_OK);
     cr_expect_eq(read.count, 1u);
+    struct stat status;
+    cr_expect(stat(path, &status) == 0 && (status.st_mode & 0777) == 0644, "an export is to be shared");
+    cr_expect_eq(loglin_tuning_export(info.id, directory), LOGLIN_IO, "a directory was replaced");
+    snprintf(path, sizeof path, "%s/fifo", directory);
+    cr_assert_eq(mkfifo(path, 0600), 0);
+    cr_expect_eq(loglin_tuning_export(info.id, path), LOGLIN_IO);
+    cr_expect(stat(path, &status) == 0 && S_ISFIFO(status.st_mode), "a device file was replaced");
     loglin_tuning_free(&read);
     loglin_tuning_free(&tuning);
 }

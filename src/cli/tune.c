@@ -64,6 +64,14 @@ static void interrupt(int number) {
     interrupted = 1;
 }
 
+static void handle_signals(void) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action = {.sa_handler = interrupt, .sa_flags = SA_RESTART};
+    for (size_t i = 0; i < sizeof signals / sizeof signals[0]; ++i) {
+        (void)sigaction(signals[i], &action, NULL);
+    }
+}
+
 /* ---- Arguments --------------------------------------------------------------------------------------------------- */
 
 static loglin_cli_status bad_value(const char *option, const char *value, const char *expected) {
@@ -88,7 +96,9 @@ static loglin_cli_status parse_number(const char *option, const char *value, dou
     char *end;
     *number = strtod(value, &end);
     if (end == value || *end != '\0' || !(*number >= 1) || *number > most) {
-        return bad_value(option, value, "a number of at least 1");
+        char expected[64];
+        (void)snprintf(expected, sizeof expected, "a number from 1 to %.0f", most);
+        return bad_value(option, value, expected);
     }
     return LOGLIN_CLI_OK;
 }
@@ -281,7 +291,7 @@ static int progress(void *context, const loglin_tune_event *event) {
     if (event->gflops > 0) {
         run->results.gflops = event->gflops;
         run->results.gbytes = event->gbytes;
-    } else if ((event->finished != 0 || event->candidate != NULL) && !record(run, event)) {
+    } else if ((event->finished != 0 ? event->best : event->candidate) != NULL && !record(run, event)) {
         return 1;
     }
     loglin_cli_tune_view_update(&run->view, event);
@@ -316,8 +326,8 @@ static loglin_cli_status tune_device(const tune_arguments *arguments, const logl
     options.progress = progress;
     options.context = &run;
     const loglin_status status = loglin_tune(info->id, &options);
-    loglin_cli_tune_view_end(&run.view, &run.results);
     *results = run.results;
+    loglin_cli_tune_view_end(&run.view, status == LOGLIN_OK ? results : NULL);
     return status == LOGLIN_OK ? LOGLIN_CLI_OK : loglin_cli_fail_library(status);
 }
 
@@ -388,9 +398,7 @@ static loglin_cli_status run_tune(const tune_arguments *arguments) {
             infos[chosen++] = infos[i];
         }
     }
-    (void)signal(SIGINT, interrupt);
-    (void)signal(SIGTERM, interrupt);
-    (void)signal(SIGHUP, interrupt);
+    handle_signals();
     memset(results, 0, sizeof results);
     const loglin_cli_status result = tune_and_report(arguments, infos, chosen, results);
     for (size_t i = 0; i < chosen; ++i) {

@@ -11,6 +11,10 @@
 
 enum { LINE_SIZE = 320, BAR_WIDTH = 24 };
 
+static const char *const engine_names[] = {[LOGLIN_ENGINE_BLAS] = "blas", [LOGLIN_ENGINE_FUSED] = "fused"};
+
+enum { ENGINE_END = sizeof engine_names / sizeof engine_names[0] };
+
 loglin_cli_tune_view loglin_cli_tune_view_of(bool silent) {
     const char *kind = getenv("TERM"); // NOLINT(concurrency-mt-unsafe): nobody sets it
     const bool moves = kind != NULL && strcmp(kind, "dumb") != 0;
@@ -43,6 +47,11 @@ static void print_best(const loglin_tune_event *event, char text[LINE_SIZE]) {
 }
 
 static void print_choice(const loglin_tune_event *event) {
+    if (event->best == NULL) {
+        (void)printf("%-47s %10s %10s %6s  not %s: %s\n", event->subject, "", "", "",
+                     engine_names[event->problem.engine], event->detail);
+        return;
+    }
     char untuned[24] = "fails", gain[24] = "", choice[LINE_SIZE];
     print_best(event, choice);
     if (event->default_ms > 0) {
@@ -117,10 +126,6 @@ typedef struct gain {
     double mean, least; /* the geometric mean */
 } gain;
 
-static const char *const engine_names[] = {[LOGLIN_ENGINE_BLAS] = "blas", [LOGLIN_ENGINE_FUSED] = "fused"};
-
-enum { ENGINE_END = sizeof engine_names / sizeof engine_names[0] };
-
 static bool is_class(const loglin_cli_tuned *row) {
     return row->choice && strcmp(row->subject, "CLBlast") != 0;
 }
@@ -143,16 +148,20 @@ static gain gain_of(const loglin_cli_tune_results *results, loglin_engine engine
 void loglin_cli_tune_view_end(loglin_cli_tune_view *view, const loglin_cli_tune_results *results) {
     clear_live(view);
     bool any = false;
-    for (int engine = LOGLIN_ENGINE_BLAS; engine < ENGINE_END && !view->silent; ++engine) {
+    if (view->silent || results == NULL) {
+        return;
+    }
+    for (int engine = LOGLIN_ENGINE_BLAS; engine < ENGINE_END; ++engine) {
         const gain found = gain_of(results, (loglin_engine)engine);
         if (found.classes > 0) {
-            (void)printf("%s: the %s engine is %.2f times as fast as untuned, the geometric mean over %zu classes; at "
-                         "least %.2f\n",
-                         results->device, engine_names[engine], found.mean, found.classes, found.least);
+            (void)printf("%s: the %s engine is %.2f times as fast as untuned, in %zu %s (geometric mean; at least "
+                         "%.2f)\n",
+                         results->device, engine_names[engine], found.mean, found.classes,
+                         found.classes == 1 ? "class" : "classes", found.least);
             any = true;
         }
     }
-    if (!any && !view->silent) {
+    if (!any) {
         (void)printf("%s: no class is done\n", results->device);
     }
     (void)fflush(stdout);

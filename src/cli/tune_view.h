@@ -17,7 +17,7 @@ loglin_cli_tune_view loglin_cli_tune_view_of(bool silent);
 
 void loglin_cli_tune_view_update(loglin_cli_tune_view *view, const loglin_tune_event *event);
 
-/* The live lines go, and the gains of each engine are summed up. */
+/* The live lines go, and the gains of each engine are summed up unless the results are NULL. */
 void loglin_cli_tune_view_end(loglin_cli_tune_view *view, const loglin_cli_tune_results *results);
 
 /* The results of some devices: one object, or an array of them if all devices were asked for. */

@@ -22,7 +22,7 @@ static const double usual_limit = 180; /* seconds: a cold compilation of CLBlast
 
 typedef struct tuner {
     loglin_device_info info;
-    size_t place; /* in loglin_list_devices */
+    size_t place; /* among the devices of its name */
     loglin_tune_options options;
     loglin_stamp stamp;
     char *cache;
@@ -40,7 +40,7 @@ typedef struct tuner {
     loglin_candidates candidates;
     double share_before, share_of;
     loglin_tune_event event;
-    char best[LOGLIN_CANDIDATE_TEXT_SIZE];
+    char best[LOGLIN_CANDIDATE_TEXT_SIZE], failure[240]; /* failure: of the last candidate that failed */
 } tuner;
 
 static double now(void) {
@@ -103,7 +103,7 @@ static loglin_reply ask(tuner *at, const char *key, const loglin_request *reques
     if (loglin_journal_find(at->journal, key, &reply)) {
         return reply;
     }
-    if (at->options.time_limit > 0 && now() - at->begin > at->options.time_limit) {
+    if (at->stopped != 0 || (at->options.time_limit > 0 && now() - at->begin > at->options.time_limit)) {
         return reply;
     }
     char *text = loglin_request_print(request);
@@ -153,6 +153,9 @@ static loglin_outcome measure(void *context, size_t candidate, unsigned round, u
         }
     }
     *sample = reply.sample;
+    if (reply.outcome == LOGLIN_OUTCOME_FAILED) {
+        (void)snprintf(at->failure, sizeof at->failure, "%s", reply.detail[0] != '\0' ? reply.detail : reply.reason);
+    }
     if (reply.outcome != LOGLIN_OUTCOME_STOPPED) {
         at->event.candidate = text;
         at->event.outcome = reply.outcome == LOGLIN_OUTCOME_OK ? "ok" : reply.reason;
@@ -208,14 +211,18 @@ static loglin_status add_result(tuner *at, loglin_entry_kind kind, const loglin_
     return loglin_tuning_add(&at->results, &entry);
 }
 
-/* The subject is done: its choice is kept and told. */
+/* The subject is done: its choice is kept and told, or that there is none and why. */
 static loglin_status finish(tuner *at, loglin_entry_kind kind, const loglin_search_result *result, bool *over) {
     const loglin_configuration *choice = &at->candidates.items[result->winner];
-    RETURN_IF_ERROR(add_result(at, kind, result));
+    if (result->found) {
+        RETURN_IF_ERROR(add_result(at, kind, result));
+        at->gemm = kind == LOGLIN_ENTRY_GEMM ? choice->gemm : at->gemm;
+    }
     RETURN_IF_ERROR(keep(at));
-    advance(at, 1, result->winner, result->ms);
-    at->event.ms = result->ms;
-    at->event.spread = result->spread;
+    advance(at, 1, result->winner, result->found ? result->ms : INFINITY);
+    at->event.detail = result->found ? NULL : at->failure;
+    at->event.ms = result->found ? result->ms : 0;
+    at->event.spread = result->found ? result->spread : 0;
     at->event.default_ms = result->first_ms;
     at->event.problem = at->problem;
     at->event.problem.engine = choice->engine;
@@ -243,13 +250,7 @@ static loglin_status search_subject(tuner *at, loglin_entry_kind kind, unsigned 
     const loglin_search_result result = loglin_search_run(&search);
     RETURN_IF_ERROR(at->status);
     *over = !result.complete;
-    if (!result.found || !result.complete) {
-        return keep(at); /* failures, which are remembered */
-    }
-    if (kind == LOGLIN_ENTRY_GEMM) {
-        at->gemm = at->candidates.items[result.winner].gemm;
-    }
-    return finish(at, kind, &result, over);
+    return result.complete ? finish(at, kind, &result, over) : keep(at); /* keep: failures, which are remembered */
 }
 
 static loglin_problem standard_problem(const tuner *at, loglin_op op, loglin_phase phase, size_t length) {
@@ -399,19 +400,25 @@ static loglin_status run(tuner *at, const loglin_problem *problems, size_t count
 
 /* ---- The interface ----------------------------------------------------------------------------------------------- */
 
+/* The device, and how many of its name come before it. */
 static loglin_status find_device(cl_device_id id, size_t *place, loglin_device_info *info) {
     enum { MOST = 64 };
     loglin_device_info infos[MOST];
-    size_t count = 0;
+    size_t count = 0, at = 0;
     RETURN_IF_ERROR(loglin_list_devices(infos, MOST, &count));
-    for (size_t i = 0; i < count && i < MOST; i++) {
-        if (infos[i].id == id) {
-            *place = i;
-            *info = infos[i];
-            return LOGLIN_OK;
-        }
+    count = count < MOST ? count : MOST;
+    while (at < count && infos[at].id != id) {
+        at++;
     }
-    return loglin_fail(LOGLIN_INVALID_ARGUMENT, "id is not a device that loglin_list_devices lists");
+    if (at == count) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "id is not a device that loglin_list_devices lists");
+    }
+    *info = infos[at];
+    *place = 0;
+    for (size_t i = 0; i < at; i++) {
+        *place += strcmp(infos[i].name, info->name) == 0;
+    }
+    return LOGLIN_OK;
 }
 
 static loglin_status require_cache(char **cache) {

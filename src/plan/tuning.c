@@ -514,8 +514,9 @@ static loglin_status replace_file(const char *path, char *temporary, const char 
     if (file < 0) {
         return fail_io("cannot create", temporary);
     }
-    const bool written =
-        loglin_write_all(file, text, strlen(text)) && loglin_write_all(file, "\n", 1) && fsync(file) == 0;
+    const mode_t mode = 0644; /* results may be shared */
+    const bool written = fchmod(file, mode) == 0 && loglin_write_all(file, text, strlen(text)) &&
+                         loglin_write_all(file, "\n", 1) && fsync(file) == 0;
     loglin_status status = written ? LOGLIN_OK : fail_io("cannot write", path);
     if (close(file) != 0 && written) {
         status = fail_io("cannot write", path);
@@ -530,6 +531,10 @@ static loglin_status replace_file(const char *path, char *temporary, const char 
 }
 
 loglin_status loglin_tuning_write(const char *path, const loglin_tuning *tuning) {
+    struct stat there;
+    if (stat(path, &there) == 0 && !S_ISREG(there.st_mode)) {
+        return loglin_fail(LOGLIN_IO, "cannot replace %s: it is not a regular file", path);
+    }
     char *text = loglin_tuning_print(tuning);
     char *temporary = join(path, ".new-XXXXXX");
     const loglin_status status = text == NULL || temporary == NULL
