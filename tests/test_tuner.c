@@ -5,11 +5,14 @@
 #include "support.h"
 
 #include <criterion/criterion.h>
+#include <fcntl.h>
+#include <jansson.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -365,4 +368,156 @@ Test(tuner, the_default_of_an_engine_comes_first) {
         loglin_candidates_of_engine(LOGLIN_ENGINE_FUSED, &tuned, quick != 0, &list);
         cr_expect_eq(list.items[0].values[LOGLIN_TUNABLE_CHUNK], 64u);
     }
+}
+
+/* ---- The command ------------------------------------------------------------------------------------------------- */
+
+static char printed[65536];
+
+/* Runs "loglin tune" with the arguments, its standard output into `printed`; the exit status. */
+static int command(const char *arguments) {
+    char line[512];
+    snprintf(line, sizeof line, "%s tune %s > '%s/out' 2> '%s/err'", LOGLIN_COMMAND, arguments, directory, directory);
+    const int status = system(line);
+    snprintf(line, sizeof line, "%s/out", directory);
+    FILE *stream = fopen(line, "r");
+    cr_assert_not_null(stream);
+    printed[fread(printed, 1, sizeof printed - 1, stream)] = '\0';
+    fclose(stream);
+    cr_assert(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+Test(tuner, the_command_refuses_what_does_not_go_together) {
+    static const char *const wrong[] = {"--op gated_delta",     "--import x --export y", "--import x --quick",
+                                        "--export x --all",     "--all --device 0",      "--import x --device 0",
+                                        "--length 64 --seed 0", "--time-limit 0",        "--engine cuda",
+                                        "--length 1e12",        "--length 64 --dim-k x", "table"};
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        cr_expect_eq(command(wrong[i]), 2, "%s", wrong[i]);
+        cr_expect_str_empty(printed);
+    }
+}
+
+static const char SMALL[] = "--length 64 --dim-k 16 --dim-v 16 --engine fused";
+
+/* Not on a terminal: a head, a row, a sum, and no control characters; as JSON: nothing but that. */
+Test(tuner, the_command_prints_plain_rows_and_json) {
+    char arguments[160];
+    cr_assert_eq(command(SMALL), 0);
+    size_t lines = 0;
+    for (const char *c = printed; *c != '\0'; c++) {
+        lines += *c == '\n';
+        cr_expect(*c == '\n' || (*c >= ' ' && *c <= '~'), "character %d", *c);
+    }
+    cr_expect_eq(lines, 3u, "%s", printed);
+    cr_expect(strstr(printed, "mamba2 f32 K16 V16 shared T64 forward") != NULL, "%s", printed);
+    snprintf(arguments, sizeof arguments, "%s --resume --json --report '%s/page'", SMALL, directory);
+    cr_assert_eq(command(arguments), 0);
+    json_t *report = json_loads(printed, 0, NULL);
+    cr_assert_not_null(report);
+    cr_expect(json_is_true(json_object_get(report, "complete")));
+    cr_expect_eq(json_array_size(json_object_get(report, "choices")), 1u);
+    cr_expect_gt(json_array_size(json_object_get(report, "measurements")), 4u);
+    cr_expect_gt(json_integer_value(json_object_get(report, "seed")), 0);
+    json_decref(report);
+    snprintf(arguments, sizeof arguments, "%s --resume --all --json", SMALL);
+    cr_assert_eq(command(arguments), 0);
+    report = json_loads(printed, 0, NULL);
+    cr_expect_gt(json_array_size(report), 0u, "%s", printed);
+    json_decref(report);
+}
+
+/* The page and its plots name nothing beside each other, so that they open without a network. */
+Test(tuner, the_report_opens_from_disk) {
+    char arguments[160];
+    snprintf(arguments, sizeof arguments, "%s --report '%s/page'", SMALL, directory);
+    cr_assert_eq(command(arguments), 0);
+    char line[256];
+    snprintf(line, sizeof line, "cat '%s'/page/index.html '%s'/page/*.svg > '%s/all'", directory, directory, directory);
+    cr_assert_eq(system(line), 0);
+    snprintf(line, sizeof line, "grep -o 'https*://[^\"'\\'' >]*' '%s/all' | grep -v '^http://www.w3.org/' | grep .",
+             directory);
+    cr_expect_neq(system(line), 0, "the page names an address");
+    snprintf(line, sizeof line, "test $(grep -c '<polyline\\|<path' '%s'/page/speed-*.svg) -gt 0", directory);
+    cr_expect_eq(system(line), 0);
+    snprintf(line, sizeof line, "grep -q 'img src=\"speed-' '%s/page/index.html'", directory);
+    cr_expect_eq(system(line), 0);
+}
+
+/* Starts the command on a terminal of its own, `columns` wide; the terminal's other end. */
+static int start_on_terminal(char *const *arguments, unsigned short columns, pid_t *child) {
+    const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    cr_assert(terminal >= 0 && grantpt(terminal) == 0 && unlockpt(terminal) == 0);
+    const int inner = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+    const struct winsize size = {.ws_row = 24, .ws_col = columns};
+    cr_assert(inner >= 0 && ioctl(inner, TIOCSWINSZ, &size) == 0);
+    *child = fork();
+    cr_assert_geq(*child, 0);
+    if (*child == 0) {
+        setenv("TERM", "xterm", 1);
+        (void)dup2(inner, STDOUT_FILENO);
+        close(terminal);
+        execv(LOGLIN_COMMAND, arguments);
+        _exit(127);
+    }
+    close(inner);
+    return terminal;
+}
+
+/* On a terminal: the best so far and a bar with the time left, drawn over and over, never wider than it is. */
+Test(tuner, the_command_draws_on_a_terminal) {
+    enum { COLUMNS = 70 };
+    char *const arguments[] = {LOGLIN_COMMAND, "tune", "--length", "64",    "--dim-k", "16",
+                               "--dim-v",      "16",   "--engine", "fused", NULL};
+    pid_t child;
+    const int terminal = start_on_terminal(arguments, COLUMNS, &child);
+    size_t length = 0;
+    for (ssize_t got;
+         length < sizeof printed - 1 && (got = read(terminal, printed + length, sizeof printed - 1 - length)) > 0;) {
+        length += (size_t)got;
+    }
+    printed[length] = '\0';
+    int status;
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_expect_eq(status, 0);
+    close(terminal);
+    cr_expect(strstr(printed, "so far") != NULL && strstr(printed, "[##") != NULL, "%s", printed);
+    size_t drawn = 0;
+    for (const char *at = strstr(printed, "\033[J"); at != NULL; at = strstr(at + 1, "\033[J")) {
+        const char *row = at + 3, *bar = strstr(row, "\r\n[");
+        if (bar != NULL && strcspn(row, "\r") == (size_t)(bar - row)) {
+            drawn++;
+            cr_expect_lt(bar - row, COLUMNS);
+            cr_expect_lt(strcspn(bar + 2, "\033\r"), (size_t)COLUMNS);
+        }
+    }
+    cr_expect_gt(drawn, 0u);
+    const char *last = strrchr(printed, '\033');
+    cr_expect(last != NULL && strstr(last, "geometric mean") != NULL, "live lines are left behind the sum");
+}
+
+/* A second interrupt does no harm either: the first has ended the run in good order. */
+Test(tuner, the_command_can_be_interrupted) {
+    char *const arguments[] = {LOGLIN_COMMAND, "tune", "--quick", "--json", NULL};
+    char path[96];
+    snprintf(path, sizeof path, "%s/out", directory);
+    const pid_t child = fork();
+    cr_assert_geq(child, 0);
+    if (child == 0) {
+        (void)freopen(path, "w", stdout);
+        execv(LOGLIN_COMMAND, arguments);
+        _exit(127);
+    }
+    for (int i = 0; i < 40; i++) {
+        pause_briefly();
+    }
+    (void)kill(child, SIGINT);
+    (void)kill(child, SIGINT);
+    int status;
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 1, "status %d", status);
+    json_t *report = json_load_file(path, 0, NULL);
+    cr_expect(json_is_false(json_object_get(report, "complete")));
+    json_decref(report);
 }
