@@ -405,7 +405,7 @@ static loglin_status find_device(const loglin_request *request, loglin_device_in
 }
 
 static loglin_status open_device(measurement *at) {
-    loglin_device_info info;
+    loglin_device_info info = {.id = NULL};
     cl_int code;
     RETURN_IF_ERROR(find_device(at->request, &info));
     at->is_cpu = info.type == CL_DEVICE_TYPE_CPU;
@@ -429,7 +429,7 @@ static loglin_status prepare(measurement *at) {
 }
 
 static loglin_status time_configuration(measurement *at, loglin_reply *reply) {
-    double ms;
+    double ms = 0;
     RETURN_IF_ERROR(prepare(at));
     RETURN_IF_ERROR(run_call(at, &ms));
     RETURN_IF_ERROR(validate(at, reply));
