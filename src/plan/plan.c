@@ -78,6 +78,7 @@ static const struct {
     loglin_engine choice;
     const loglin_engine_class *engine;
 } engines[] = {{LOGLIN_ENGINE_FUSED, &loglin_nvidia_engine},
+               {LOGLIN_ENGINE_FUSED, &loglin_nvidia_delta_engine},
                {LOGLIN_ENGINE_FUSED, &loglin_cpu_engine},
                {LOGLIN_ENGINE_FUSED, &loglin_gpu_engine},
                {LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};

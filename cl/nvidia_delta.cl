@@ -1,0 +1,752 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The gated delta rule's forward pass on NVIDIA's matrix units, weak partition.  cl/chunk_operators.cl has the formulas of
+ * a chunk's map.
+ *
+ *     prepare  the map of every chunk, all at once: READ, K_START, WRITE^T and MZ (Z with the level weights)
+ *     walk     a work-group takes ND_V columns of V of a sequence and head and goes through the chunks in order, all level
+ *              states in local memory.  First half of a chunk: half of the warps read, o = MZ V + sum weight READ E; the
+ *              others find what is still to be written, V - K_START E, for each level.  Second half: every warp updates its
+ *              16 rows of K of all states.  Levels that end here become one state in the same sum.
+ *     final    the caller's final states, of what the walk does not have
+ *
+ * Everything is made of tiles, 16 x 16 numbers of a matrix, 8 to an item of a warp, and of one product: C += A B^T.  States
+ * stand transposed (V x K).  A state's number is kept as its rounded value, which the products take, and the remainder, so
+ * that rounding does not pile up along the sequence.
+ *
+ * Given: DIM_K, DIM_V (multiples of 16), HEADS, GROUPS, LEVELS (columns of level_scales), STATES (levels of chunks, at
+ * least 1), NORMALIZE, STORAGE, WEIGHT_STORAGE, ND_V (16 or 32).
+ */
+
+#define STEPS (DIM_K / 16)
+#define TOKENS (ND_CHUNK / 16)
+#define KEY_ROW (DIM_K / 8 + 1)      /* uint4 of a row in local memory: rows begin in different banks */
+#define SQUARE_ROW (ND_CHUNK / 8 + 1)
+#define SOLVE_ROW (ND_CHUNK / 4 + 1) /* float4 */
+#define LOWER_TILES 10
+#define FIRST_LEVEL 7                /* of the chunk before */
+#define INNER_LEVELS 7
+#define ROWS (ND_CHUNK * STATES + 4) /* floats: the weights of a level for all rows, level by level; the chunk's decay */
+
+/* uint4 of a chunk's map, and where its parts begin. */
+#define READ_AT 0
+#define START_AT (TOKENS * STEPS * 32)
+#define WRITE_AT (2 * TOKENS * STEPS * 32)
+#define OWN_AT (3 * TOKENS * STEPS * 32)
+#define MAP (OWN_AT + LOWER_TILES * 32)
+
+#define SLICES ((DIM_V + ND_V - 1) / ND_V)
+#define V_TILES (ND_V / 16)
+#define VALUE_ROW (ND_V / 8 + 1)     /* uint4 */
+#define STATE (V_TILES * STEPS * 32) /* uint4 */
+#define UPDATE (V_TILES * TOKENS * 32)
+
+float decay(float x) { return native_exp2(x * 1.44269504f); }
+
+__global char *place(__global float *ws, ulong offset, ulong at) {
+    return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
+}
+
+/* ---- Tiles -------------------------------------------------------------------------------------------------------- */
+
+/* C += A B^T; c holds the left and the right eight columns. */
+void add_product(float4 c[2], uint4 a, uint4 b) {
+    mma(&c[0], a, b.x, b.z);
+    mma(&c[1], a, b.y, b.w);
+}
+
+uint4 round_tile(const float4 c[2]) {
+    return (uint4)(pack(c[0].x, c[0].y), pack(c[0].z, c[0].w), pack(c[1].x, c[1].y), pack(c[1].z, c[1].w));
+}
+
+void unround_tile(float4 c[2], uint4 x) {
+    c[0] = (float4)(unpack(x.x), unpack(x.y));
+    c[1] = (float4)(unpack(x.z), unpack(x.w));
+}
+
+/* A tile of rows in local memory that are `row` uint4 long; x is the tile's first. */
+uint4 load_tile(const __local uint4 *x, uint row) {
+    return load_matrices(x + (warp_lane() & 15) * row + warp_lane() / 16);
+}
+
+/* Its transpose. */
+uint4 load_tile_transposed(const __local uint4 *x, uint row) {
+    const uint lane = warp_lane();
+    return load_transposed(x + ((lane & 7) + lane / 16 * 8) * row + (lane / 8 & 1));
+}
+
+/* Number of tile (i, j), j <= i, of a lower triangle. */
+uint lower_tile(uint i, uint j) { return i * (i + 1) / 2 + j; }
+
+/* ---- prepare ------------------------------------------------------------------------------------------------------- */
+
+/* Rows of a 16-bit matrix to local memory, 16 bytes at a time where they are aligned; missing rows become zeros. */
+void fetch_matrix(__local uint4 *to, uint to_row, const __global ushort *from, uint from_row, uint columns, int rows,
+                  uint aligned, uint items) {
+    for (uint i = get_local_id(0); i < ND_CHUNK * (columns / 8); i += items) {
+        const uint row = i / (columns / 8), piece = i % (columns / 8);
+        __local uint4 *place_of = to + row * to_row + piece;
+        const int wanted = (int)row < rows;
+        const __global ushort *x = from + (wanted ? (ulong)row * from_row + piece * 8 : 0);
+        if (aligned) {
+            copy_16(place_of, x, wanted);
+        } else {
+            uint4 y = (uint4)(0u);
+            if (wanted) {
+                y = (uint4)(x[0] | (uint)x[1] << 16, x[2] | (uint)x[3] << 16, x[4] | (uint)x[5] << 16,
+                            x[6] | (uint)x[7] << 16);
+            }
+            *place_of = y;
+        }
+    }
+}
+
+/* A warp makes the running sums of a chunk's gates, as sums and what their rounding has lost. */
+void scan_gates(__local float *gates, const __global float *g, int rows) {
+    const int lane = (int)warp_lane();
+    const float even = g && 2 * lane < rows ? g[(ulong)(2 * lane) * HEADS] : 0.0f;
+    const float odd = g && 2 * lane + 1 < rows ? g[(ulong)(2 * lane + 1) * HEADS] : 0.0f;
+    float sum = even + odd, seen = sum - even;
+    float rest = (even - (sum - seen)) + (odd - seen);
+    for (uint distance = 1; distance < 32; distance *= 2) {
+        const float left = shuffle_up(sum, distance), left_rest = shuffle_up(rest, distance);
+        if (lane >= (int)distance) {
+            const float next = left + sum;
+            seen = next - left;
+            rest = rest + left_rest + ((left - (next - seen)) + (sum - seen));
+            sum = next;
+        }
+    }
+    const float before = shuffle_up(sum, 1), before_rest = shuffle_up(rest, 1);
+    const float start = lane > 0 ? before : 0.0f, next = start + even;
+    seen = next - start;
+    gates[2 * lane] = next;
+    gates[ND_CHUNK + 2 * lane] = (lane > 0 ? before_rest : 0.0f) + ((start - (next - seen)) + (even - seen));
+    gates[2 * lane + 1] = sum;
+    gates[ND_CHUNK + 2 * lane + 1] = rest;
+}
+
+/* exp(a_r - a_s), s <= r; 1 for other s. */
+float decay_between(const __local float *gates, uint r, uint s) {
+    return decay(min((gates[r] - gates[s]) + (gates[ND_CHUNK + r] - gates[ND_CHUNK + s]), 0.0f));
+}
+
+/* 1, or 1 / |row|. */
+float row_norm(const __local uint4 *row) {
+#if NORMALIZE
+    float sum = 0.0f;
+    for (uint i = 0; i < DIM_K / 8; i++) {
+        const uint4 x = row[i];
+        const float2 a = unpack(x.x), b = unpack(x.y), c = unpack(x.z), d = unpack(x.w);
+        sum += (a.x * a.x + a.y * a.y) + (b.x * b.x + b.y * b.y) + (c.x * c.x + c.y * c.y) + (d.x * d.x + d.y * d.y);
+    }
+    return 1.0f / sqrt(sum + 1e-6f);
+#else
+    return 1.0f;
+#endif
+}
+
+/* What the rows of a chunk are multiplied by. */
+typedef struct chunk_rows {
+    float gates[2 * ND_CHUNK];      /* running sums, and their remainders */
+    float start[ND_CHUNK];          /* exp(a_r) */
+    float end[ND_CHUNK];            /* exp(a_C - a_r) */
+    float beta[ND_CHUNK];
+    float norms[2][ND_CHUNK];       /* of q with the scale, of k */
+    float weights[ND_CHUNK][INNER_LEVELS + 1];
+} chunk_rows;
+
+/* An item of the first 64 or of the others takes a row. */
+void find_rows(__local chunk_rows *rows, const loglin_delta_call call, const __local uint4 *queries,
+               const __local uint4 *keys, const __global weight *beta, const __global weight *level_scales, int count) {
+    const uint item = get_local_id(0), row = item % ND_CHUNK;
+    if (item < ND_CHUNK) {
+        rows->norms[0][row] = call.scale * row_norm(queries + row * KEY_ROW);
+        rows->start[row] = decay(rows->gates[row] + rows->gates[ND_CHUNK + row]);
+        rows->end[row] = decay_between(rows->gates, ND_CHUNK - 1, row);
+    } else {
+        rows->norms[1][row] = row_norm(keys + row * KEY_ROW);
+        rows->beta[row] = (int)row < count ? load_weight(beta, row * HEADS) : 0.0f;
+        for (uint level = 0; level < INNER_LEVELS; level++) {
+            rows->weights[row][level] =
+                (int)row < count && level < LEVELS ? load_weight(level_scales, (ulong)row * (HEADS * LEVELS) + level) : 0.0f;
+        }
+    }
+}
+
+/* The weights of the levels between chunks, and the chunk's decay. */
+void store_rows(__global float *to, const __local chunk_rows *rows, const __global weight *level_scales, int count) {
+    for (uint i = get_local_id(0); i < ND_CHUNK * STATES; i += ND_PREPARE_ITEMS) {
+        const uint level = FIRST_LEVEL + i / ND_CHUNK, row = i % ND_CHUNK;
+        to[i] = (int)row < count && level < LEVELS ? load_weight(level_scales, (ulong)row * (HEADS * LEVELS) + level) : 0.0f;
+    }
+    if (get_local_id(0) == 0) {
+        to[ND_CHUNK * STATES] = rows->start[ND_CHUNK - 1];
+    }
+}
+
+/* Tiles (i, j) of X to `x` and of A = tril(Q K^T) D to `products`. */
+void make_products(__local float *x, __local uint4 *products, const __local uint4 *queries, const __local uint4 *keys,
+                   const __local chunk_rows *rows, uint i) {
+    const uint lane = warp_lane();
+    for (uint j = 0; j <= i; j++) {
+        float4 qk[2] = {(float4)(0.0f), (float4)(0.0f)}, kk[2] = {(float4)(0.0f), (float4)(0.0f)};
+        for (uint step = 0; step < STEPS; step++) {
+            const uint4 b = load_tile(keys + 16 * j * KEY_ROW + 2 * step, KEY_ROW);
+            add_product(qk, load_tile(queries + 16 * i * KEY_ROW + 2 * step, KEY_ROW), b);
+            add_product(kk, load_tile(keys + 16 * i * KEY_ROW + 2 * step, KEY_ROW), b);
+        }
+#pragma unroll
+        for (uint half_of = 0; half_of < 2; half_of++) {
+            float q_values[4] = {qk[half_of].x, qk[half_of].y, qk[half_of].z, qk[half_of].w};
+            const float k_values[4] = {kk[half_of].x, kk[half_of].y, kk[half_of].z, kk[half_of].w};
+#pragma unroll
+            for (uint e = 0; e < 4; e++) {
+                const uint r = 16 * i + lane / 4 + 8 * (e / 2), s = 16 * j + 8 * half_of + 2 * (lane % 4) + e % 2;
+                const float factor = decay_between(rows->gates, r, s) * rows->norms[1][s];
+                q_values[e] = s <= r ? q_values[e] * (factor * rows->norms[0][r]) : 0.0f;
+                x[r * (4 * SOLVE_ROW) + s] =
+                    s < r ? k_values[e] * (factor * rows->norms[1][r] * rows->beta[r]) : 0.0f;
+            }
+            qk[half_of] = (float4)(q_values[0], q_values[1], q_values[2], q_values[3]);
+        }
+        products[lower_tile(i, j) * 32 + lane] = round_tile(qk);
+    }
+}
+
+/*
+ * A column of (I + X)^-1 by forward substitution.  As a row of T^T, and of T^T with the factors of K_END's rows; zeros
+ * before the diagonal.
+ */
+void solve_column(__local uint4 *t, __local uint4 *t_end, const __local float4 *x, const __local chunk_rows *rows,
+                  uint column) {
+    float4 y[ND_CHUNK / 4];
+#pragma unroll
+    for (uint r = 0; r < ND_CHUNK; r++) {
+        float4 sums = (float4)(0.0f);
+#pragma unroll
+        for (uint s = 0; s < r / 4; s++) {
+            sums = fma(x[r * SOLVE_ROW + s], y[s], sums);
+        }
+        float sum = (sums.x + sums.y) + (sums.z + sums.w);
+        const float4 last = x[r * SOLVE_ROW + r / 4];
+        if (r % 4 > 0) {
+            sum = fma(last.x, y[r / 4].x, sum);
+        }
+        if (r % 4 > 1) {
+            sum = fma(last.y, y[r / 4].y, sum);
+        }
+        if (r % 4 > 2) {
+            sum = fma(last.z, y[r / 4].z, sum);
+        }
+        sum = (r == column ? 1.0f : 0.0f) - sum;
+        if (r % 4 == 0) {
+            y[r / 4].x = sum;
+        } else if (r % 4 == 1) {
+            y[r / 4].y = sum;
+        } else if (r % 4 == 2) {
+            y[r / 4].z = sum;
+        } else {
+            y[r / 4].w = sum;
+        }
+    }
+    const float beta = rows->beta[column];
+#pragma unroll
+    for (uint s = 0; s < ND_CHUNK / 8; s++) {
+        const float4 a = beta * y[2 * s], b = beta * y[2 * s + 1];
+        const __local float *end = rows->end + 8 * s, *norm = rows->norms[1] + 8 * s;
+        t[column * SQUARE_ROW + s] = (uint4)(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+        t_end[column * SQUARE_ROW + s] = (uint4)(
+            pack(a.x * end[0] * norm[0], a.y * end[1] * norm[1]), pack(a.z * end[2] * norm[2], a.w * end[3] * norm[3]),
+            pack(b.x * end[4] * norm[4], b.y * end[5] * norm[5]), pack(b.z * end[6] * norm[6], b.w * end[7] * norm[7]));
+    }
+}
+
+/* The level weights of a tile of Z. */
+void weigh_tile(float4 z[2], const __local chunk_rows *rows, uint i, uint j) {
+    const uint lane = warp_lane(), r = 16 * i + lane / 4, s = 16 * j + 2 * (lane % 4);
+#pragma unroll
+    for (uint half_of = 0; half_of < 2; half_of++) {
+        const uint column = s + 8 * half_of;
+        z[half_of] *= (float4)(rows->weights[r][bit_length(r ^ column)], rows->weights[r][bit_length(r ^ (column + 1))],
+                               rows->weights[r + 8][bit_length((r + 8) ^ column)],
+                               rows->weights[r + 8][bit_length((r + 8) ^ (column + 1))]);
+    }
+}
+
+/* c's columns times x[0..15], and its rows times y[0..15]. */
+void scale_tile(float4 c[2], const __local float *x, const __local float *y) {
+    const uint lane = warp_lane(), r = lane / 4, p = lane % 4;
+#pragma unroll
+    for (uint half_of = 0; half_of < 2; half_of++) {
+        const float a = x ? x[8 * half_of + 2 * p] : 1.0f, b = x ? x[8 * half_of + 2 * p + 1] : 1.0f;
+        const float upper = y ? y[r] : 1.0f, lower = y ? y[r + 8] : 1.0f;
+        c[half_of] *= (float4)(a * upper, b * upper, a * lower, b * lower);
+    }
+}
+
+/* K_START of 16 tokens. */
+void store_start(__global uint4 *map, const __local uint4 *keys, const __local chunk_rows *rows, uint i) {
+    for (uint step = 0; step < STEPS; step++) {
+        float4 c[2];
+        unround_tile(c, load_tile(keys + 16 * i * KEY_ROW + 2 * step, KEY_ROW));
+        scale_tile(c, 0, rows->start + 16 * i);
+        scale_tile(c, 0, rows->norms[1] + 16 * i);
+        map[START_AT + (i * STEPS + step) * 32 + warp_lane()] = round_tile(c);
+    }
+}
+
+/* MZ and READ = exp(a) Q - Z K_START of 16 tokens. */
+void store_read(__global uint4 *map, const __local uint4 *products, const __local uint4 *t, const __local uint4 *queries,
+                const __local uint4 *keys, const __local chunk_rows *rows, uint i) {
+    const uint lane = warp_lane();
+    uint4 z_start[TOKENS];
+#pragma unroll
+    for (uint j = 0; j < TOKENS; j++) {
+        if (j <= i) {
+            float4 z[2] = {(float4)(0.0f), (float4)(0.0f)}, own[2];
+            for (uint s = j; s <= i; s++) {
+                add_product(z, products[lower_tile(i, s) * 32 + lane],
+                            load_tile(t + 16 * j * SQUARE_ROW + 2 * s, SQUARE_ROW));
+            }
+            own[0] = z[0];
+            own[1] = z[1];
+            weigh_tile(own, rows, i, j);
+            map[OWN_AT + lower_tile(i, j) * 32 + lane] = round_tile(own);
+            scale_tile(z, rows->start + 16 * j, 0);
+            scale_tile(z, rows->norms[1] + 16 * j, 0);
+            z[0] = -z[0];
+            z[1] = -z[1];
+            z_start[j] = round_tile(z);
+        }
+    }
+    for (uint step = 0; step < STEPS; step++) {
+        float4 read[2];
+        unround_tile(read, load_tile(queries + 16 * i * KEY_ROW + 2 * step, KEY_ROW));
+        scale_tile(read, 0, rows->norms[0] + 16 * i);
+        scale_tile(read, 0, rows->start + 16 * i);
+#pragma unroll
+        for (uint j = 0; j < TOKENS; j++) {
+            if (j <= i) {
+                add_product(read, z_start[j], load_tile_transposed(keys + 16 * j * KEY_ROW + 2 * step, KEY_ROW));
+            }
+        }
+        map[READ_AT + (i * STEPS + step) * 32 + lane] = round_tile(read);
+    }
+}
+
+/* WRITE^T = K_END^T T of 16 rows of K. */
+void store_write(__global uint4 *map, const __local uint4 *t_end, const __local uint4 *keys, uint step) {
+    uint4 key[TOKENS];
+#pragma unroll
+    for (uint r = 0; r < TOKENS; r++) {
+        key[r] = load_tile_transposed(keys + 16 * r * KEY_ROW + 2 * step, KEY_ROW);
+    }
+#pragma unroll
+    for (uint s = 0; s < TOKENS; s++) {
+        float4 write[2] = {(float4)(0.0f), (float4)(0.0f)};
+#pragma unroll
+        for (uint r = s; r < TOKENS; r++) {
+            add_product(write, key[r], load_tile(t_end + 16 * s * SQUARE_ROW + 2 * r, SQUARE_ROW));
+        }
+        map[WRITE_AT + (step * TOKENS + s) * 32 + warp_lane()] = round_tile(write);
+    }
+}
+
+/* A work-group takes a chunk of a sequence and head. */
+__kernel __attribute__((reqd_work_group_size(ND_PREPARE_ITEMS, 1, 1))) void
+nvidia_delta_prepare(const loglin_delta_call call, __global float *ws, ulong ws_offset, const __global ushort *q,
+                     ulong q_offset, const __global ushort *k, ulong k_offset, const __global float *g, ulong g_offset,
+                     const __global weight *level_scales, ulong level_scales_offset, const __global weight *beta,
+                     ulong beta_offset, uint aligned) {
+    __local uint4 queries[ND_CHUNK * KEY_ROW], keys[ND_CHUNK * KEY_ROW];
+    __local float4 x[ND_CHUNK * SOLVE_ROW];
+    __local uint4 t[ND_CHUNK * SQUARE_ROW], t_end[ND_CHUNK * SQUARE_ROW];
+    __local uint4 products[LOWER_TILES * 32];
+    __local chunk_rows rows;
+    const uint item = get_local_id(0), warp = item / 32;
+    const ulong id = get_group_id(0), bh = id / call.chunks;
+    const uint chunk = id % call.chunks, head = bh % HEADS;
+    const int count = min((int)(call.length - chunk * ND_CHUNK), ND_CHUNK);
+    const ulong token = bh / HEADS * call.length + (ulong)chunk * ND_CHUNK;
+    const ulong key_at = (token * GROUPS + head / (HEADS / GROUPS)) * DIM_K;
+    __global uint4 *map = (__global uint4 *)place(ws, ws_offset, call.maps) + id * MAP;
+    fetch_matrix(queries, KEY_ROW, q + q_offset + key_at, GROUPS * DIM_K, DIM_K, count, aligned, ND_PREPARE_ITEMS);
+    fetch_matrix(keys, KEY_ROW, k + k_offset + key_at, GROUPS * DIM_K, DIM_K, count, aligned, ND_PREPARE_ITEMS);
+    if (warp == 0) {
+        scan_gates(rows.gates, g ? g + g_offset + token * HEADS + head : 0, count);
+    }
+    wait_for_copies();
+    barrier(CLK_LOCAL_MEM_FENCE);
+    level_scales += level_scales_offset + (token * HEADS + head) * LEVELS;
+    find_rows(&rows, call, queries, keys, beta + beta_offset + token * HEADS + head, level_scales, count);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    store_rows((__global float *)place(ws, ws_offset, call.rows) + id * ROWS, &rows, level_scales, count);
+    make_products((__local float *)x, products, queries, keys, &rows, warp);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    if (item < ND_CHUNK) {
+        solve_column(t, t_end, x, &rows, item);
+    } else {
+        store_start(map, keys, &rows, warp - 2);
+        store_start(map, keys, &rows, warp);
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    store_read(map, products, t, queries, keys, &rows, warp);
+    for (uint step = warp; step < STEPS; step += ND_PREPARE_ITEMS / 32) {
+        store_write(map, t_end, keys, step);
+    }
+}
+
+/* ---- walk ---------------------------------------------------------------------------------------------------------- */
+
+/* The level states of a work-group's columns, and what the chunk at hand is to write into them. */
+typedef struct level_states {
+    uint4 rounded[STATES][STATE];
+    uint4 rest[STATES][STATE];
+    uint4 update[STATES][UPDATE];
+} level_states;
+
+/* Number of trailing ones: the levels of chunks that end with chunk n become one state, of this level. */
+uint merged_level(uint n) { return popcount(n & ~(n + 1)); }
+
+/* 16 tokens of o: MZ V + sum over the levels of weight READ E. */
+void read_states(float4 out[V_TILES][2], const __local level_states *states, const uint4 read[STEPS],
+                 const __global uint4 *own, const __local uint4 *values, const __local float *weights, uint i, uint n) {
+    const uint lane = warp_lane();
+#pragma unroll
+    for (uint m = 0; m < V_TILES; m++) {
+        out[m][0] = out[m][1] = (float4)(0.0f);
+    }
+    for (uint j = 0; j <= i; j++) {
+        const uint4 a = own[lower_tile(i, j) * 32 + lane];
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            add_product(out[m], a, load_tile_transposed(values + 16 * j * VALUE_ROW + 2 * m, VALUE_ROW));
+        }
+    }
+    for (uint level = 0, bits = n; bits != 0; level++, bits >>= 1) {
+        if ((bits & 1) == 0) {
+            continue;
+        }
+        const __local uint4 *state = states->rounded[level] + lane;
+        float4 sum[V_TILES][2];
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            sum[m][0] = sum[m][1] = (float4)(0.0f);
+        }
+#pragma unroll
+        for (uint step = 0; step < STEPS; step++) {
+#pragma unroll
+            for (uint m = 0; m < V_TILES; m++) {
+                add_product(sum[m], read[step], state[(m * STEPS + step) * 32]);
+            }
+        }
+        const float upper = weights[level * ND_CHUNK + 16 * i + lane / 4];
+        const float lower = weights[level * ND_CHUNK + 16 * i + 8 + lane / 4];
+        const float4 weight_of = (float4)(upper, upper, lower, lower);
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            out[m][0] = fma(weight_of, sum[m][0], out[m][0]);
+            out[m][1] = fma(weight_of, sum[m][1], out[m][1]);
+        }
+    }
+}
+
+void store_outputs(__global ushort *o, const float4 out[V_TILES][2], int row, int rows, int columns, uint aligned) {
+    const int lane = (int)warp_lane();
+#pragma unroll
+    for (int m = 0; m < V_TILES; m++) {
+        const uint4 x = round_tile(out[m]);
+        const uint pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int r = row + lane / 4 + 8 * (e % 2), column = 16 * m + 8 * (e / 2) + 2 * (lane % 4);
+            if (r < rows && column < columns) {
+                __global ushort *to = o + (ulong)r * (HEADS * DIM_V) + column;
+                if (aligned) {
+                    *(__global uint *)to = pairs[e];
+                } else {
+                    to[0] = (ushort)pairs[e];
+                    to[1] = (ushort)(pairs[e] >> 16);
+                }
+            }
+        }
+    }
+}
+
+/*
+ * What 16 tokens write, transposed: V - K_START E summed over the levels below `merged`, and - K_START E of each of the
+ * others.
+ */
+void find_updates(__local level_states *states, const uint4 start[STEPS], const __local uint4 *values, uint i, uint n,
+                  uint merged, int is_last) {
+    const uint lane = warp_lane();
+    float4 own[V_TILES][2];
+#pragma unroll
+    for (uint m = 0; m < V_TILES; m++) {
+        unround_tile(own[m], load_tile_transposed(values + 16 * i * VALUE_ROW + 2 * m, VALUE_ROW));
+    }
+    for (uint level = 0, bits = n; bits != 0; level++, bits >>= 1) {
+        if ((bits & 1) == 0) {
+            continue;
+        }
+        const __local uint4 *state = states->rounded[level] + lane;
+        float4 seen[V_TILES][2];
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            seen[m][0] = seen[m][1] = (float4)(0.0f);
+        }
+#pragma unroll
+        for (uint step = 0; step < STEPS; step++) {
+#pragma unroll
+            for (uint m = 0; m < V_TILES; m++) {
+                add_product(seen[m], state[(m * STEPS + step) * 32], start[step]);
+            }
+        }
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            if (level < merged) {
+                own[m][0] -= seen[m][0];
+                own[m][1] -= seen[m][1];
+            } else {
+                seen[m][0] = -seen[m][0];
+                seen[m][1] = -seen[m][1];
+                states->update[level][(m * TOKENS + i) * 32 + lane] = round_tile(seen[m]);
+            }
+        }
+    }
+#pragma unroll
+    for (uint m = 0; m < V_TILES && !is_last; m++) {
+        states->update[merged][(m * TOKENS + i) * 32 + lane] = round_tile(own[m]);
+    }
+}
+
+/* sum += 16 rows of K of a state. */
+void add_state(float4 sum[V_TILES][2], const __local level_states *states, uint level, uint step) {
+#pragma unroll
+    for (uint m = 0; m < V_TILES; m++) {
+        const uint at = (m * STEPS + step) * 32 + warp_lane();
+        float4 x[2], y[2];
+        unround_tile(x, states->rounded[level][at]);
+        unround_tile(y, states->rest[level][at]);
+        sum[m][0] += x[0] + y[0];
+        sum[m][1] += x[1] + y[1];
+    }
+}
+
+/* sum = kept sum + WRITE^T update */
+void pass_state(float4 sum[V_TILES][2], const __local uint4 *update, const uint4 write[TOKENS], float kept) {
+#pragma unroll
+    for (uint m = 0; m < V_TILES; m++) {
+        sum[m][0] *= kept;
+        sum[m][1] *= kept;
+#pragma unroll
+        for (uint t = 0; t < TOKENS; t++) {
+            add_product(sum[m], update[(m * TOKENS + t) * 32 + warp_lane()], write[t]);
+        }
+    }
+}
+
+void put_state(__local level_states *states, const float4 sum[V_TILES][2], uint level, uint step) {
+#pragma unroll
+    for (uint m = 0; m < V_TILES; m++) {
+        const uint at = (m * STEPS + step) * 32 + warp_lane();
+        const uint4 rounded = round_tile(sum[m]);
+        float4 rest[2];
+        unround_tile(rest, rounded);
+        rest[0] = sum[m][0] - rest[0];
+        rest[1] = sum[m][1] - rest[1];
+        states->rounded[level][at] = rounded;
+        states->rest[level][at] = round_tile(rest);
+    }
+}
+
+/* 16 rows of K of all states at the chunk's end. */
+void update_states(__local level_states *states, const uint4 write[TOKENS], float kept, uint step, uint n, uint merged) {
+    float4 sum[V_TILES][2];
+    for (uint level = merged; level < STATES; level++) {
+        if (level != merged && ((n >> level) & 1) == 0) {
+            continue;
+        }
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            sum[m][0] = sum[m][1] = (float4)(0.0f);
+        }
+        if (level == merged) {
+            for (uint below = 0; below < merged; below++) {
+                add_state(sum, states, below, step);
+            }
+        } else {
+            add_state(sum, states, level, step);
+        }
+        pass_state(sum, states->update[level], write, kept);
+        put_state(states, sum, level, step);
+    }
+}
+
+/* The caller's final states of the levels between chunks, 16 rows of K; `values`: of level FIRST_LEVEL. */
+void store_final(__global float *values, const __local level_states *states, const uint4 write[TOKENS], float kept,
+                 uint step, uint n, int columns) {
+    const uint lane = warp_lane();
+    for (uint level = 0, bits = n; bits != 0; level++, bits >>= 1) {
+        if ((bits & 1) == 0) {
+            continue;
+        }
+        float4 sum[V_TILES][2];
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            sum[m][0] = sum[m][1] = (float4)(0.0f);
+        }
+        add_state(sum, states, level, step);
+        pass_state(sum, states->update[level], write, kept);
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+#pragma unroll
+            for (uint half_of = 0; half_of < 2; half_of++) {
+                __global float *to = values + ((ulong)level * DIM_K + 16 * step + 8 * half_of + 2 * (lane % 4)) * DIM_V +
+                                     16 * m + lane / 4;
+                if ((int)(16 * m) < columns) {
+                    to[0] = sum[m][half_of].x;
+                    to[DIM_V] = sum[m][half_of].y;
+                    to[8] = sum[m][half_of].z;
+                    to[DIM_V + 8] = sum[m][half_of].w;
+                }
+            }
+        }
+    }
+}
+
+/* The weights of a chunk's rows and its decay. */
+void fetch_rows(__local float4 *to, const __global float4 *from) {
+    for (uint i = get_local_id(0); i < ROWS / 4; i += ND_WALK_ITEMS) {
+        copy_16(&to[i], &from[i], 1);
+    }
+}
+
+/* A work-group takes a slice of the columns of V of a sequence and head. */
+__kernel __attribute__((reqd_work_group_size(ND_WALK_ITEMS, 1, 1))) void
+nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
+                  ulong v_offset, __global ushort *o, ulong o_offset, __global float *final, ulong final_offset,
+                  uint aligned) {
+    __local level_states states;
+    __local uint4 values_at[2][ND_CHUNK * VALUE_ROW];
+    __local float4 rows_at[2][ROWS / 4];
+    const uint warp = get_local_id(0) / 32;
+    const ulong bh = get_group_id(0) / SLICES, head = bh % HEADS;
+    const uint slice = get_group_id(0) % SLICES;
+    const int columns = DIM_V - (int)slice * ND_V, tokens = (int)call.length;
+    const ulong first = (bh / HEADS * call.length * HEADS + head) * DIM_V + slice * ND_V;
+    const ulong chunk_values = (ulong)ND_CHUNK * HEADS * DIM_V;
+    const __global uint4 *map = (const __global uint4 *)place(ws, ws_offset, call.maps) + bh * call.chunks * MAP;
+    const __global float4 *rows_from =
+        (const __global float4 *)place(ws, ws_offset, call.rows) + bh * call.chunks * (ROWS / 4);
+    v += v_offset + first;
+    o += o_offset + first;
+    fetch_matrix(values_at[0], VALUE_ROW, v, HEADS * DIM_V, ND_V, tokens, aligned, ND_WALK_ITEMS);
+    fetch_rows(rows_at[0], rows_from);
+    /* Tiles of READ or, behind them, of K_START: those of the warp's 16 tokens. */
+    uint4 mine[STEPS];
+#pragma unroll
+    for (uint step = 0; step < STEPS; step++) {
+        mine[step] = map[READ_AT + (warp * STEPS + step) * 32 + warp_lane()];
+    }
+    for (uint n = 0; n < call.chunks; n++) {
+        const int is_last = n + 1 == call.chunks;
+        const uint merged = is_last ? 0 : merged_level(n);
+        const __local uint4 *values = values_at[n % 2];
+        const __local float *rows = (const __local float *)rows_at[n % 2];
+        uint4 write[TOKENS];
+#pragma unroll
+        for (uint t = 0; t < TOKENS; t++) {
+            write[t] = map[WRITE_AT + (min(warp, (uint)STEPS - 1) * TOKENS + t) * 32 + warp_lane()];
+        }
+        wait_for_copies();
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (!is_last) {
+            fetch_matrix(values_at[(n + 1) % 2], VALUE_ROW, v + (n + 1) * chunk_values, HEADS * DIM_V, ND_V,
+                         tokens - (int)(n + 1) * ND_CHUNK, aligned, ND_WALK_ITEMS);
+            fetch_rows(rows_at[(n + 1) % 2], rows_from + (ulong)(n + 1) * (ROWS / 4));
+        }
+        if (warp < TOKENS) {
+            float4 out[V_TILES][2];
+            read_states(out, &states, mine, map + OWN_AT, values, rows, warp, n);
+            store_outputs(o + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, columns, aligned);
+        } else {
+            find_updates(&states, mine, values, warp - TOKENS, n, merged, is_last);
+        }
+        if (is_last && !final) {
+            break;
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        const float kept = rows[ND_CHUNK * STATES];
+        if (!is_last) {
+#pragma unroll
+            for (uint step = 0; step < STEPS; step++) {
+                mine[step] = map[MAP + READ_AT + (warp * STEPS + step) * 32 + warp_lane()];
+            }
+        }
+        for (uint step = warp; step < STEPS; step += ND_WALK_ITEMS / 32) {
+            if (step != warp) {
+#pragma unroll
+                for (uint t = 0; t < TOKENS; t++) {
+                    write[t] = map[WRITE_AT + (step * TOKENS + t) * 32 + warp_lane()];
+                }
+            }
+            if (is_last) {
+                store_final(final + final_offset + (bh * LEVELS + FIRST_LEVEL) * (DIM_K * DIM_V) + slice * ND_V, &states,
+                            write, kept, step, n, columns);
+            } else {
+                update_states(&states, write, kept, step, n, merged);
+            }
+        }
+        map += MAP;
+    }
+}
+
+/* ---- final --------------------------------------------------------------------------------------------------------- */
+
+/* Element (row of K, token) of WRITE^T. */
+float write_element(const __global uint4 *map, uint row, uint token) {
+    const uint lane = row % 8 * 4 + token % 8 / 2;
+    const __global uint *words =
+        (const __global uint *)&map[WRITE_AT + (row / 16 * TOKENS + token / 16) * 32 + lane];
+    const float2 pair = unpack(words[token % 16 / 8 * 2 + row % 16 / 8]);
+    return token % 2 != 0 ? pair.y : pair.x;
+}
+
+/*
+ * The final states of the levels inside the last chunk, from its tokens; zeros for the levels that do not exist.  A
+ * work-group makes a row of K, an item some columns of V.
+ */
+__kernel __attribute__((reqd_work_group_size(ND_PREPARE_ITEMS, 1, 1))) void
+nvidia_delta_final(const loglin_delta_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
+                   ulong v_offset, __global float *states, ulong states_offset, __global float *log_decay,
+                   ulong log_decay_offset, __global int *position, ulong position_offset) {
+    const uint item = get_local_id(0), row = get_group_id(0) % DIM_K;
+    const ulong bh = get_group_id(0) / DIM_K, head = bh % HEADS, b = bh / HEADS;
+    const uint chunk = call.chunks - 1, last = call.length - 1 - chunk * ND_CHUNK;
+    const __global uint4 *map =
+        (const __global uint4 *)place(ws, ws_offset, call.maps) + (bh * call.chunks + chunk) * MAP;
+    v += v_offset + ((b * call.length + (ulong)chunk * ND_CHUNK) * HEADS + head) * DIM_V;
+    states += states_offset + (bh * LEVELS * DIM_K + row) * DIM_V;
+    for (uint column = item; column < DIM_V; column += ND_PREPARE_ITEMS) {
+        for (uint level = 0; level < LEVELS; level++) {
+            if (level >= FIRST_LEVEL && ((chunk >> (level - FIRST_LEVEL)) & 1) != 0) {
+                continue;
+            }
+            const uint width = level == 0 ? 1 : 1u << (level - 1), begin = level == 0 ? last : last >> level << level;
+            const int exists = level == 0 || (level < FIRST_LEVEL && (last & width) != 0);
+            float x = 0.0f;
+            for (uint s = begin; exists && s < begin + width; s++) {
+                x = fma(write_element(map, row, s), unpack(v[(ulong)s * (HEADS * DIM_V) + column]).x, x);
+            }
+            states[(ulong)level * (DIM_K * DIM_V) + column] = x;
+        }
+    }
+    for (uint level = item; row == 0 && log_decay && level < LEVELS; level += ND_PREPARE_ITEMS) {
+        log_decay[log_decay_offset + bh * LEVELS + level] = 0.0f;
+    }
+    if (row == 0 && head == 0 && item == 0 && position) {
+        position[position_offset + b] = (int)call.length;
+    }
+}
