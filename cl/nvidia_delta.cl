@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The gated delta rule's forward pass on NVIDIA's matrix units, weak partition.  cl/chunk_operators.cl has the formulas of
+ * The gated delta rule on NVIDIA's matrix units, weak partition: the forward pass, and what the backward pass
+ * (cl/nvidia_delta_backward.cl) shares with it.  cl/chunk_operators.cl has the formulas of
  * a chunk's map.
  *
  *     prepare  the map of every chunk, all at once: READ, K_START, WRITE^T and MZ (Z with the level weights)
@@ -15,7 +16,8 @@
  * that rounding does not pile up along the sequence.
  *
  * Given: DIM_K, DIM_V (multiples of 16), HEADS, GROUPS, LEVELS (columns of level_scales), STATES (levels of chunks, at
- * least 1), NORMALIZE, STORAGE, WEIGHT_STORAGE, ND_V (16 or 32).
+ * least 1), NORMALIZE, STORAGE, WEIGHT_STORAGE, ND_V (16 or 32), BACKWARD (the walk saves the states for the backward pass
+ * and makes no output).
  */
 
 #define STEPS (DIM_K / 16)
@@ -28,18 +30,22 @@
 #define INNER_LEVELS 7
 #define ROWS (ND_CHUNK * STATES + 4) /* floats: the weights of a level for all rows, level by level; the chunk's decay */
 
-/* uint4 of a chunk's map, and where its parts begin. */
+/* uint4 of a chunk's map, and where its parts begin.  _T: K by tokens, the others are tokens by K. */
 #define READ_AT 0
 #define START_AT (TOKENS * STEPS * 32)
-#define WRITE_AT (2 * TOKENS * STEPS * 32)
-#define OWN_AT (3 * TOKENS * STEPS * 32)
-#define MAP (OWN_AT + LOWER_TILES * 32)
+#define WRITE_T_AT (2 * TOKENS * STEPS * 32)
+#define OWN_AT (3 * TOKENS * STEPS * 32) /* MZ; for the backward pass its transpose, and those of the others */
+#define READ_T_AT (OWN_AT + LOWER_TILES * 32)
+#define START_T_AT (READ_T_AT + TOKENS * STEPS * 32)
+#define WRITE_AT (START_T_AT + TOKENS * STEPS * 32)
+#define MAP (BACKWARD ? WRITE_AT + TOKENS * STEPS * 32 : READ_T_AT)
 
 #define SLICES ((DIM_V + ND_V - 1) / ND_V)
 #define V_TILES (ND_V / 16)
 #define VALUE_ROW (ND_V / 8 + 1)     /* uint4 */
 #define STATE (V_TILES * STEPS * 32) /* uint4 */
 #define UPDATE (V_TILES * TOKENS * 32)
+#define SAVED (DIM_V / 16 * STEPS * 32) /* uint4 of a state of all columns of V, in memory */
 
 float decay(float x) { return native_exp2(x * 1.44269504f); }
 
@@ -73,6 +79,10 @@ uint4 load_tile(const __local uint4 *x, uint row) {
 uint4 load_tile_transposed(const __local uint4 *x, uint row) {
     const uint lane = warp_lane();
     return load_transposed(x + ((lane & 7) + lane / 16 * 8) * row + (lane / 8 & 1));
+}
+
+uint4 transpose_tile(uint4 x) {
+    return (uint4)(transpose_matrix(x.x), transpose_matrix(x.z), transpose_matrix(x.y), transpose_matrix(x.w));
 }
 
 /* Number of tile (i, j), j <= i, of a lower triangle. */
@@ -185,7 +195,7 @@ void store_rows(__global float *to, const __local chunk_rows *rows, const __glob
     }
 }
 
-/* Tiles (i, j) of X to `x` and of A = tril(Q K^T) D to `products`. */
+/* Tiles (i, j) of X / beta to `x`, and of A = tril(Q K^T) D to `products`. */
 void make_products(__local float *x, __local uint4 *products, const __local uint4 *queries, const __local uint4 *keys,
                    const __local chunk_rows *rows, uint i) {
     const uint lane = warp_lane();
@@ -206,7 +216,7 @@ void make_products(__local float *x, __local uint4 *products, const __local uint
                 const float factor = decay_between(rows->gates, r, s) * rows->norms[1][s];
                 q_values[e] = s <= r ? q_values[e] * (factor * rows->norms[0][r]) : 0.0f;
                 x[r * (4 * SOLVE_ROW) + s] =
-                    s < r ? k_values[e] * (factor * rows->norms[1][r] * rows->beta[r]) : 0.0f;
+                    s < r ? k_values[e] * (factor * rows->norms[1][r]) : 0.0f;
             }
             qk[half_of] = (float4)(q_values[0], q_values[1], q_values[2], q_values[3]);
         }
@@ -214,13 +224,8 @@ void make_products(__local float *x, __local uint4 *products, const __local uint
     }
 }
 
-/*
- * A column of (I + X)^-1 by forward substitution.  As a row of T^T, and of T^T with the factors of K_END's rows; zeros
- * before the diagonal.
- */
-void solve_column(__local uint4 *t, __local uint4 *t_end, const __local float4 *x, const __local chunk_rows *rows,
-                  uint column) {
-    float4 y[ND_CHUNK / 4];
+/* A column of (I + X)^-1 by forward substitution; zeros before the diagonal. */
+void solve_column(float4 y[ND_CHUNK / 4], const __local float4 *x, const __local float *beta, uint column) {
 #pragma unroll
     for (uint r = 0; r < ND_CHUNK; r++) {
         float4 sums = (float4)(0.0f);
@@ -239,7 +244,7 @@ void solve_column(__local uint4 *t, __local uint4 *t_end, const __local float4 *
         if (r % 4 > 2) {
             sum = fma(last.z, y[r / 4].z, sum);
         }
-        sum = (r == column ? 1.0f : 0.0f) - sum;
+        sum = (r == column ? 1.0f : 0.0f) - beta[r] * sum;
         if (r % 4 == 0) {
             y[r / 4].x = sum;
         } else if (r % 4 == 1) {
@@ -250,6 +255,11 @@ void solve_column(__local uint4 *t, __local uint4 *t_end, const __local float4 *
             y[r / 4].w = sum;
         }
     }
+}
+
+/* A column of T = (I + X)^-1 diag(beta) as a row of T^T, and of T^T with the factors of K_END's rows. */
+void store_column(__local uint4 *t, __local uint4 *t_end, const float4 y[ND_CHUNK / 4], const __local chunk_rows *rows,
+                  uint column) {
     const float beta = rows->beta[column];
 #pragma unroll
     for (uint s = 0; s < ND_CHUNK / 8; s++) {
@@ -285,6 +295,14 @@ void scale_tile(float4 c[2], const __local float *x, const __local float *y) {
     }
 }
 
+/* A tile of the chunk's map, and its transpose where there is to be one. */
+void put_map_tile(__global uint4 *map, uint at, uint transpose_at, uint4 x) {
+    map[at + warp_lane()] = x;
+#if BACKWARD
+    map[transpose_at + warp_lane()] = transpose_tile(x);
+#endif
+}
+
 /* K_START of 16 tokens. */
 void store_start(__global uint4 *map, const __local uint4 *keys, const __local chunk_rows *rows, uint i) {
     for (uint step = 0; step < STEPS; step++) {
@@ -292,7 +310,7 @@ void store_start(__global uint4 *map, const __local uint4 *keys, const __local c
         unround_tile(c, load_tile(keys + 16 * i * KEY_ROW + 2 * step, KEY_ROW));
         scale_tile(c, 0, rows->start + 16 * i);
         scale_tile(c, 0, rows->norms[1] + 16 * i);
-        map[START_AT + (i * STEPS + step) * 32 + warp_lane()] = round_tile(c);
+        put_map_tile(map, START_AT + (i * STEPS + step) * 32, START_T_AT + (step * TOKENS + i) * 32, round_tile(c));
     }
 }
 
@@ -312,7 +330,7 @@ void store_read(__global uint4 *map, const __local uint4 *products, const __loca
             own[0] = z[0];
             own[1] = z[1];
             weigh_tile(own, rows, i, j);
-            map[OWN_AT + lower_tile(i, j) * 32 + lane] = round_tile(own);
+            map[OWN_AT + lower_tile(i, j) * 32 + lane] = BACKWARD ? transpose_tile(round_tile(own)) : round_tile(own);
             scale_tile(z, rows->start + 16 * j, 0);
             scale_tile(z, rows->norms[1] + 16 * j, 0);
             z[0] = -z[0];
@@ -331,7 +349,7 @@ void store_read(__global uint4 *map, const __local uint4 *products, const __loca
                 add_product(read, z_start[j], load_tile_transposed(keys + 16 * j * KEY_ROW + 2 * step, KEY_ROW));
             }
         }
-        map[READ_AT + (i * STEPS + step) * 32 + lane] = round_tile(read);
+        put_map_tile(map, READ_AT + (i * STEPS + step) * 32, READ_T_AT + (step * TOKENS + i) * 32, round_tile(read));
     }
 }
 
@@ -349,7 +367,7 @@ void store_write(__global uint4 *map, const __local uint4 *t_end, const __local 
         for (uint r = s; r < TOKENS; r++) {
             add_product(write, key[r], load_tile(t_end + 16 * s * SQUARE_ROW + 2 * r, SQUARE_ROW));
         }
-        map[WRITE_AT + (step * TOKENS + s) * 32 + warp_lane()] = round_tile(write);
+        put_map_tile(map, WRITE_T_AT + (step * TOKENS + s) * 32, WRITE_AT + (s * STEPS + step) * 32, round_tile(write));
     }
 }
 
@@ -385,7 +403,9 @@ nvidia_delta_prepare(const loglin_delta_call call, __global float *ws, ulong ws_
     make_products((__local float *)x, products, queries, keys, &rows, warp);
     barrier(CLK_LOCAL_MEM_FENCE);
     if (item < ND_CHUNK) {
-        solve_column(t, t_end, x, &rows, item);
+        float4 y[ND_CHUNK / 4];
+        solve_column(y, x, rows.beta, item);
+        store_column(t, t_end, y, &rows, item);
     } else {
         store_start(map, keys, &rows, warp - 2);
         store_start(map, keys, &rows, warp);
@@ -408,6 +428,36 @@ typedef struct level_states {
 
 /* Number of trailing ones: the levels of chunks that end with chunk n become one state, of this level. */
 uint merged_level(uint n) { return popcount(n & ~(n + 1)); }
+
+#if BACKWARD
+/* Level states of chunks before chunk n, all together. */
+ulong states_before(uint n) {
+    ulong count = 0;
+    for (uint bit = 0; bit < 32 && (n >> bit) != 0; bit++) {
+        const uint width = 1u << bit, rest = n & (2 * width - 1);
+        count += (n - rest) / 2 + (rest > width ? rest - width : 0);
+    }
+    return count;
+}
+
+/* Where a slice's part of the states, or of their adjoints, of a sequence and head begins. */
+__global uint4 *find_saved(const loglin_delta_call call, __global char *states, ulong bh, uint slice) {
+    return (__global uint4 *)states + bh * (states_before(call.chunks) + popcount(call.chunks - 1)) * SAVED + slice * STATE;
+}
+
+/* The states of the levels in `bits` to memory, behind one another, by the first `items`; `to`: the slice's. */
+void save_states(__global uint4 *to, const __local level_states *states, uint bits, int columns, uint items) {
+    const uint count = min((uint)columns / 16, (uint)V_TILES) * STEPS * 32;
+    for (uint level = 0; bits != 0; level++, bits >>= 1) {
+        if ((bits & 1) != 0) {
+            for (uint i = get_local_id(0); i < count; i += items) {
+                to[i] = states->rounded[level][i];
+            }
+            to += SAVED;
+        }
+    }
+}
+#endif
 
 /* 16 tokens of o: MZ V + sum over the levels of weight READ E. */
 void read_states(float4 out[V_TILES][2], const __local level_states *states, const uint4 read[STEPS],
@@ -641,7 +691,11 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
     const __global float4 *rows_from =
         (const __global float4 *)place(ws, ws_offset, call.rows) + bh * call.chunks * (ROWS / 4);
     v += v_offset + first;
+#if BACKWARD
+    __global uint4 *saved = find_saved(call, place(ws, ws_offset, call.states), bh, slice);
+#else
     o += o_offset + first;
+#endif
     fetch_matrix(values_at[0], VALUE_ROW, v, HEADS * DIM_V, ND_V, tokens, aligned, ND_WALK_ITEMS);
     fetch_rows(rows_at[0], rows_from);
     /* Tiles of READ or, behind them, of K_START: those of the warp's 16 tokens. */
@@ -658,7 +712,7 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
         uint4 write[TOKENS];
 #pragma unroll
         for (uint t = 0; t < TOKENS; t++) {
-            write[t] = map[WRITE_AT + (min(warp, (uint)STEPS - 1) * TOKENS + t) * 32 + warp_lane()];
+            write[t] = map[WRITE_T_AT + (min(warp, (uint)STEPS - 1) * TOKENS + t) * 32 + warp_lane()];
         }
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
@@ -668,9 +722,13 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
             fetch_rows(rows_at[(n + 1) % 2], rows_from + (ulong)(n + 1) * (ROWS / 4));
         }
         if (warp < TOKENS) {
+#if BACKWARD
+            save_states(saved + states_before(n) * SAVED, &states, n, columns, 32 * TOKENS);
+#else
             float4 out[V_TILES][2];
             read_states(out, &states, mine, map + OWN_AT, values, rows, warp, n);
             store_outputs(o + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, columns, aligned);
+#endif
         } else {
             find_updates(&states, mine, values, warp - TOKENS, n, merged, is_last);
         }
@@ -689,7 +747,7 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
             if (step != warp) {
 #pragma unroll
                 for (uint t = 0; t < TOKENS; t++) {
-                    write[t] = map[WRITE_AT + (step * TOKENS + t) * 32 + warp_lane()];
+                    write[t] = map[WRITE_T_AT + (step * TOKENS + t) * 32 + warp_lane()];
                 }
             }
             if (is_last) {
@@ -709,7 +767,7 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
 float write_element(const __global uint4 *map, uint row, uint token) {
     const uint lane = row % 8 * 4 + token % 8 / 2;
     const __global uint *words =
-        (const __global uint *)&map[WRITE_AT + (row / 16 * TOKENS + token / 16) * 32 + lane];
+        (const __global uint *)&map[WRITE_T_AT + (row / 16 * TOKENS + token / 16) * 32 + lane];
     const float2 pair = unpack(words[token % 16 / 8 * 2 + row % 16 / 8]);
     return token % 2 != 0 ? pair.y : pair.x;
 }

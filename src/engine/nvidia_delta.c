@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The delta rule on NVIDIA's matrix units: the forward pass in two launches, see cl/nvidia_delta.cl.  The backward pass is
- * the blas engine's.
+ * The delta rule on NVIDIA's matrix units: see cl/nvidia_delta.cl and cl/nvidia_delta_backward.cl.  A backward pass that is
+ * given a gradient of the final states is the blas engine's.
  */
 #include "engine/engine.h"
 #include "engine/nvidia.h"
@@ -16,23 +16,39 @@
 
 #include "../../cl/nvidia_delta_layout.cl"
 
-/* Local memory of a work-group, in bytes: the chip's, less what the driver keeps. */
+/* Local memory of a work-group, in bytes. */
 static const size_t local_limit = 227 * (size_t)1024;
 
-typedef enum delta_kernel { KERNEL_PREPARE, KERNEL_WALK, KERNEL_FINAL, KERNEL_COUNT } delta_kernel;
+typedef enum delta_kernel {
+    KERNEL_PREPARE,
+    KERNEL_WALK,
+    KERNEL_FINAL, /* forward only */
+    FORWARD_COUNT,
+    KERNEL_RETREAT = KERNEL_FINAL, /* these backward only */
+    KERNEL_LEVELS,
+    KERNEL_KEYS,
+    KERNEL_SUM,
+    BACKWARD_COUNT
+} delta_kernel;
+
+/* What one phase runs. */
+typedef struct delta_phase {
+    cl_kernel kernels[BACKWARD_COUNT];
+    loglin_delta_call call;
+    size_t items[BACKWARD_COUNT]; /* of each launch */
+    size_t group[BACKWARD_COUNT]; /* of each work-group */
+    size_t columns;               /* of V to a work-group that walks */
+    size_t workspace;             /* bytes */
+} delta_phase;
 
 struct loglin_engine_state {
-    cl_kernel kernels[KERNEL_COUNT];
-    loglin_delta_call call;
-    size_t items[KERNEL_COUNT];    /* of each launch */
-    size_t group[KERNEL_COUNT];    /* of each work-group */
-    size_t workspace;              /* bytes */
-    loglin_engine_state *backward; /* the blas engine's, or NULL */
+    delta_phase forward, backward;
+    loglin_engine_state *blas; /* for the backward phase, else NULL */
 };
 
 /* A launch goes behind the one before it. */
 typedef struct delta_run {
-    const loglin_engine_state *state;
+    const delta_phase *phase;
     loglin_buffer workspace;
     cl_command_queue queue;
     bool in_order;
@@ -58,21 +74,25 @@ static size_t count_rows(const loglin_problem *problem) {
     return ND_CHUNK * count_states(problem) + 4;
 }
 
-/* Local memory that a work-group needs to walk with `columns` columns of V. */
-static size_t walk_bytes(const loglin_problem *problem, size_t columns) {
+/* Local memory that a work-group needs to walk with `columns` columns of V; the walk backwards needs more. */
+static size_t walk_bytes(const loglin_problem *problem, bool backward, size_t columns) {
     const size_t state = problem->dim_k * columns * 2 * 2, update = (size_t)ND_CHUNK * columns * 2;
     const size_t values = ND_CHUNK * (columns + 8) * 2, rows = count_rows(problem) * sizeof(float);
-    return count_states(problem) * (state + update) + 2 * (values + rows);
+    return count_states(problem) * (state + (backward ? 2 : 1) * update) + 2 * (values + rows);
 }
 
 /* Columns of V to a work-group: as many as its states leave room for; 0 if they never fit. */
-static size_t count_columns(const loglin_problem *problem) {
+static size_t count_columns(const loglin_problem *problem, bool backward) {
     for (size_t columns = problem->dim_v > 16 ? 32 : 16; columns >= 16; columns -= 16) {
-        if (walk_bytes(problem, columns) <= local_limit) {
+        if (walk_bytes(problem, backward, columns) <= local_limit) {
             return columns;
         }
     }
     return 0;
+}
+
+static bool goes_back(const loglin_problem *problem) {
+    return (problem->phases & LOGLIN_BACKWARD) != 0;
 }
 
 /* ---- Which problems ---------------------------------------------------------------------------------------------- */
@@ -96,7 +116,7 @@ static const char *refuses(const loglin_device *device, const loglin_problem *pr
     if (problem->chunk != ND_CHUNK) {
         return "its chunk is 64";
     }
-    if (count_columns(problem) == 0) {
+    if (count_columns(problem, goes_back(problem)) == 0) {
         return "the level states of so long a sequence do not fit in local memory";
     }
     return NULL;
@@ -110,60 +130,131 @@ static unsigned long reserve(size_t *end, size_t bytes) {
     return at;
 }
 
-static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
+/* The largest divisor of `steps` up to `most`. */
+static size_t block_of(size_t steps, size_t most) {
+    size_t block = most < steps ? most : steps;
+    while (steps % block != 0) {
+        block--;
+    }
+    return block;
+}
+
+/* 16 columns of K each: so many a warp's sums have room for. */
+static size_t block_steps(const loglin_problem *problem) {
+    return block_of(problem->dim_k / 16, 8);
+}
+
+/* Level states at the starts of all chunks of a sequence and head: a chunk has one for every bit of its number. */
+static size_t count_saved(size_t chunks) {
+    size_t count = 0;
+    for (size_t n = 0; n < chunks; n++) {
+        for (size_t bits = n; bits != 0; bits &= bits - 1) {
+            count++;
+        }
+    }
+    for (size_t bits = chunks - 1; bits != 0; bits &= bits - 1) {
+        count++;
+    }
+    return count;
+}
+
+static void set_launch(delta_phase *phase, delta_kernel id, size_t groups, size_t group) {
+    phase->items[id] = groups * group;
+    phase->group[id] = group;
+}
+
+static void lay_out(const loglin_problem *problem, bool backward, delta_phase *phase) {
     const size_t chunks = ceil_div(problem->length, ND_CHUNK), matrices = problem->batch * problem->heads;
-    const size_t map_bytes = (3 * (size_t)ND_CHUNK * problem->dim_k + (size_t)10 * 256) * 2;
+    const size_t maps = matrices * chunks, tokens = problem->batch * problem->length;
+    const size_t part_bytes = ND_CHUNK * problem->dim_k * 2, own_bytes = (size_t)10 * 512;
+    const size_t blocks = problem->dim_k / 16 / block_steps(problem);
     size_t end = 0;
-    state->call = (loglin_delta_call){
-        .maps = reserve(&end, matrices * chunks * map_bytes),
-        .rows = reserve(&end, matrices * chunks * count_rows(problem) * sizeof(float)),
+    phase->call = (loglin_delta_call){
+        .maps = reserve(&end, maps * ((backward ? 6 : 3) * part_bytes + own_bytes)),
+        .rows = reserve(&end, maps * count_rows(problem) * sizeof(float)),
         .batch = (unsigned)problem->batch,
         .length = (unsigned)problem->length,
         .chunks = (unsigned)chunks,
         .scale = problem->scale,
     };
-    state->workspace = end + 16; /* its start is rounded up */
-    state->group[KERNEL_PREPARE] = state->group[KERNEL_FINAL] = ND_PREPARE_ITEMS;
-    state->group[KERNEL_WALK] = ND_WALK_ITEMS;
-    state->items[KERNEL_PREPARE] = matrices * chunks * ND_PREPARE_ITEMS;
-    state->items[KERNEL_WALK] = matrices * ceil_div(problem->dim_v, count_columns(problem)) * ND_WALK_ITEMS;
-    state->items[KERNEL_FINAL] = matrices * problem->dim_k * ND_PREPARE_ITEMS;
+    phase->columns = count_columns(problem, backward);
+    set_launch(phase, KERNEL_PREPARE, maps, ND_PREPARE_ITEMS);
+    set_launch(phase, KERNEL_WALK, matrices * ceil_div(problem->dim_v, phase->columns), ND_WALK_ITEMS);
+    if (backward) {
+        const size_t saved_bytes = matrices * count_saved(chunks) * problem->dim_k * problem->dim_v * 2;
+        const size_t sum_bytes = tokens * problem->heads * problem->dim_k * sizeof(float);
+        phase->call.states = reserve(&end, saved_bytes);
+        phase->call.adjoints = reserve(&end, saved_bytes);
+        phase->call.map_gradients = reserve(&end, maps * 3 * part_bytes);
+        phase->call.decays = reserve(&end, maps * blocks * 4 * sizeof(float));
+        phase->call.dq = reserve(&end, sum_bytes);
+        phase->call.dk = reserve(&end, sum_bytes);
+        phase->items[KERNEL_RETREAT] = phase->items[KERNEL_WALK];
+        phase->group[KERNEL_RETREAT] = ND_WALK_ITEMS;
+        set_launch(phase, KERNEL_LEVELS, maps * blocks, ND_LEVELS_ITEMS);
+        set_launch(phase, KERNEL_KEYS, maps, ND_KEYS_ITEMS);
+        set_launch(phase, KERNEL_SUM, ceil_div(tokens * problem->groups, ND_KEYS_ITEMS / 32), ND_KEYS_ITEMS);
+    } else {
+        set_launch(phase, KERNEL_FINAL, matrices * problem->dim_k, ND_PREPARE_ITEMS);
+    }
+    phase->workspace = end + 16; /* its start is rounded up */
 }
 
-static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
-    static const char *const names[KERNEL_COUNT] = {"nvidia_delta_prepare", "nvidia_delta_walk", "nvidia_delta_final"};
-    static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_delta_layout.cl", "nvidia_delta.cl",
-                                        NULL};
-    char options[400]; /* 10 numbers of at most 20 digits and their names */
+static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, bool backward,
+                                    delta_phase *phase) {
+    static const char *const forward_names[] = {"nvidia_delta_prepare", "nvidia_delta_walk", "nvidia_delta_final"};
+    static const char *const backward_names[] = {"nvidia_delta_prepare", "nvidia_delta_walk", "nvidia_delta_retreat",
+                                                 "nvidia_delta_levels",  "nvidia_delta_keys", "nvidia_delta_sum"};
+    const char *const files[] = {"common.cl",
+                                 "mma_nvidia.cl",
+                                 "nvidia_delta_layout.cl",
+                                 "nvidia_delta.cl",
+                                 backward ? "nvidia_delta_backward.cl" : NULL,
+                                 NULL};
+    char options[480]; /* 12 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DSTATES=%zu -DNORMALIZE=%d"
-                   " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DND_V=%zu",
+                   " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DND_V=%zu -DBACKWARD=%d -DBLOCK_STEPS=%zu",
                    problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    count_states(problem), problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   count_columns(problem));
-    return loglin_kernels_get(device, files, options, names, KERNEL_COUNT, state->kernels);
+                   phase->columns, (int)backward, block_steps(problem));
+    return loglin_kernels_get(device, files, options, backward ? backward_names : forward_names,
+                              backward ? BACKWARD_COUNT : FORWARD_COUNT, phase->kernels);
+}
+
+static void destroy_phase(delta_phase *phase) {
+    for (int i = 0; i < BACKWARD_COUNT; i++) {
+        if (phase->kernels[i] != NULL) {
+            clReleaseKernel(phase->kernels[i]);
+        }
+    }
 }
 
 static void destroy(loglin_engine_state *state) {
     if (state == NULL) {
         return;
     }
-    for (int i = 0; i < KERNEL_COUNT; i++) {
-        if (state->kernels[i] != NULL) {
-            clReleaseKernel(state->kernels[i]);
-        }
-    }
-    loglin_blas_engine.destroy(state->backward);
+    destroy_phase(&state->forward);
+    destroy_phase(&state->backward);
+    loglin_blas_engine.destroy(state->blas);
     free(state);
 }
 
-static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
-                             const loglin_configuration *configuration, loglin_engine_state *state) {
-    RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, walk_bytes(problem, count_columns(problem))));
-    lay_out(problem, state);
-    RETURN_IF_ERROR(create_kernels(device, problem, state));
-    if ((problem->phases & LOGLIN_BACKWARD) != 0) {
-        return loglin_blas_engine.create(device, problem, configuration, &state->backward);
+static loglin_status create_phase(loglin_device *device, const loglin_problem *problem, bool backward,
+                                  delta_phase *phase) {
+    lay_out(problem, backward, phase);
+    RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, walk_bytes(problem, backward, phase->columns)));
+    return create_kernels(device, problem, backward, phase);
+}
+
+static loglin_status create_phases(loglin_device *device, const loglin_problem *problem,
+                                   const loglin_configuration *configuration, loglin_engine_state *state) {
+    if ((problem->phases & LOGLIN_FORWARD) != 0) {
+        RETURN_IF_ERROR(create_phase(device, problem, false, &state->forward));
+    }
+    if (goes_back(problem)) {
+        RETURN_IF_ERROR(create_phase(device, problem, true, &state->backward));
+        return loglin_blas_engine.create(device, problem, configuration, &state->blas);
     }
     return LOGLIN_OK;
 }
@@ -174,7 +265,7 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
     if (made == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "NVIDIA delta engine: out of host memory");
     }
-    const loglin_status status = prepare(device, problem, configuration, made);
+    const loglin_status status = create_phases(device, problem, configuration, made);
     if (status != LOGLIN_OK) {
         destroy(made);
         return status;
@@ -183,15 +274,12 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
     return LOGLIN_OK;
 }
 
-static const char *backward_remark(const loglin_engine_state *state) {
-    return state->backward == NULL ? NULL : "by the blas engine: only the forward pass is fused";
-}
-
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
     if (phase == LOGLIN_FORWARD) {
-        return state->workspace;
+        return state->forward.workspace;
     }
-    return state->backward != NULL ? loglin_blas_engine.workspace_size(state->backward, phase) : 0;
+    const size_t blas = state->blas != NULL ? loglin_blas_engine.workspace_size(state->blas, phase) : 0;
+    return blas > state->backward.workspace ? blas : state->backward.workspace;
 }
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
@@ -199,7 +287,7 @@ static size_t workspace_size(const loglin_engine_state *state, loglin_phase phas
 /* Sets the call, the workspace, and the caller's buffers as memory object and element offset; `count` is what came. */
 static cl_int set_common(const delta_run *run, cl_kernel kernel, const loglin_buffer *buffers, size_t num_buffers,
                          cl_uint *count) {
-    cl_int code = clSetKernelArg(kernel, (*count)++, sizeof run->state->call, &run->state->call);
+    cl_int code = clSetKernelArg(kernel, (*count)++, sizeof run->phase->call, &run->phase->call);
     if (code == CL_SUCCESS) {
         code = clSetKernelArg(kernel, (*count)++, sizeof(cl_mem), &run->workspace.mem);
     }
@@ -220,7 +308,7 @@ static cl_int set_common(const delta_run *run, cl_kernel kernel, const loglin_bu
 /* aligned: a last argument, NULL for none. */
 static loglin_status launch(delta_run *run, delta_kernel id, const loglin_buffer *buffers, size_t num_buffers,
                             const cl_uint *aligned, cl_event *event) {
-    cl_kernel kernel = run->state->kernels[id];
+    cl_kernel kernel = run->phase->kernels[id];
     cl_uint count = 0;
     cl_int code = set_common(run, kernel, buffers, num_buffers, &count);
     if (code == CL_SUCCESS && aligned != NULL) {
@@ -230,7 +318,7 @@ static loglin_status launch(delta_run *run, delta_kernel id, const loglin_buffer
         code = clEnqueueBarrierWithWaitList(run->queue, 0, NULL, NULL);
     }
     if (code == CL_SUCCESS) {
-        code = clEnqueueNDRangeKernel(run->queue, kernel, 1, NULL, &run->state->items[id], &run->state->group[id],
+        code = clEnqueueNDRangeKernel(run->queue, kernel, 1, NULL, &run->phase->items[id], &run->phase->group[id],
                                       run->num_wait, run->num_wait > 0 ? run->wait : NULL, event);
     }
     run->num_wait = 0;
@@ -243,39 +331,67 @@ static bool is_aligned(loglin_buffer buffer) {
     return buffer.offset % 8 == 0;
 }
 
-static loglin_status enqueue(delta_run *run, const loglin_call *call, cl_event *event) {
-    const cl_uint keys_aligned = is_aligned(call->in.q) && is_aligned(call->in.k);
-    const cl_uint values_aligned = is_aligned(call->in.v) && is_aligned(call->o);
-    const bool has_final = call->final.values.mem != NULL;
-    const loglin_buffer prepare_buffers[] = {call->in.q, call->in.k, call->in.g, call->in.level_scales, call->in.beta};
-    RETURN_IF_ERROR(launch(run, KERNEL_PREPARE, prepare_buffers, 5, &keys_aligned, NULL));
-    const loglin_buffer walk_buffers[] = {call->in.v, call->o, call->final.values};
-    RETURN_IF_ERROR(launch(run, KERNEL_WALK, walk_buffers, 3, &values_aligned, has_final ? NULL : event));
-    if (!has_final) {
-        return LOGLIN_OK;
-    }
-    const loglin_buffer final_buffers[] = {call->in.v, call->final.values, call->final.log_decay, call->final.position};
-    return launch(run, KERNEL_FINAL, final_buffers, 4, NULL, event);
-}
-
-static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
-                             cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
+static loglin_status begin(delta_run *run, const delta_phase *phase, loglin_buffer workspace, cl_command_queue queue,
+                           cl_uint num_wait, const cl_event *wait) {
     cl_command_queue_properties properties = 0;
     RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL));
-    delta_run run = {
-        .state = state,
+    *run = (delta_run){
+        .phase = phase,
         .workspace = workspace,
         .queue = queue,
         .in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0,
         .num_wait = num_wait,
         .wait = wait,
     };
-    return enqueue(&run, call, event);
+    return LOGLIN_OK;
+}
+
+static loglin_status prepare_maps(delta_run *run, const loglin_inputs *in) {
+    const cl_uint aligned = is_aligned(in->q) && is_aligned(in->k);
+    const loglin_buffer buffers[] = {in->q, in->k, in->g, in->level_scales, in->beta};
+    return launch(run, KERNEL_PREPARE, buffers, 5, &aligned, NULL);
+}
+
+static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
+                             cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
+    delta_run run;
+    RETURN_IF_ERROR(begin(&run, &state->forward, workspace, queue, num_wait, wait));
+    RETURN_IF_ERROR(prepare_maps(&run, &call->in));
+    const cl_uint aligned = is_aligned(call->in.v) && is_aligned(call->o);
+    const bool has_final = call->final.values.mem != NULL;
+    const loglin_buffer walk_buffers[] = {call->in.v, call->o, call->final.values};
+    RETURN_IF_ERROR(launch(&run, KERNEL_WALK, walk_buffers, 3, &aligned, has_final ? NULL : event));
+    if (!has_final) {
+        return LOGLIN_OK;
+    }
+    const loglin_buffer final_buffers[] = {call->in.v, call->final.values, call->final.log_decay, call->final.position};
+    return launch(&run, KERNEL_FINAL, final_buffers, 4, NULL, event);
 }
 
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                               cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
-    return loglin_blas_engine.backward(state->backward, call, workspace, queue, num_wait, wait, event);
+    if (call->dfinal_states.mem != NULL) {
+        return loglin_blas_engine.backward(state->blas, call, workspace, queue, num_wait, wait, event);
+    }
+    const loglin_inputs *in = &call->in;
+    const loglin_gradients *out = &call->out;
+    const loglin_buffer none = {NULL, 0};
+    const cl_uint aligned =
+        is_aligned(in->q) && is_aligned(in->k) && is_aligned(in->v) && is_aligned(call->d_o) && is_aligned(out->dv);
+    delta_run run;
+    RETURN_IF_ERROR(begin(&run, &state->backward, workspace, queue, num_wait, wait));
+    RETURN_IF_ERROR(prepare_maps(&run, in));
+    const loglin_buffer walk_buffers[] = {in->v, none, none};
+    RETURN_IF_ERROR(launch(&run, KERNEL_WALK, walk_buffers, 3, &aligned, NULL));
+    const loglin_buffer retreat_buffers[] = {call->d_o, out->dv};
+    RETURN_IF_ERROR(launch(&run, KERNEL_RETREAT, retreat_buffers, 2, &aligned, NULL));
+    const loglin_buffer levels_buffers[] = {in->v, call->d_o, out->dlevel_scales};
+    RETURN_IF_ERROR(launch(&run, KERNEL_LEVELS, levels_buffers, 3, &aligned, NULL));
+    const loglin_buffer keys_buffers[] = {
+        in->q, in->k, in->v, in->g, in->level_scales, in->beta, call->d_o, out->dg, out->dlevel_scales, out->dbeta};
+    RETURN_IF_ERROR(launch(&run, KERNEL_KEYS, keys_buffers, 10, &aligned, NULL));
+    const loglin_buffer sum_buffers[] = {in->q, in->k, out->dq, out->dk};
+    return launch(&run, KERNEL_SUM, sum_buffers, 4, NULL, event);
 }
 
 const loglin_engine_class loglin_nvidia_delta_engine = {
@@ -283,7 +399,6 @@ const loglin_engine_class loglin_nvidia_delta_engine = {
     .refuses = refuses,
     .create = create,
     .destroy = destroy,
-    .backward_remark = backward_remark,
     .workspace_size = workspace_size,
     .forward = forward,
     .backward = backward,
