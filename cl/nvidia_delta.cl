@@ -40,6 +40,8 @@
 #define WRITE_AT (START_T_AT + TOKENS * STEPS * 32)
 #define MAP (BACKWARD ? WRITE_AT + TOKENS * STEPS * 32 : READ_T_AT)
 
+#define WALK_WARPS (ND_WALK_ITEMS / 32)
+#define TURNS ((STEPS + WALK_WARPS - 1) / WALK_WARPS) /* blocks of 16 rows of K to a walking warp */
 #define SLICES ((DIM_V + ND_V - 1) / ND_V)
 #define V_TILES (ND_V / 16)
 #define VALUE_ROW (ND_V / 8 + 1)     /* uint4 */
@@ -461,17 +463,17 @@ void save_states(__global uint4 *to, const __local level_states *states, uint bi
 
 /* 16 tokens of o: MZ V + sum over the levels of weight READ E. */
 void read_states(float4 out[V_TILES][2], const __local level_states *states, const uint4 read[STEPS],
-                 const __global uint4 *own, const __local uint4 *values, const __local float *weights, uint i, uint n) {
+                 const uint4 own[TOKENS], const __local uint4 *values, const __local float *weights, uint i, uint n) {
     const uint lane = warp_lane();
 #pragma unroll
     for (uint m = 0; m < V_TILES; m++) {
         out[m][0] = out[m][1] = (float4)(0.0f);
     }
-    for (uint j = 0; j <= i; j++) {
-        const uint4 a = own[lower_tile(i, j) * 32 + lane];
 #pragma unroll
-        for (uint m = 0; m < V_TILES; m++) {
-            add_product(out[m], a, load_tile_transposed(values + 16 * j * VALUE_ROW + 2 * m, VALUE_ROW));
+    for (uint j = 0; j < TOKENS; j++) {
+#pragma unroll
+        for (uint m = 0; m < V_TILES && j <= i; m++) {
+            add_product(out[m], own[j], load_tile_transposed(values + 16 * j * VALUE_ROW + 2 * m, VALUE_ROW));
         }
     }
     for (uint level = 0, bits = n; bits != 0; level++, bits >>= 1) {
@@ -666,6 +668,22 @@ void store_final(__global float *values, const __local level_states *states, con
     }
 }
 
+/* The tiles of 16 rows of K of a K by tokens part of a chunk's map; none behind its last rows. */
+void load_row_tiles(uint4 to[TOKENS], const __global uint4 *from, uint step) {
+#pragma unroll
+    for (uint t = 0; t < TOKENS; t++) {
+        to[t] = step < STEPS ? from[(step * TOKENS + t) * 32 + warp_lane()] : (uint4)(0u);
+    }
+}
+
+/* Row i of a lower triangle of tiles. */
+void load_lower_row(uint4 to[TOKENS], const __global uint4 *from, uint i) {
+#pragma unroll
+    for (uint j = 0; j < TOKENS; j++) {
+        to[j] = i < TOKENS && j <= i ? from[lower_tile(i, j) * 32 + warp_lane()] : (uint4)(0u);
+    }
+}
+
 /* The weights of a chunk's rows and its decay. */
 void fetch_rows(__local float4 *to, const __global float4 *from) {
     for (uint i = get_local_id(0); i < ROWS / 4; i += ND_WALK_ITEMS) {
@@ -709,11 +727,15 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
         const uint merged = is_last ? 0 : merged_level(n);
         const __local uint4 *values = values_at[n % 2];
         const __local float *rows = (const __local float *)rows_at[n % 2];
-        uint4 write[TOKENS];
+        uint4 write[TURNS][TOKENS];
 #pragma unroll
-        for (uint t = 0; t < TOKENS; t++) {
-            write[t] = map[WRITE_T_AT + (min(warp, (uint)STEPS - 1) * TOKENS + t) * 32 + warp_lane()];
+        for (uint turn = 0; turn < TURNS; turn++) {
+            load_row_tiles(write[turn], map + WRITE_T_AT, warp + turn * WALK_WARPS);
         }
+#if !BACKWARD
+        uint4 own[TOKENS];
+        load_lower_row(own, map + OWN_AT, warp);
+#endif
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
         if (!is_last) {
@@ -726,7 +748,7 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
             save_states(saved + states_before(n) * SAVED, &states, n, columns, 32 * TOKENS);
 #else
             float4 out[V_TILES][2];
-            read_states(out, &states, mine, map + OWN_AT, values, rows, warp, n);
+            read_states(out, &states, mine, own, values, rows, warp, n);
             store_outputs(o + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, columns, aligned);
 #endif
         } else {
@@ -743,18 +765,17 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
                 mine[step] = map[MAP + READ_AT + (warp * STEPS + step) * 32 + warp_lane()];
             }
         }
-        for (uint step = warp; step < STEPS; step += ND_WALK_ITEMS / 32) {
-            if (step != warp) {
 #pragma unroll
-                for (uint t = 0; t < TOKENS; t++) {
-                    write[t] = map[WRITE_T_AT + (step * TOKENS + t) * 32 + warp_lane()];
-                }
+        for (uint turn = 0; turn < TURNS; turn++) {
+            const uint step = warp + turn * WALK_WARPS;
+            if (step >= STEPS) {
+                break;
             }
             if (is_last) {
                 store_final(final + final_offset + (bh * LEVELS + FIRST_LEVEL) * (DIM_K * DIM_V) + slice * ND_V, &states,
-                            write, kept, step, n, columns);
+                            write[turn], kept, step, n, columns);
             } else {
-                update_states(&states, write, kept, step, n, merged);
+                update_states(&states, write[turn], kept, step, n, merged);
             }
         }
         map += MAP;
@@ -778,8 +799,8 @@ float write_element(const __global uint4 *map, uint row, uint token) {
  */
 __kernel __attribute__((reqd_work_group_size(ND_PREPARE_ITEMS, 1, 1))) void
 nvidia_delta_final(const loglin_delta_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
-                   ulong v_offset, __global float *states, ulong states_offset, __global float *log_decay,
-                   ulong log_decay_offset, __global int *position, ulong position_offset) {
+                   ulong v_offset, __global float *states, ulong states_offset, __global int *position,
+                   ulong position_offset) {
     const uint item = get_local_id(0), row = get_group_id(0) % DIM_K;
     const ulong bh = get_group_id(0) / DIM_K, head = bh % HEADS, b = bh / HEADS;
     const uint chunk = call.chunks - 1, last = call.length - 1 - chunk * ND_CHUNK;
@@ -800,9 +821,6 @@ nvidia_delta_final(const loglin_delta_call call, __global float *ws, ulong ws_of
             }
             states[(ulong)level * (DIM_K * DIM_V) + column] = x;
         }
-    }
-    for (uint level = item; row == 0 && log_decay && level < LEVELS; level += ND_PREPARE_ITEMS) {
-        log_decay[log_decay_offset + bh * LEVELS + level] = 0.0f;
     }
     if (row == 0 && head == 0 && item == 0 && position) {
         position[position_offset + b] = (int)call.length;

@@ -63,17 +63,17 @@ typedef struct level_requests {
 
 /* 16 tokens of dv: MZ^T dO + WRITE D. */
 void hand_back(float4 out[V_TILES][2], const __local level_states *adjoints, const uint4 write[STEPS],
-               const __global uint4 *own, const __local uint4 *d_o, uint i, uint joined) {
+               const uint4 own_t[TOKENS], const __local uint4 *d_o, uint i, uint joined) {
     const uint lane = warp_lane();
 #pragma unroll
     for (uint m = 0; m < V_TILES; m++) {
         out[m][0] = out[m][1] = (float4)(0.0f);
     }
-    for (uint t = i; t < TOKENS; t++) {
-        const uint4 a = own[lower_tile(t, i) * 32 + lane];
 #pragma unroll
-        for (uint m = 0; m < V_TILES; m++) {
-            add_product(out[m], a, load_tile_transposed(d_o + 16 * t * VALUE_ROW + 2 * m, VALUE_ROW));
+    for (uint t = 0; t < TOKENS; t++) {
+#pragma unroll
+        for (uint m = 0; m < V_TILES && t >= i; m++) {
+            add_product(out[m], own_t[t], load_tile_transposed(d_o + 16 * t * VALUE_ROW + 2 * m, VALUE_ROW));
         }
     }
     if (joined != NO_LEVEL) {
@@ -168,6 +168,15 @@ void update_adjoints(__local level_states *adjoints, const __local level_request
     }
 }
 
+/* Column i of a lower triangle of tiles. */
+void load_lower_column(uint4 to[TOKENS], const __global uint4 *from, uint i) {
+#pragma unroll
+    for (uint t = 0; t < TOKENS; t++) {
+        to[t] = t >= i ? from[lower_tile(t, i) * 32 + warp_lane()] : (uint4)(0u);
+    }
+}
+
+/* A work-group takes a slice of the columns of V of a sequence and head, and goes backwards. */
 __kernel __attribute__((reqd_work_group_size(ND_WALK_ITEMS, 1, 1))) void
 nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_offset, const __global ushort *d_o,
                      ulong d_o_offset, __global ushort *dv, ulong dv_offset, uint aligned) {
@@ -200,6 +209,13 @@ nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_
         for (uint step = 0; step < STEPS; step++) {
             write[step] = map[WRITE_AT + (warp % TOKENS * STEPS + step) * 32 + lane];
         }
+        uint4 start[TURNS][TOKENS], read[TURNS][TOKENS], own_t[TOKENS];
+#pragma unroll
+        for (uint turn = 0; turn < TURNS; turn++) {
+            load_row_tiles(start[turn], map + START_T_AT, warp + turn * WALK_WARPS);
+            load_row_tiles(read[turn], map + READ_T_AT, warp + turn * WALK_WARPS);
+        }
+        load_lower_column(own_t, map + OWN_AT, warp);
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
         if (n > 0) {
@@ -209,21 +225,20 @@ nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_
         }
         if (warp < TOKENS) {
             float4 out[V_TILES][2];
-            hand_back(out, &adjoints, write, map + OWN_AT, d_o_here, warp, joined);
+            hand_back(out, &adjoints, write, own_t, d_o_here, warp, joined);
             store_outputs(dv + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, columns, aligned);
             save_states(saved + states_before(n + 1) * SAVED, &adjoints, ends, columns, 32 * TOKENS);
         } else {
             find_requests(&adjoints, &requests, write, d_o_here, rows, warp - TOKENS, n, ends);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
-        for (uint step = warp; step < STEPS; step += ND_WALK_ITEMS / 32) {
-            uint4 start[TOKENS], read[TOKENS];
 #pragma unroll
-            for (uint t = 0; t < TOKENS; t++) {
-                start[t] = map[START_T_AT + (step * TOKENS + t) * 32 + lane];
-                read[t] = map[READ_T_AT + (step * TOKENS + t) * 32 + lane];
+        for (uint turn = 0; turn < TURNS; turn++) {
+            const uint step = warp + turn * WALK_WARPS;
+            if (step < STEPS) {
+                update_adjoints(&adjoints, &requests, start[turn], read[turn], rows[ND_CHUNK * STATES], step, n, ends,
+                                joined);
             }
-            update_adjoints(&adjoints, &requests, start, read, rows[ND_CHUNK * STATES], step, n, ends, joined);
         }
     }
 }

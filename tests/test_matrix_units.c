@@ -9,6 +9,13 @@ static void expect_16_bit(support_case c) {
     }
 }
 
+static void expect_backward_16_bit(support_case c) {
+    for (int dtype = LOGLIN_F16; dtype <= LOGLIN_BF16; dtype++) {
+        c.dtype = (loglin_dtype)dtype;
+        expect_pass(support_check_backward(&c));
+    }
+}
+
 Test(matrix_units, lengths) {
     static const size_t lengths[] = {1, 63, 64, 65, 127, 200, 511, 512, 513, 777};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
@@ -59,19 +66,13 @@ Test(matrix_units, options) {
 Test(matrix_units, delta_lengths) {
     static const size_t lengths[] = {1, 63, 64, 65, 129, 200, 448, 513, 640};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
-        expect_16_bit((support_case){.op = LOGLIN_GATED_DELTA,
-                                     .length = lengths[i],
-                                     .dim_k = 32,
-                                     .dim_v = 48,
-                                     .final_states = true,
-                                     .log_decay = i % 2 == 1});
+        expect_16_bit((support_case){
+            .op = LOGLIN_GATED_DELTA, .length = lengths[i], .dim_k = 32, .dim_v = 48, .final_states = true});
     }
 }
 
 Test(matrix_units, delta_dimensions) {
-    static const struct {
-        size_t k, v;
-    } shapes[] = {{16, 16}, {32, 192}, {128, 128}, {192, 384}, {256, 16}};
+    static const struct { size_t k, v; } shapes[] = {{16, 16}, {32, 192}, {128, 128}, {192, 384}, {256, 16}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         expect_16_bit((support_case){.op = LOGLIN_GATED_DELTA,
                                      .length = 330,
@@ -85,7 +86,7 @@ Test(matrix_units, delta_dimensions) {
 Test(matrix_units, delta_options) {
     const support_case c = {
         .op = LOGLIN_GATED_DELTA, .batch = 2, .length = 230, .heads = 4, .groups = 2, .dim_k = 64, .dim_v = 32};
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 7; i++) {
         support_case one = c;
         one.normalize_qk = i == 0;
         one.scale = i == 1 ? 0.125f : 0.0f;
@@ -93,11 +94,32 @@ Test(matrix_units, delta_options) {
         one.offset = i == 3 ? 3 : 0;
         one.extra_levels = i == 4 ? 5 : 0;
         one.out_of_order = one.events = i == 5;
+        one.skip_optional = i == 6;
         expect_16_bit(one);
+        expect_backward_16_bit(one);
         one.weight_dtype = LOGLIN_BF16;
         one.dtype = LOGLIN_BF16;
         expect_pass(support_check_forward(&one));
+        expect_pass(support_check_backward(&one));
     }
+}
+
+Test(matrix_units, delta_backward_lengths) {
+    static const size_t lengths[] = {1, 64, 65, 200, 448, 513};
+    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+        expect_backward_16_bit(
+            (support_case){.op = LOGLIN_GATED_DELTA, .length = lengths[i], .dim_k = 32, .dim_v = 48});
+    }
+}
+
+Test(matrix_units, delta_backward_dimensions) {
+    static const struct { size_t k, v; } shapes[] = {{16, 16}, {32, 192}, {128, 128}, {192, 384}, {256, 16}};
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        expect_backward_16_bit((support_case){
+            .op = LOGLIN_GATED_DELTA, .length = 200, .heads = 1, .dim_k = shapes[i].k, .dim_v = shapes[i].v});
+    }
+    expect_backward_16_bit(
+        (support_case){.op = LOGLIN_GATED_DELTA, .length = 130, .dim_k = 16, .dim_v = 16, .final_states = true});
 }
 
 /* A plan for both phases: the forward pass is the engine's own, the backward pass may be another's. */

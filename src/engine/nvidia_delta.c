@@ -364,8 +364,8 @@ static loglin_status forward(loglin_engine_state *state, const loglin_call *call
     if (!has_final) {
         return LOGLIN_OK;
     }
-    const loglin_buffer final_buffers[] = {call->in.v, call->final.values, call->final.log_decay, call->final.position};
-    return launch(&run, KERNEL_FINAL, final_buffers, 4, NULL, event);
+    const loglin_buffer final_buffers[] = {call->in.v, call->final.values, call->final.position};
+    return launch(&run, KERNEL_FINAL, final_buffers, 3, NULL, event);
 }
 
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
