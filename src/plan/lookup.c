@@ -68,12 +68,6 @@ static void consider(best_entry *best, const loglin_source *source, const loglin
     }
 }
 
-/* In float the blas engine may win because no other takes it: that says nothing of the engines for 16-bit storage. */
-static bool misleads(const loglin_entry *entry, const loglin_class *class) {
-    return entry->configuration.engine == LOGLIN_ENGINE_BLAS && entry->class.dtype == LOGLIN_F32 &&
-           class->dtype != LOGLIN_F32;
-}
-
 static best_entry find_class(const loglin_source *sources, size_t count, const loglin_stamp *stamp,
                              const loglin_class *class, loglin_engine engine) {
     best_entry best = {.entry = NULL};
@@ -84,7 +78,7 @@ static best_entry find_class(const loglin_source *sources, size_t count, const l
                 continue;
             }
             const unsigned distance = class_distance(&entry->class, class);
-            if (distance != UINT_MAX && !(engine == LOGLIN_ENGINE_AUTO && misleads(entry, class))) {
+            if (distance != UINT_MAX) {
                 consider(&best, &sources[s], entry, stamp, distance);
             }
         }
