@@ -308,14 +308,14 @@ uint job_chunk(sum_job job, uint i) {
 /* 16 rows of K, 32 columns of V: an item's four eights of a row, from or to the state. */
 uint sum_place(uint row, uint half_v) { return (row + warp_lane() / 4) * 8 + half_v * 4 + warp_lane() % 4; }
 
-void store_sum(__global uint4 *to, float4 sum[SUM_TILES][8], uint warp) {
+void store_sum(__global uint4 *to, float4 sum[8 * SUM_TILES], uint warp) {
     const float unit = 1.0f / STATE_UNIT;
 #pragma unroll
     for (uint m = 0; m < SUM_TILES; m++) {
 #pragma unroll
         for (uint half_v = 0; half_v < 2; half_v++) {
-            const float4 a = sum[m][4 * half_v] * unit, b = sum[m][4 * half_v + 1] * unit;
-            const float4 c = sum[m][4 * half_v + 2] * unit, d = sum[m][4 * half_v + 3] * unit;
+            const float4 a = sum[8 * m + 4 * half_v] * unit, b = sum[8 * m + 4 * half_v + 1] * unit;
+            const float4 c = sum[8 * m + 4 * half_v + 2] * unit, d = sum[8 * m + 4 * half_v + 3] * unit;
             const uint row = (warp * SUM_TILES + m) * 16;
             to[sum_place(row, half_v)] =
                 transpose_quad((uint4)(pack(a.x, a.y), pack(b.x, b.y), pack(c.x, c.y), pack(d.x, d.y)));
@@ -325,7 +325,7 @@ void store_sum(__global uint4 *to, float4 sum[SUM_TILES][8], uint warp) {
     }
 }
 
-void add_sum(float4 sum[SUM_TILES][8], const __global uint4 *from, float weight, uint warp) {
+void add_sum(float4 sum[8 * SUM_TILES], const __global uint4 *from, float weight, uint warp) {
     weight *= STATE_UNIT;
 #pragma unroll
     for (uint m = 0; m < SUM_TILES; m++) {
@@ -334,26 +334,23 @@ void add_sum(float4 sum[SUM_TILES][8], const __global uint4 *from, float weight,
             const uint row = (warp * SUM_TILES + m) * 16;
             const uint4 upper = transpose_quad(from[sum_place(row, half_v)]);
             const uint4 lower = transpose_quad(from[sum_place(row + 8, half_v)]);
-            sum[m][4 * half_v] += weight * (float4)(unpack(upper.x), unpack(lower.x));
-            sum[m][4 * half_v + 1] += weight * (float4)(unpack(upper.y), unpack(lower.y));
-            sum[m][4 * half_v + 2] += weight * (float4)(unpack(upper.z), unpack(lower.z));
-            sum[m][4 * half_v + 3] += weight * (float4)(unpack(upper.w), unpack(lower.w));
+            sum[8 * m + 4 * half_v] += weight * (float4)(unpack(upper.x), unpack(lower.x));
+            sum[8 * m + 4 * half_v + 1] += weight * (float4)(unpack(upper.y), unpack(lower.y));
+            sum[8 * m + 4 * half_v + 2] += weight * (float4)(unpack(upper.z), unpack(lower.z));
+            sum[8 * m + 4 * half_v + 3] += weight * (float4)(unpack(upper.w), unpack(lower.w));
         }
     }
 }
 
-void clear_sum(float4 sum[SUM_TILES][8]) {
+void clear_sum(float4 sum[8 * SUM_TILES]) {
 #pragma unroll
-    for (uint m = 0; m < SUM_TILES; m++) {
-#pragma unroll
-        for (uint i = 0; i < 8; i++) {
-            sum[m][i] = (float4)(0.0f);
-        }
+    for (uint i = 0; i < 8 * SUM_TILES; i++) {
+        sum[i] = (float4)(0.0f);
     }
 }
 
 /* Adds (weights rows)^T values over a tile. */
-void add_tile(float4 sum[SUM_TILES][8], const __local uint4 *rows, const __local uint4 *values,
+void add_tile(float4 sum[8 * SUM_TILES], const __local uint4 *rows, const __local uint4 *values,
               const __local float *weights, uint warp) {
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
@@ -371,8 +368,8 @@ void add_tile(float4 sum[SUM_TILES][8], const __local uint4 *rows, const __local
             const uint4 b = load_b(values, 8, 16 * step, 2 * i);
 #pragma unroll
             for (uint m = 0; m < SUM_TILES; m++) {
-                mma(&sum[m][2 * i], a[m], b.x, b.y);
-                mma(&sum[m][2 * i + 1], a[m], b.z, b.w);
+                mma(&sum[8 * m + 2 * i], a[m], b.x, b.y);
+                mma(&sum[8 * m + 2 * i + 1], a[m], b.z, b.w);
             }
         }
     }
@@ -410,7 +407,7 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     const __global float2 *weight_since = (const __global float2 *)place(ws, ws_offset, call.since) +
                                           weight_bh * (call.chunks + 1);
 
-    float4 sum[SUM_TILES][8];
+    float4 sum[8 * SUM_TILES];
     for (uint step = 0; step <= 2 * job.count; step++) {
         /* Fetch the tile of this step, and work on the one before. */
         const uint n = job_chunk(job, min(step / 2, job.count - 1)), first = n * NB_CHUNK + step % 2 * NB_TILE;
