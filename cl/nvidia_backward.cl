@@ -42,6 +42,7 @@
 #define UNIT (1 << UNIT_BITS)
 #define CHUNK_LEVEL 8 /* level of the chunk before */
 #define SLOTS (CHUNK_LEVELS > 0 ? CHUNK_LEVELS : 1)
+#define SCALES_ROW (SLOTS | 1)
 
 /* States are stored divided by this, for half's range. */
 #define STATE_UNIT (STORAGE == 1 ? 64.0f : 1.0f)
@@ -120,6 +121,19 @@ float2 tile_pair(const __local uint4 *tile, uint pieces, uint row, uint column) 
     return unpack(words[column % 8 / 2]);
 }
 
+/* A level scale to local memory; zero where it is not wanted. */
+void fetch_scale(__local float *to, const __global weight *from, ulong at, int wanted) {
+#if WEIGHT_STORAGE == 0
+    if (wanted) {
+        copy_4(to, from + at);
+    } else {
+        *to = 0.0f;
+    }
+#else
+    *to = wanted ? load_weight(from, at) : 0.0f;
+#endif
+}
+
 float sum_quad(float x) {
     x += as_float(shuffle_xor(as_uint(x), 1));
     return x + as_float(shuffle_xor(as_uint(x), 2));
@@ -133,6 +147,14 @@ float sum_rows(float x) {
 }
 
 float sum_warp(float x) { return sum_quad(sum_rows(x)); }
+
+/* Four sums at once over items whose numbers differ in two bits; an item gets the sum that its own two bits name. */
+float sum_four(const float x[4], uint bit, uint step) {
+    const int odd = (bit & 1) != 0, high = (bit & 2) != 0;
+    const float a = (odd ? x[1] : x[0]) + as_float(shuffle_xor(as_uint(odd ? x[0] : x[1]), step));
+    const float b = (odd ? x[3] : x[2]) + as_float(shuffle_xor(as_uint(odd ? x[2] : x[3]), step));
+    return (high ? b : a) + as_float(shuffle_xor(as_uint(high ? a : b), 2 * step));
+}
 
 /* The end of the block that chunk n reads at level j, and of the block that has it as its right part. */
 uint block_end(uint n, uint j) { return (n >> j << j) - 1; }
@@ -279,23 +301,13 @@ uint count_with_bit(uint chunks, uint j) {
     return (chunks >> (j + 1) << j) + (rest > width ? rest - width : 0);
 }
 
+/* Jobs that read the same tokens are close to each other.  A count of 0: there is none of this number. */
 sum_job find_job(uint chunks, uint id) {
-    sum_job job = {1, 0, id, id * UNIT, 0};
-    uint units = (chunks - 1 + UNIT - 1) / UNIT, total = chunks - 1;
-    if (job.unit >= units) {
-        job.unit -= units;
-        job.is_state = 0;
-        for (job.level = 0; job.level < CHUNK_LEVELS; job.level++) {
-            total = count_with_bit(chunks, job.level);
-            units = (total + UNIT - 1) / UNIT;
-            if (job.unit < units) {
-                break;
-            }
-            job.unit -= units;
-        }
-        job.first = job.unit * UNIT;
-    }
-    job.count = min((uint)UNIT, total - job.first);
+    const uint turn = id / (2 + CHUNK_LEVELS), kind = id % (2 + CHUNK_LEVELS);
+    sum_job job = {kind < 2, kind < 2 ? 0 : kind - 2, kind < 2 ? 2 * turn + kind : turn, 0, 0};
+    const uint total = job.is_state ? chunks - 1 : count_with_bit(chunks, job.level);
+    job.first = job.unit * UNIT;
+    job.count = job.first < total ? min((uint)UNIT, total - job.first) : 0;
     return job;
 }
 
@@ -387,6 +399,9 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     const uint head_group = id % (HEADS / SUM_HEADS), tile = id / (HEADS / SUM_HEADS) % TILES_V;
     const uint b = id / (HEADS / SUM_HEADS * TILES_V) % call.batch;
     const sum_job job = find_job(call.chunks, id / (HEADS / SUM_HEADS * TILES_V) / call.batch);
+    if (job.count == 0) {
+        return;
+    }
     const uint head = head_group * SUM_HEADS + part;
     const ulong bh = (ulong)b * HEADS + head, matrix = bh * TILES_V + tile;
     const ulong bg = (ulong)b * GROUPS + head / GROUP_HEADS;
@@ -412,7 +427,8 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
         /* Fetch the tile of this step, and work on the one before. */
         const uint n = job_chunk(job, min(step / 2, job.count - 1)), first = n * NB_CHUNK + step % 2 * NB_TILE;
         const uint now = step % 2;
-        float row_weight = 0.0f;
+        float row_scale = 0.0f;
+        float2 own = (float2)(0.0f), early = own, late = own;
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
         if (step < 2 * job.count) {
@@ -421,15 +437,16 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                           (int)call.length - (int)first, aligned, item % 128, 128);
             const uint t = first + weight_row;
             if (weight_part < SUM_HEADS && t < call.length) {
-                const float2 own = gates[t];
                 if (job.is_state) {
-                    row_weight = decay_between(gates[(ulong)n * NB_CHUNK + NB_CHUNK - 1], own);
+                    row_scale = 1.0f;
+                    early = gates[t];
+                    late = gates[(ulong)n * NB_CHUNK + NB_CHUNK - 1];
                 } else {
-                    const uint block = job.level <= UNIT_BITS ? n >> job.level << job.level : job_chunk(job, 0);
-                    row_weight = load_weight(level_scales, level_scales_offset +
-                                                               (((ulong)b * call.length + t) * HEADS + weight_head) * LEVELS +
-                                                               CHUNK_LEVEL + job.level) *
-                                 call.scale * decay_between(weight_since[n] + own, weight_since[block]);
+                    const ulong at = (((ulong)b * call.length + t) * HEADS + weight_head) * LEVELS + CHUNK_LEVEL;
+                    row_scale = load_weight(level_scales, level_scales_offset + at + job.level);
+                    own = gates[t];
+                    early = weight_since[job.level <= UNIT_BITS ? n >> job.level << job.level : job_chunk(job, 0)];
+                    late = weight_since[n];
                 }
             }
         }
@@ -460,7 +477,8 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
             }
         }
         if (weight_part < SUM_HEADS) {
-            weights_at[now][weight_part][weight_row] = row_weight;
+            const float scale = job.is_state ? 1.0f : call.scale;
+            weights_at[now][weight_part][weight_row] = row_scale * scale * decay_between(late + own, early);
         }
     }
 }
@@ -503,6 +521,15 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
     const __global float2 *since = (const __global float2 *)place(ws, ws_offset, call.since) + bh * (call.chunks + 1);
     const state_piece zero = {(float4)(0.0f), (float4)(0.0f)};
 
+    if (get_group_id(0) % (SLICES * TILES_V) == 0) {
+        __global float *kept = (__global float *)place(ws, ws_offset, call.kept) + bh * call.chunks * CHUNK_LEVELS;
+        for (uint i = get_local_id(0); i < call.chunks * CHUNK_LEVELS; i += NB_ITEMS) {
+            const uint n = i / CHUNK_LEVELS, j = i % CHUNK_LEVELS;
+            if (((n >> j) & 1) != 0) {
+                kept[i] = call.scale * decay_between(since[n], since[block_end(n, j) + 1]);
+            }
+        }
+    }
     for (uint j = UNIT_BITS + 1; j < CHUNK_LEVELS; j++) {
         for (uint start = (1u << j) + (warp << (j + 1)); start < call.chunks; start += warps << (j + 1)) {
             const uint e = start - 1, units = (min(1u << j, call.chunks - start) + UNIT - 1) / UNIT;
@@ -548,13 +575,24 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
 #define ROW_COLUMNS (NV_K / 4)        /* of K, of a warp: it has 32 rows */
 #define ROW_EIGHTS (ROW_COLUMNS / 8)
 
-/* Level `slot` that exists for chunk n. */
-uint slot_level(uint n, uint slot) {
-    for (; slot > 0; slot--) {
-        n &= n - 1;
+/* A turn: a head, a level (its bit is the lowest of `bits`), and a tile of V, which goes first. */
+typedef struct row_turn {
+    uint h, bits, part;
+} row_turn;
+
+row_turn next_turn(row_turn now, uint all_bits) {
+    if (++now.part == TILES_V) {
+        now.part = 0;
+        now.bits &= now.bits - 1;
+        if (now.bits == 0) {
+            now.bits = all_bits;
+            now.h++;
+        }
     }
-    return 31 - clz(n & (0 - n));
+    return now;
 }
+
+uint turn_level(row_turn turn) { return 31 - clz(turn.bits & (0 - turn.bits)); }
 
 /* Rows of a tile: where each of an item's four lies. */
 uint item_row(uint half_rows, uint i) { return half_rows * 32 + i * 8 + warp_lane() / 4; }
@@ -570,17 +608,19 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     __local uint4 states_at[2][STATE];
     __local uint4 values_at[2][TILES_V][COLUMN_TILE];
     __local uint4 queries[ROW_TILE];
-    __local float scales_at[3][NB_TILE * SLOTS]; /* of the head that is fetched, worked on, and finished */
-    __local float2 gates_at[2][NB_TILE], end_at[2];
-    __local float kept_at[2][SLOTS];
+    __local float scales_at[3][NB_TILE * SCALES_ROW]; /* of the head that is fetched, worked on, and finished */
+    __local float2 gates_at[2][NB_TILE];
+    __local float4 factors_at[2][NB_TILE];
+    __local float kept_at[2][SCALES_ROW];
     __local float dots_at[2][4][SLOTS][NB_TILE];
     const uint item = get_local_id(0), lane = item % 32, warp = item / 32, half_rows = warp % 2, quarter = warp / 2;
     const ulong tiles = 2 * (ulong)call.chunks, id = get_group_id(0);
     const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS, b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
-    const ulong rest = id / (HEAD_BLOCKS * GROUPS) / call.batch;
-    const uint is_key = rest >= tiles, tile = tiles - 1 - (is_key ? rest - tiles : rest), n = tile / 2;
-    const uint slots = is_key ? n + 1 < call.chunks : popcount(n), first = tile * NB_TILE;
-    const uint first_head = group * GROUP_HEADS + block * BLOCK_HEADS, steps = BLOCK_HEADS * slots * TILES_V;
+    const uint is_key = id / (HEAD_BLOCKS * GROUPS) / call.batch % 2;
+    const uint tile = tiles - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch / 2, n = tile / 2;
+    const uint all_bits = is_key ? n + 1 < call.chunks : n, first = tile * NB_TILE;
+    const uint first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
+    const uint steps = BLOCK_HEADS * popcount(all_bits) * TILES_V;
     const int rows = (int)call.length - (int)first;
     const ulong bg = (ulong)b * GROUPS + group, padded = (ulong)call.chunks * NB_CHUNK;
     const __global ushort *values = (is_key ? v + v_offset : d_o + d_o_offset) +
@@ -589,7 +629,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     const ulong first_bh = (ulong)b * HEADS + first_head;
     const __global uint4 *all_states = (const __global uint4 *)place(ws, ws_offset, is_key ? call.adjoints : call.states);
 
-    if (!is_key && slots > 0) {
+    if (!is_key && steps > 0) {
         fetch_tile(queries, (const __global uint4 *)place(ws, ws_offset, call.queries) + (bg * padded + first) * K_PIECES,
                    NB_TILE, K_PIECES, item, NB_ITEMS);
     }
@@ -602,46 +642,56 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
         }
     }
     float start[4] = {0.0f};
+    row_turn wanted = {0, all_bits, 0}, turn = wanted;
     for (uint step = 0; step <= steps + 1; step++) {
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
         if (step < steps) {
             /* Fetch what the next turn takes: a state, and at a head's begin all else. */
-            const uint h = step / TILES_V / slots, slot = step / TILES_V % slots, part = step % TILES_V;
-            const uint level = is_key ? 0 : slot_level(n, slot);
+            const uint h = wanted.h;
             const ulong bh = first_bh + h;
-            const uint e = is_key ? n : block_end(n, level);
-            fetch_tile(states_at[step % 2], all_states + ((bh * TILES_V + part) * call.chunks + e) * STATE, NV_K, 8, item,
-                       NB_ITEMS);
-            if (step % (slots * TILES_V) == 0) {
+            const uint e = is_key ? n : block_end(n, turn_level(wanted));
+            fetch_tile(states_at[step % 2], all_states + ((bh * TILES_V + wanted.part) * call.chunks + e) * STATE, NV_K, 8,
+                       item, NB_ITEMS);
+            if (wanted.bits == all_bits && wanted.part == 0) {
                 for (uint i = 0; i < TILES_V; i++) {
                     fetch_columns(values_at[h % 2][i], values + (ulong)h * DIM_V, i, rows, aligned, item, NB_ITEMS);
                 }
-                const __global float2 *gates = (const __global float2 *)place(ws, ws_offset, call.gates) +
-                                               bh * padded + first;
-                if (item < NB_TILE / 2) {
-                    copy_16(&gates_at[h % 2][2 * item], &gates[2 * item], 1);
-                }
-                for (uint i = item; !is_key && i < NB_TILE * slots; i += NB_ITEMS) {
-                    const uint row = i % NB_TILE, column = CHUNK_LEVEL + slot_level(n, i / NB_TILE);
-                    scales_at[h % 3][i] =
-                        (int)row < rows ? load_weight(level_scales, level_scales_offset + level_row +
-                                                                        (ulong)row * (HEADS * LEVELS) + h * LEVELS + column)
-                                        : 0.0f;
-                }
-                const __global float2 *since = (const __global float2 *)place(ws, ws_offset, call.since) +
-                                               bh * (call.chunks + 1);
                 if (is_key) {
-                    end_at[h % 2] = gates[NB_CHUNK - 1 - tile % 2 * NB_TILE];
-                } else if (item < slots) {
-                    kept_at[h % 2][item] =
-                        decay_between(since[n], since[block_end(n, slot_level(n, item)) + 1]) * call.scale;
+                    if (item < NB_TILE) {
+                        copy_16(&factors_at[h % 2][item],
+                                (const __global float4 *)place(ws, ws_offset, call.factors) + bh * padded + first + item, 1);
+                    }
+                } else {
+                    if (item < NB_TILE / 2) {
+                        copy_16(&gates_at[h % 2][2 * item],
+                                (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first + 2 * item, 1);
+                    }
+                    for (uint i = item; i < NB_TILE * SLOTS; i += NB_ITEMS) {
+                        const uint row = i / SLOTS, j = i % SLOTS;
+                        if (((n >> j) & 1) != 0) {
+                            fetch_scale(&scales_at[h % 3][row * SCALES_ROW + j], level_scales,
+                                        level_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + h * LEVELS +
+                                            CHUNK_LEVEL + j,
+                                        (int)row < rows);
+                        }
+                    }
+                    if (item < SLOTS && ((n >> item) & 1) != 0) {
+                        copy_4(&kept_at[h % 2][item], (const __global float *)place(ws, ws_offset, call.kept) +
+                                                          (bh * call.chunks + n) * CHUNK_LEVELS + item);
+                    }
                 }
             }
+            wanted = next_turn(wanted, all_bits);
         }
+        int finished = all_bits == 0 && step == 0 ? BLOCK_HEADS : 0; /* heads */
+        if (step > 0 && turn.h > 0 && turn.bits == all_bits && turn.part == 0) {
+            finished = 1;
+        }
+        const uint first_finished = all_bits == 0 ? 0 : turn.h - 1;
         if (step > 0 && step <= steps) {
-            const uint done = step - 1, h = done / TILES_V / slots, slot = done / TILES_V % slots, part = done % TILES_V;
-            const __local uint4 *state = states_at[done % 2], *x = values_at[h % 2][part];
+            const uint h = turn.h, j = turn_level(turn);
+            const __local uint4 *state = states_at[(step - 1) % 2], *x = values_at[h % 2][turn.part];
 #pragma unroll
             for (uint inner = 0; inner < 4; inner++) {
                 const uint4 upper = load_a(x, 8, half_rows * 32, 2 * inner);
@@ -655,41 +705,41 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                     mma(&product[1][i + 1], lower, y.z, y.w);
                 }
             }
-            if (part + 1 == TILES_V) {
-                if (slot == 0) {
+            if (turn.part + 1 == TILES_V) {
+                if (turn.bits == all_bits) {
 #pragma unroll
                     for (uint i = 0; i < 4; i++) {
-                        const float2 own = gates_at[h % 2][item_row(half_rows, i)];
-                        start[i] = is_key ? decay_between(end_at[h % 2], own) : decay(own.x + own.y);
+                        const uint row = item_row(half_rows, i);
+                        const float2 own = is_key ? (float2)(0.0f) : gates_at[h % 2][row];
+                        start[i] = (is_key ? factors_at[h % 2][row].w : decay(own.x + own.y)) * STATE_UNIT;
                     }
                 }
-                const float kept = (is_key ? 1.0f : kept_at[h % 2][slot]) * STATE_UNIT;
+                const float kept = is_key ? 1.0f : kept_at[h % 2][j];
+                float dots[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
                 for (uint i = 0; i < 4; i++) {
                     const uint row = item_row(half_rows, i), m = i / 2;
                     const float row_weight = kept * start[i];
-                    const float scale = is_key ? row_weight : row_weight * scales_at[h % 3][slot * NB_TILE + row];
-                    float sum = 0.0f;
+                    const float scale = is_key ? row_weight : row_weight * scales_at[h % 3][row * SCALES_ROW + j];
 #pragma unroll
-                    for (uint j = 0; j < ROW_EIGHTS; j++) {
-                        const float2 own = i % 2 == 0 ? product[m][j].xy : product[m][j].zw;
+                    for (uint c = 0; c < ROW_EIGHTS; c++) {
+                        const float2 own = i % 2 == 0 ? product[m][c].xy : product[m][c].zw;
                         if (i % 2 == 0) {
-                            total[m][j].xy += scale * own;
+                            total[m][c].xy += scale * own;
                         } else {
-                            total[m][j].zw += scale * own;
+                            total[m][c].zw += scale * own;
                         }
                         if (!is_key) {
                             const float2 q =
-                                tile_pair(queries, K_PIECES, row, quarter * ROW_COLUMNS + 8 * j + 2 * (lane % 4));
-                            sum = fma(q.x, own.x, fma(q.y, own.y, sum));
+                                tile_pair(queries, K_PIECES, row, quarter * ROW_COLUMNS + 8 * c + 2 * (lane % 4));
+                            dots[i] = fma(q.x, own.x, fma(q.y, own.y, dots[i]));
                         }
                     }
-                    if (!is_key) {
-                        sum = sum_quad(sum);
-                        if (lane % 4 == 0) {
-                            dots_at[h % 2][quarter][slot][row] = sum * row_weight;
-                        }
-                    }
+                    dots[i] *= row_weight;
+                }
+                if (!is_key) {
+                    /* The item gets the sum of its row number lane % 4. */
+                    dots_at[h % 2][quarter][j][item_row(half_rows, lane % 4)] = sum_four(dots, lane, 1);
                 }
 #pragma unroll
                 for (uint m = 0; m < 2; m++) {
@@ -699,24 +749,20 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                     }
                 }
             }
+            turn = next_turn(turn, all_bits);
         }
-        /* A head behind: the gradients of its level scales.  Items 64 i.. have the levels i, i + 4, ... */
-        const uint head_steps = slots * TILES_V;
-        const int has_head = !is_key && (slots == 0 ? step == 0 : step > head_steps && (step - 1) % head_steps == 0);
-        const uint heads_done = slots == 0 ? BLOCK_HEADS : (step - 1) / max(head_steps, 1u);
-        for (uint h = slots == 0 ? 0 : heads_done - 1; has_head && h < heads_done; h++) {
+        /* Heads behind: the gradients of their level scales.  Items 64 i.. have the levels i, i + 4, ... */
+        for (uint h = first_finished; !is_key && finished-- > 0; h++) {
             const uint row = item % NB_TILE;
             float sum = 0.0f;
             for (uint j = item / NB_TILE; j + CHUNK_LEVEL < LEVELS || j < CHUNK_LEVELS; j += 4) {
-                const int exists = j < CHUNK_LEVELS && ((n >> j) & 1) != 0;
                 float gradient = 0.0f;
-                if (exists) {
-                    const uint slot = popcount(n & ((1u << j) - 1));
+                if (j < CHUNK_LEVELS && ((n >> j) & 1) != 0) {
 #pragma unroll
                     for (uint i = 0; i < 4; i++) {
-                        gradient += dots_at[h % 2][i][slot][row];
+                        gradient += dots_at[h % 2][i][j][row];
                     }
-                    const float share = gradient * scales_at[h % 3][slot * NB_TILE + row];
+                    const float share = gradient * scales_at[h % 3][row * SCALES_ROW + j];
                     sum += share;
                     const float of_32 = sum_warp(share);
                     if (lane == 0) {
@@ -766,8 +812,8 @@ uint4 weigh_far(float4 ds[2], uint4 product, float4 dp[2], const float query_wei
         const float2 scales = (float2)(query_scale[2 * half_q], query_scale[2 * half_q + 1]);
         const float2 upper = decays * key_weight[0], lower = decays * key_weight[1];
         const float2 shares = ds[half_q].xy * p[2 * half_q] * upper + ds[half_q].zw * p[2 * half_q + 1] * lower;
-        sum[2 * half_q] = sum_rows(shares.x);
-        sum[2 * half_q + 1] = sum_rows(shares.y);
+        sum[2 * half_q] = shares.x;
+        sum[2 * half_q + 1] = shares.y;
         dp[half_q].xy += ds[half_q].xy * (upper * scales);
         dp[half_q].zw += ds[half_q].zw * (lower * scales);
         const float2 w_upper = p[2 * half_q] * (upper * scales), w_lower = p[2 * half_q + 1] * (lower * scales);
@@ -781,11 +827,11 @@ uint4 weigh_far(float4 ds[2], uint4 product, float4 dp[2], const float query_wei
             a.w = pack(w_lower.x, w_lower.y);
         }
     }
-    if (warp_lane() < 4) {
-#pragma unroll
-        for (uint i = 0; i < 4; i++) {
-            dots[8 * (i / 2) + 2 * warp_lane() + i % 2] = sum[i];
-        }
+    const uint r = warp_lane() / 4;
+    float dot_of_query = sum_four(sum, r, 4);
+    dot_of_query += as_float(shuffle_xor(as_uint(dot_of_query), 16));
+    if (r < 4) {
+        dots[8 * (r / 2) + 2 * (warp_lane() % 4) + r % 2] = dot_of_query;
     }
     return a;
 }
@@ -854,17 +900,23 @@ uint4 weigh_near(float4 ds[2], uint4 product, float4 dp[2], const __local float2
     return (uint4)(pack(w[0], w[1]), pack(w[2], w[3]), pack(w[4], w[5]), pack(w[6], w[7]));
 }
 
-/* 16 keys times 16 queries, by their columns of V. */
-void multiply_values(float4 ds[2], const __local uint4 *v, const __local uint4 *d_o, uint key, uint query) {
-    ds[0] = ds[1] = (float4)(0.0f);
+/* 16 keys times two sixteens of queries, by their columns of V. */
+void multiply_values(float4 ds[2][2], const __local uint4 *v, const __local uint4 *d_o, uint key, uint query) {
+#pragma unroll
+    for (uint j = 0; j < 2; j++) {
+        ds[j][0] = ds[j][1] = (float4)(0.0f);
+    }
 #pragma unroll
     for (uint part = 0; part < TILES_V; part++) {
 #pragma unroll
         for (uint inner = 0; inner < 4; inner++) {
             const uint4 a = load_a(v + part * COLUMN_TILE, 8, key, 2 * inner);
-            const uint4 y = load_b_transposed(d_o + part * COLUMN_TILE, 8, query, 2 * inner);
-            mma(&ds[0], a, y.x, y.y);
-            mma(&ds[1], a, y.z, y.w);
+#pragma unroll
+            for (uint j = 0; j < 2; j++) {
+                const uint4 y = load_b_transposed(d_o + part * COLUMN_TILE, 8, query + 16 * j, 2 * inner);
+                mma(&ds[j][0], a, y.x, y.y);
+                mma(&ds[j][1], a, y.z, y.w);
+            }
         }
     }
 }
@@ -1038,10 +1090,9 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             }
             for (uint i = item; i < NB_TILE * 8; i += NB_ITEMS) {
                 const uint level = i % 8, row = i / 8 + (level == 7 ? NB_TILE : 0);
-                to->scales[i] = (int)row < rows && level < LEVELS && (level < 7 || blocks == 2)
-                                    ? load_weight(level_scales, level_scales_offset + level_row +
-                                                                    (ulong)row * (HEADS * LEVELS) + step * LEVELS + level)
-                                    : 0.0f;
+                fetch_scale(&to->scales[i], level_scales,
+                            level_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + step * LEVELS + level,
+                            (int)row < rows && level < LEVELS && (level < 7 || blocks == 2));
             }
         }
         if (step == 0) {
@@ -1053,15 +1104,17 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         float key_dots[2] = {0.0f, 0.0f};
 #pragma unroll
         for (uint i = 0; i < 2; i++) {
+            float4 ds[2][2];
+            if (i < blocks && (i == 1 || half_q * 32 + 16 >= key)) {
+                multiply_values(ds, in->v, in->d_o[i], key, half_q * 32);
+            }
 #pragma unroll
             for (uint j = 0; j < 2; j++) {
                 const uint query = half_q * 32 + 16 * j;
                 weights[i][j] = (uint4)(0);
                 if (i < blocks && (i == 1 || query >= key)) {
-                    float4 ds[2];
-                    multiply_values(ds, in->v, in->d_o[i], key, query);
                     if (i == 0 && query == key) {
-                        weights[i][j] = weigh_near(ds, products[i][j], gradients[i][j], in->gates + key,
+                        weights[i][j] = weigh_near(ds[j], products[i][j], gradients[i][j], in->gates + key,
                                                    in->scales + key * 8, key_dots, &near_dots[0][key]);
                     } else {
                         float query_weight[4], query_scale[4], key_weight[2];
@@ -1079,7 +1132,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                             const float4 own = in->factors[key + r + 8 * e];
                             key_weight[e] = i == 1 ? own.z : own.y;
                         }
-                        weights[i][j] = weigh_far(ds, products[i][j], gradients[i][j], query_weight, query_scale,
+                        weights[i][j] = weigh_far(ds[j], products[i][j], gradients[i][j], query_weight, query_scale,
                                                   key_weight, key_dots, &far_dots[i][key / 16][query]);
                     }
                 }

@@ -78,20 +78,6 @@ static backward_shape find_shape(const loglin_problem *problem) {
     return shape;
 }
 
-/* Jobs of the sums: units of all chunks but the last, and of the chunks with each bit set. */
-static size_t count_sum_jobs(const backward_shape *shape) {
-    const size_t unit = (size_t)1 << shape->unit_bits;
-    size_t jobs = ceil_div(shape->chunks - 1, unit);
-    for (size_t j = 0; j < shape->chunk_levels; j++) {
-        size_t count = 0;
-        for (size_t n = 0; n < shape->chunks; n++) {
-            count += n >> j & 1;
-        }
-        jobs += ceil_div(count, unit);
-    }
-    return jobs;
-}
-
 static unsigned long reserve(size_t *end, size_t bytes) {
     const size_t at = *end;
     *end += ceil_div(bytes, 128) * 128;
@@ -111,6 +97,7 @@ static void lay_out(const loglin_problem *problem, const backward_shape *shape, 
         .gates = reserve(&end, head_tokens * sizeof(float[2])),
         .factors = reserve(&end, head_tokens * sizeof(float[4])),
         .since = reserve(&end, heads * (chunks + 1) * sizeof(float[2])),
+        .kept = reserve(&end, heads * chunks * shape->chunk_levels * sizeof(float)),
         .states = reserve(&end, matrices * chunks * state),
         .adjoints = reserve(&end, matrices * chunks * state),
         .parts = reserve(&end, matrices * shape->chunk_levels * shape->unit_count * state),
@@ -134,12 +121,14 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
                  groups = problem->batch * problem->groups;
     const size_t matrices = heads * shape->tiles_v, warps = NB_ITEMS / 32, rows = groups * chunks * NB_CHUNK;
     const size_t tiles = groups * shape->head_blocks * 2 * chunks;
+    /* Two units of states and one of each level at a time; none for a single chunk. */
+    const size_t jobs = chunks > 1 ? shape->unit_count * (2 + shape->chunk_levels) : 0;
     const struct {
         size_t groups, size;
     } launches[KERNEL_COUNT] = {
         [KERNEL_nb_prepare] = {2 * rows / warps + ceil_div(heads * chunks, warps), NB_ITEMS},
         [KERNEL_nb_since] = {heads, 32},
-        [KERNEL_nb_sums] = {matrices / shape->sum_heads * count_sum_jobs(shape), 128 * shape->sum_heads},
+        [KERNEL_nb_sums] = {matrices / shape->sum_heads * jobs, 128 * shape->sum_heads},
         [KERNEL_nb_tree] = {chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS},
         [KERNEL_nb_rows] = {2 * tiles, NB_ITEMS},
         [KERNEL_nb_tiles] = {tiles, NB_ITEMS},
