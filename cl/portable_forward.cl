@@ -13,8 +13,8 @@ void chunk_output(const loglin_panel p, const place *at, const int *where) {
             read_weights(p, at, j);
 #if !IS_DELTA
             const float decay = exp(HEAD_ARRAY(DECAY)[where[j]]);
-            FOR_BLOCKS(r, CHUNK) {
-                put16(decay * get16(ARRAY(ROWS) + r) * get16(ARRAY(START) + r), ARRAY(ROWS) + r);
+            FOR_STRIPS(r, CHUNK) {
+                put_strip(decay * get_strip(ARRAY(ROWS) + r) * get_strip(ARRAY(START) + r), ARRAY(ROWS) + r);
             }
             SYNC();
 #endif
