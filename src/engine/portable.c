@@ -16,12 +16,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* More heads to a lane share q k^T, but their states leave the core's cache. */
-static const size_t most_lane_heads = 4;
-
-/* Chunks whose states the backward pass holds at a time, of a long sequence, and of one that needs no second walk. */
-static const size_t most_segment_chunks = 32, one_segment_chunks = 64;
-
 /* Lanes of a core that share the chunks of a head: several, so that the cores end together. */
 static const size_t spread_lanes = 4;
 
@@ -96,13 +90,16 @@ static double busy_share(size_t lanes, size_t cores) {
     return (double)lanes / (double)(ceil_div(lanes, cores) * cores);
 }
 
-/* As few parts as keep the cores busy: of the heads of a group first, as they only share q k^T, then of the values. */
-static lane_shape divide(const loglin_problem *problem, const loglin_panel *panel, size_t cores) {
+/*
+ * As few parts as keep the cores busy: of the heads of a group first, as they only share q k^T, then of the values.  A lane
+ * has most_heads at most: more share q k^T, but their states leave the core's cache.
+ */
+static lane_shape divide(const loglin_problem *problem, const loglin_panel *panel, size_t cores, size_t most_heads) {
     const size_t matrices = loglin_problem_sequences(problem) * problem->groups,
                  heads = problem->heads / problem->groups;
     lane_shape best = {0};
     for (size_t value_parts = 1; value_parts <= ceil_div(problem->dim_v, 32); value_parts *= 2) {
-        for (size_t head_parts = ceil_div(heads, most_lane_heads); head_parts <= heads; head_parts++) {
+        for (size_t head_parts = ceil_div(heads, most_heads); head_parts <= heads; head_parts++) {
             const size_t lanes = matrices * head_parts * value_parts;
             if (heads % head_parts == 0 &&
                 (best.lanes == 0 || busy_share(lanes, cores) > busy_share(best.lanes, cores) + 0.1)) {
@@ -212,9 +209,9 @@ static lane_shape spread(const loglin_problem *problem, const loglin_engine_stat
     return shape;
 }
 
-/* The shape of the backward pass's lanes. */
-static lane_shape divide_backward(const loglin_engine_state *state, lane_shape shape) {
-    shape.segment = state->waves <= one_segment_chunks ? state->waves : most_segment_chunks;
+/* The shape of the backward pass's lanes, which hold the states of `chunks` at a time; twice as many save a second walk. */
+static lane_shape divide_backward(const loglin_engine_state *state, lane_shape shape, size_t chunks) {
+    shape.segment = state->waves <= 2 * chunks ? state->waves : chunks;
     shape.segments = ceil_div(state->waves, shape.segment);
     /* Those at a segment's start, and what each of its chunks makes: its own, and anew all others for the delta rule. */
     shape.pool = shape.columns + shape.segment * (state->panel.delta ? shape.columns + 1 : 1);
@@ -250,18 +247,19 @@ static bool has_backward(const loglin_problem *problem) {
     return (problem->phases & LOGLIN_BACKWARD) != 0 && problem->partition == LOGLIN_WEAK;
 }
 
-static loglin_status lay_out(const loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
+static loglin_status lay_out(const loglin_device *device, const loglin_problem *problem, const unsigned *tuned,
+                             loglin_engine_state *state) {
     loglin_panel *panel = &state->panel;
     *panel = loglin_panel_of(problem);
     panel->batch_width = panel->packed ? 1 : panel->sequences;
     panel->waves = (unsigned)loglin_count_waves(problem);
     panel->slots = panel->waves * panel->batch_width;
     state->waves = problem->sequences > 0 ? problem->max_length / problem->chunk + 2 : panel->waves;
-    const lane_shape shape = divide(problem, panel, device->info.compute_units);
+    const lane_shape shape = divide(problem, panel, device->info.compute_units, tuned[LOGLIN_TUNABLE_LANE_HEADS]);
     state->shape = spread(problem, state, shape, device->info.compute_units);
     RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->shape, &state->forward));
     if (has_backward(problem)) {
-        state->backward_shape = divide_backward(state, shape);
+        state->backward_shape = divide_backward(state, shape, tuned[LOGLIN_TUNABLE_SEGMENT_CHUNKS]);
         RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->backward_shape, &state->backward));
     }
     return LOGLIN_OK;
@@ -309,39 +307,49 @@ static loglin_status create_slot_kernels(loglin_device *device, const loglin_pro
 }
 
 static loglin_status create_lane_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
-                                         portable_kernel first, portable_kernel end, loglin_engine_state *state) {
+                                         unsigned tile_rows, portable_kernel first, portable_kernel end,
+                                         loglin_engine_state *state) {
     const loglin_lane_schedule *schedule = &state->schedule;
-    const char *const files[] = {
-        "panel.cl",           "common.cl",           "chunk_layout.cl",      "portable_items.cl",
-        schedule->mma,        "portable_product.cl", "portable_layout.cl",   "portable_chunk.cl",
-        "portable_states.cl", "portable_forward.cl", "portable_spread.cl",
-        "portable_backward.cl", NULL};
+    const char *const files[] = {"panel.cl",
+                                 "common.cl",
+                                 "chunk_layout.cl",
+                                 "portable_items.cl",
+                                 schedule->mma,
+                                 "portable_product.cl",
+                                 "portable_layout.cl",
+                                 "portable_chunk.cl",
+                                 "portable_states.cl",
+                                 "portable_forward.cl",
+                                 "portable_spread.cl",
+                                 "portable_backward.cl",
+                                 NULL};
     char options[768];
     (void)snprintf(options, sizeof options,
                    "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DLANE_ITEMS=%u -DSLAB_DEPTH=%u -DTEAMS_ROWS=%u "
-                   "-DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
+                   "-DVECTOR=%d -DTILE_ROWS=%u -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
                    "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
                    "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSPREAD=%zu -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
                    (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
-                   schedule->items, schedule->slab_depth, schedule->teams_rows, vector_width(device), problem->dim_k,
-                   problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v, shape->heads, shape->columns,
-                   shape->pool, state->panel.delta, state->panel.near, problem->normalize_qk != 0, is_backward(shape),
-                   shape->spread, shape->segment, shape->segments);
+                   schedule->items, schedule->slab_depth, schedule->teams_rows, vector_width(device), tile_rows,
+                   problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v, shape->heads,
+                   shape->columns, shape->pool, state->panel.delta, state->panel.near, problem->normalize_qk != 0,
+                   is_backward(shape), shape->spread, shape->segment, shape->segments);
     return create_kernels(device, files, options, first, end, state);
 }
 
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     RETURN_IF_ERROR(loglin_lanes_choose(device, &state->schedule));
-    RETURN_IF_ERROR(lay_out(device, problem, state));
+    RETURN_IF_ERROR(lay_out(device, problem, configuration->values, state));
     RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
     const bool spread = state->shape.spread > 0;
-    RETURN_IF_ERROR(create_lane_kernels(device, problem, &state->shape,
+    const unsigned tile_rows = configuration->values[LOGLIN_TUNABLE_TILE_ROWS];
+    RETURN_IF_ERROR(create_lane_kernels(device, problem, &state->shape, tile_rows,
                                         spread ? KERNEL_portable_own : KERNEL_portable_forward,
                                         spread ? KERNEL_portable_backward : KERNEL_portable_own, state));
     if (has_backward(problem)) {
-        return create_lane_kernels(device, problem, &state->backward_shape, KERNEL_portable_backward, KERNEL_COUNT,
-                                   state);
+        return create_lane_kernels(device, problem, &state->backward_shape, tile_rows, KERNEL_portable_backward,
+                                   KERNEL_COUNT, state);
     }
     return (problem->phases & LOGLIN_BACKWARD) == 0
                ? LOGLIN_OK
