@@ -111,7 +111,7 @@ uint4 transpose_quad(uint4 x) {
     return high ? (uint4)(c, d, x.z, x.w) : (uint4)(x.x, x.y, c, d);
 }
 
-/* Four 8 x 8 matrices as they are; item i gives the address of row i % 8 of matrix i / 8. */
+/* Four 8 x 8 matrices as they lie; item i gives the address of row i % 8 of matrix i / 8. */
 uint4 load_matrices(const __local void *row) {
     uint4 x;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
