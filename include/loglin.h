@@ -50,7 +50,8 @@
  *
  * Sums are in float whatever the storage, and so is all arithmetic of the blas engine.  The fused engine on matrix units
  * takes f16 and bf16 storage only, and rounds the factors of its products to that type: weighted queries, q k^T and level
- * states.  In f16 a level state's elements must stay below 4e6 in size; ask for LOGLIN_ENGINE_BLAS where they do not.
+ * states.  In f16 a level state's elements must stay below 4e6 in size (delta rule: 6e4); ask for LOGLIN_ENGINE_BLAS
+ * where they do not.
  *
  * Errors.  Every function that can fail returns a loglin_status: 0, a negative OpenCL error code passed through, or a
  * positive LOGLIN_ code.  loglin_last_error() then says, for the calling thread, which argument was wrong, what it

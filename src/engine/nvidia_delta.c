@@ -177,7 +177,6 @@ static void lay_out(const loglin_problem *problem, bool backward, delta_phase *p
         .chunks = (unsigned)chunks,
         .scale = problem->scale,
     };
-    phase->columns = count_columns(problem, backward);
     set_launch(phase, KERNEL_PREPARE, maps, ND_PREPARE_ITEMS);
     set_launch(phase, KERNEL_WALK, matrices * ceil_div(problem->dim_v, phase->columns), ND_WALK_ITEMS);
     if (backward) {
@@ -242,6 +241,10 @@ static void destroy(loglin_engine_state *state) {
 
 static loglin_status create_phase(loglin_device *device, const loglin_problem *problem, bool backward,
                                   delta_phase *phase) {
+    phase->columns = count_columns(problem, backward);
+    if (phase->columns == 0) {
+        return loglin_fail(LOGLIN_UNSUPPORTED, "NVIDIA delta engine: the level states do not fit in local memory");
+    }
     lay_out(problem, backward, phase);
     RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, walk_bytes(problem, backward, phase->columns)));
     return create_kernels(device, problem, backward, phase);
@@ -272,6 +275,10 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
     }
     *state = made;
     return LOGLIN_OK;
+}
+
+static const char *backward_remark(const loglin_engine_state *state) {
+    return state->blas == NULL ? NULL : "with a gradient of the final states by the blas engine";
 }
 
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
@@ -331,18 +338,16 @@ static bool is_aligned(loglin_buffer buffer) {
     return buffer.offset % 8 == 0;
 }
 
-static loglin_status begin(delta_run *run, const delta_phase *phase, loglin_buffer workspace, cl_command_queue queue,
-                           cl_uint num_wait, const cl_event *wait) {
+static delta_run begin(const delta_phase *phase, loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait,
+                       const cl_event *wait) {
+    return (delta_run){.phase = phase, .workspace = workspace, .queue = queue, .num_wait = num_wait, .wait = wait};
+}
+
+/* Does the queue run its commands in order? */
+static loglin_status find_order(delta_run *run) {
     cl_command_queue_properties properties = 0;
-    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL));
-    *run = (delta_run){
-        .phase = phase,
-        .workspace = workspace,
-        .queue = queue,
-        .in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0,
-        .num_wait = num_wait,
-        .wait = wait,
-    };
+    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(run->queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL));
+    run->in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0;
     return LOGLIN_OK;
 }
 
@@ -354,8 +359,8 @@ static loglin_status prepare_maps(delta_run *run, const loglin_inputs *in) {
 
 static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
-    delta_run run;
-    RETURN_IF_ERROR(begin(&run, &state->forward, workspace, queue, num_wait, wait));
+    delta_run run = begin(&state->forward, workspace, queue, num_wait, wait);
+    RETURN_IF_ERROR(find_order(&run));
     RETURN_IF_ERROR(prepare_maps(&run, &call->in));
     const cl_uint aligned = is_aligned(call->in.v) && is_aligned(call->o);
     const bool has_final = call->final.values.mem != NULL;
@@ -378,8 +383,8 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
     const loglin_buffer none = {NULL, 0};
     const cl_uint aligned =
         is_aligned(in->q) && is_aligned(in->k) && is_aligned(in->v) && is_aligned(call->d_o) && is_aligned(out->dv);
-    delta_run run;
-    RETURN_IF_ERROR(begin(&run, &state->backward, workspace, queue, num_wait, wait));
+    delta_run run = begin(&state->backward, workspace, queue, num_wait, wait);
+    RETURN_IF_ERROR(find_order(&run));
     RETURN_IF_ERROR(prepare_maps(&run, in));
     const loglin_buffer walk_buffers[] = {in->v, none, none};
     RETURN_IF_ERROR(launch(&run, KERNEL_WALK, walk_buffers, 3, &aligned, NULL));
@@ -399,6 +404,7 @@ const loglin_engine_class loglin_nvidia_delta_engine = {
     .refuses = refuses,
     .create = create,
     .destroy = destroy,
+    .backward_remark = backward_remark,
     .workspace_size = workspace_size,
     .forward = forward,
     .backward = backward,
