@@ -81,6 +81,10 @@ static size_t ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;
 }
 
+static size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
 static size_t pad(size_t count) {
     return ceil_div(count, 16) * 16;
 }
@@ -202,7 +206,7 @@ static lane_shape spread(const loglin_problem *problem, const loglin_engine_stat
     shape.head_parts = problem->heads / problem->groups;
     shape.value_parts = 1;
     shape.pad_v = pad(problem->dim_v);
-    shape.spread = ceil_div(spread_lanes * cores, heads);
+    shape.spread = smaller(ceil_div(spread_lanes * cores, heads), state->waves);
     shape.lanes = heads * shape.spread;
     shape.segment = state->waves;
     shape.pool = shape.columns + state->waves;
