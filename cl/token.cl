@@ -5,9 +5,7 @@
  *
  *     CPU      one work-item takes a sequence through a small model: nothing waits and no thread is woken, which costs
  *              more than the work.  Dimension 0 is 1, dimension 1 the sequence.
- *     NVIDIA   as many groups as are on the device together share the work; between two phases they meet.  Before a
- *              group goes to meet the others it fetches its share of a later phase's weights into the cache, so that
- *              memory never rests.
+ *     NVIDIA   as many groups as are on the device together share the work; between two phases they meet.
  *
  * Each array holds all layers, *_NEXT elements from one to the next.  Offsets and strides are constants; the columns are
  * arguments, because PoCL makes a loop with a constant count several times slower.
@@ -49,7 +47,6 @@
 
 #if LOCAL == 1
 #define MEET(meeting)
-#define FETCH_AHEAD(w, blocks, columns)
 #else
 /*
  * Waits until every group has come here; what one wrote before, all read behind it.  meeting: arrivals, meetings held, and
@@ -82,15 +79,6 @@ void meet(__global uint *meeting) {
 }
 #define MEET(meeting) meet(meeting)
 
-/* Asks for a matrix to be brought into the cache, a line of 128 bytes a work-item. */
-void fetch_ahead(const __global matrix *w, uint blocks, uint columns) {
-    const ulong line = 128 / sizeof(matrix);
-    const ulong count = (ulong)blocks * columns * 16;
-    for (ulong i = get_global_id(0) * line; i < count; i += get_global_size(0) * line) {
-        asm volatile("prefetch.global.L2 [%0];" : : "l"(w + i));
-    }
-}
-#define FETCH_AHEAD(w, blocks, columns) fetch_ahead(w, blocks, columns)
 #endif
 
 __kernel void token(const __global int *ids, const __global matrix *embedding, __global float *x, __global float *p,
@@ -112,8 +100,6 @@ __kernel void token(const __global int *ids, const __global matrix *embedding, _
     for (uint layer = 0; layer < layers; layer++) {
         norm_product(x, 0, X_STRIDE, vectors, NORM_AT, eps, in, P_STRIDE / 16, hidden, vectors, IN_BIAS_AT, p, P_STRIDE,
                      prepared, scratch);
-        FETCH_AHEAD(out, X_STRIDE / 16, inner);
-        FETCH_AHEAD(gate_up, Y_STRIDE / 8, hidden);
         MEET(meeting);
         attention_inputs(p, P_STRIDE, 1, tails, 0, vectors, CONV_WEIGHT_AT, CONV_BIAS_AT, DT_BIAS_AT, A_AT,
                          LEVEL_WEIGHT_AT, dt_min, dt_max, q, k, v, conv_v, g, level_scales, beta);
@@ -129,20 +115,14 @@ __kernel void token(const __global int *ids, const __global matrix *embedding, _
         }
         gated_product(o, p, P_STRIDE, conv_v, vectors, D_AT, OUT_NORM_AT, OUT_BIAS_AT, eps, out, X_STRIDE / 16, inner, x,
                       X_STRIDE, prepared, scratch);
-        FETCH_AHEAD(down, X_STRIDE / 16, intermediate);
         MEET(meeting);
         norm_swiglu(x, X_STRIDE, vectors, MLP_NORM_AT, eps, gate_up, Y_STRIDE / 16, hidden, y, Y_STRIDE, prepared,
                     scratch);
-        in += IN_NEXT;
-        if (layer + 1 < layers) {
-            FETCH_AHEAD(in, P_STRIDE / 16, hidden);
-        } else {
-            FETCH_AHEAD(head, LOGITS_STRIDE / 16, hidden);
-        }
         MEET(meeting);
         add_product(y, Y_STRIDE, down, X_STRIDE / 16, intermediate, slice, x, X_STRIDE, prepared, scratch);
         MEET(meeting);
         vectors += VECTORS_NEXT;
+        in += IN_NEXT;
         out += OUT_NEXT;
         gate_up += GATE_UP_NEXT;
         down += DOWN_NEXT;

@@ -96,8 +96,7 @@ static schedule gpu_schedule(const loglin_device *device, const loglin_problem *
 
 static schedule choose_schedule(const loglin_device *device, const loglin_problem *problem, size_t most_items,
                                 size_t least_groups) {
-    return device->is_cpu ? cpu_schedule(device, problem)
-                          : gpu_schedule(device, problem, most_items, least_groups);
+    return device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem, most_items, least_groups);
 }
 
 static void write_options(const loglin_problem *problem, const schedule *tiling, char *options) {

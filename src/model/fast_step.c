@@ -379,8 +379,8 @@ static loglin_status try_meeting(loglin_session *session) {
 }
 
 loglin_status loglin_fast_step_create(loglin_session *session) {
-    RETURN_IF_ERROR(loglin_activations_create(session, session->sequences, session->sequences, false,
-                                              &session->step_activations));
+    RETURN_IF_ERROR(
+        loglin_activations_create(session, session->sequences, session->sequences, false, &session->step_activations));
     if (session->program.token_groups > 1) {
         RETURN_IF_ERROR(loglin_session_buffer(session, "the meeting", 3, sizeof(cl_uint), &session->meeting));
     }

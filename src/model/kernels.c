@@ -115,17 +115,13 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
     const loglin_lm_layout *in = &model->layout;
     const loglin_device *device = model->device;
     const bool wide = vector_width(device) >= 16;
-<<<<<<< HEAD
-    char options[640];
-    program->local = group_items(device);
-=======
     char of_step[LOGLIN_STEP_OPTIONS];
     char of_token[1536] = "";
     char options[3072];
-    program->token_groups = token_groups(session, loglin_stepper_options(device, step, TOKEN_LOCAL, device->info.compute_units / 2, of_step));
+    program->token_groups = token_groups(
+        session, loglin_stepper_options(device, step, TOKEN_LOCAL, device->info.compute_units / 2, of_step));
     program->local = program->token_groups > 1 ? TOKEN_LOCAL : group_items(device);
     program->shuffles = !device->is_cpu && is_nvidia(device);
->>>>>>> 3c0d7c5 (A step in one launch: a small model on a CPU by one work-item, any on NVIDIA's GPUs by groups that meet; weights are read 16 bytes at a time (#8))
     program->blocks = device->is_cpu && wide ? 2 : 1;
     program->mix = device->is_cpu && mixes_in_blocks(model) ? LOGLIN_BLOCK : 1;
     program->groups = device->is_cpu ? device->info.compute_units * (size_t)GROUPS_PER_CORE : 0;

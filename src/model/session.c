@@ -45,8 +45,8 @@ static loglin_status create_states(loglin_session *session) {
     RETURN_IF_ERROR(
         create_layer_buffers(session, "the convolution's state", tails, &first->tails, &session->all_tails));
     RETURN_IF_ERROR(create_layer_buffers(session, "the level states", values, &first->values, &session->all_values));
-    RETURN_IF_ERROR(create_layer_buffers(session, "the positions", n * sizeof(cl_int), &first->position,
-                                         &session->all_positions));
+    RETURN_IF_ERROR(
+        create_layer_buffers(session, "the positions", n * sizeof(cl_int), &first->position, &session->all_positions));
     if (lm->op == LOGLIN_MAMBA2) {
         RETURN_IF_ERROR(create_layer_buffers(session, "the states' decays", gates * sizeof(float), &first->log_decay,
                                              &session->all_log_decays));

@@ -231,8 +231,8 @@ static loglin_status upload_layer_vectors(const upload *up, const loglin_lm_tens
         }
     }
     if (status == LOGLIN_OK) {
-        const cl_int code = clEnqueueWriteBuffer(up->queue, mem, CL_TRUE, 0, floats * sizeof *vectors, vectors, 0, NULL,
-                                                 NULL);
+        const cl_int code =
+            clEnqueueWriteBuffer(up->queue, mem, CL_TRUE, 0, floats * sizeof *vectors, vectors, 0, NULL, NULL);
         status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "%s: %s", places[0].name, loglin_strerror(code));
     }
     free(vectors);
@@ -301,8 +301,7 @@ static loglin_status upload_outer(const upload *up) {
     loglin_lm_tensor places[LOGLIN_LM_MODEL_TENSORS];
     loglin_model *model = up->model;
     const size_t count = loglin_lm_model_tensors(&model->lm, places);
-    RETURN_IF_ERROR(
-        create_buffer(up, places[0].name, matrix_bytes(model, LOGLIN_MATRIX_EMBEDDING), &model->embedding));
+    RETURN_IF_ERROR(create_buffer(up, places[0].name, matrix_bytes(model, LOGLIN_MATRIX_EMBEDDING), &model->embedding));
     RETURN_IF_ERROR(upload_matrix(up, places, count, LOGLIN_MATRIX_EMBEDDING, model->embedding));
     RETURN_IF_ERROR(upload_final_vectors(up, &places[1]));
     if (model->lm.tied) {
