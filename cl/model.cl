@@ -703,6 +703,8 @@ void store_until(floatv v, __global float *array, uint i, uint count) {
         }
         return;
     }
+#else
+    (void)count;
 #endif
     storev(v, array + i);
 }

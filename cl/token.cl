@@ -3,12 +3,12 @@
  * One token of every sequence through the whole model in one launch: the kernels of model.cl and step.cl one behind the
  * other.
  *
- *     CPU      one work-item takes a sequence through a small model: nothing waits and no thread is woken, which costs
- *              more than the work.  Dimension 0 is 1, dimension 1 the sequence.
+ *     CPU      one work-item takes a sequence through a small model: nothing waits and no thread is woken, which
+ *              costs more than the work.  Dimension 0 is 1, dimension 1 the sequence.
  *     NVIDIA   as many groups as are on the device together share the work; between two phases they meet.
  *
- * Each array holds all layers, *_NEXT elements from one to the next.  Offsets and strides are constants; the columns are
- * arguments, because PoCL makes a loop with a constant count several times slower.
+ * Each array holds all layers, *_NEXT elements from one to the next.  Offsets and strides are constants; the columns
+ * are arguments, because PoCL makes a loop with a constant count several times slower.
  */
 
 /* In the vectors of a layer. */
@@ -46,11 +46,11 @@
 #endif
 
 #if LOCAL == 1
-#define MEET(meeting)
+#define MEET(meeting) (void)(meeting)
 #else
 /*
- * Waits until every group has come here; what one wrote before, all read behind it.  meeting: arrivals, meetings held, and
- * whether a group has waited in vain, after which nobody waits any more.
+ * Waits until every group has come here; what one wrote before, all read behind it.  meeting: arrivals, meetings held,
+ * and whether a group has waited in vain, after which nobody waits any more.
  */
 #define MOST_POLLS (1u << 22)
 void meet(__global uint *meeting) {
@@ -113,8 +113,8 @@ __kernel void token(const __global int *ids, const __global matrix *embedding, _
         if (get_group_id(0) == get_num_groups(0) - 1) {
             step_advance_sequence(sequence, g, 0, log_decay, 0, position, 0);
         }
-        gated_product(o, p, P_STRIDE, conv_v, vectors, D_AT, OUT_NORM_AT, OUT_BIAS_AT, eps, out, X_STRIDE / 16, inner, x,
-                      X_STRIDE, prepared, scratch);
+        gated_product(o, p, P_STRIDE, conv_v, vectors, D_AT, OUT_NORM_AT, OUT_BIAS_AT, eps, out, X_STRIDE / 16, inner,
+                      x, X_STRIDE, prepared, scratch);
         MEET(meeting);
         norm_swiglu(x, X_STRIDE, vectors, MLP_NORM_AT, eps, gate_up, Y_STRIDE / 16, hidden, y, Y_STRIDE, prepared,
                     scratch);
