@@ -10,14 +10,15 @@
  * and norm), computes blocks of rows, and finishes them (bias, residual, silu(gate) * up).  Many tokens' (prefill):
  * `prepare_*` writes the inputs, then `product_tiles` on a CPU, or `unpack`, CLBlast and `finish_*` elsewhere.
  *
- * A GPU works with LOCAL work-items on one block, each of them on some columns; a CPU with one, and vectors of 16.
+ * A GPU works with LOCAL work-items on one block, of which each reads 16 bytes at a time: LANES of them share a column.
+ * A CPU works with one, and vectors of 16.
  */
 
 /* Storage of the matrices: 0 float, 1 half, 2 bfloat16. */
 #ifndef MATRIX
 #define MATRIX 0
 #endif
-/* Work-items of a group; 1 or a multiple of 16. */
+/* Work-items of a group; 1 or a multiple of 32. */
 #ifndef LOCAL
 #define LOCAL 1
 #endif
@@ -26,6 +27,14 @@
 #ifndef TILE
 #define TILE 6
 #define BLOCKS 1
+#endif
+/* 1: work-items of a warp exchange values through PTX. */
+#ifndef SHUFFLES
+#define SHUFFLES 0
+#endif
+/* Loads of 16 bytes that a work-item of a GPU has on their way together; even. */
+#ifndef IN_FLIGHT
+#define IN_FLIGHT 8
 #endif
 /* The architecture; the defaults are those of a tiny model. */
 #ifndef HEADS
@@ -73,19 +82,41 @@ void storev_local(floatv v, __local float *p) { *p = v; }
 float add_lanes(floatv v) { return v; }
 #endif
 
+/* A work-item of a GPU loads 16 bytes of a column, ROWS elements; rows_of makes floats of them. */
 #if MATRIX == 0
 typedef float matrix;
+#define ROWS 4
+typedef float4 floatr;
 float16 load16(const __global matrix *p) { return vload16(0, p); }
+floatr rows_of(uint4 loaded) { return as_float4(loaded); }
 float load1(const __global matrix *p) { return *p; }
 #elif MATRIX == 1
 typedef half matrix;
+#define ROWS 8
+typedef float8 floatr;
 float16 load16(const __global matrix *p) { return vload_half16(0, p); }
+floatr rows_of(uint4 loaded) { return vloada_half8(0, (const half *)&loaded); }
 float load1(const __global matrix *p) { return vload_half(0, p); }
 #else
 typedef ushort matrix;
+#define ROWS 8
+typedef float8 floatr;
 float16 load16(const __global matrix *p) { return as_float16(convert_uint16(vload16(0, p)) << 16); }
+floatr rows_of(uint4 loaded) {
+    const uint4 low = loaded << 16, high = loaded & 0xffff0000u;
+    return as_float8((uint8)(low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w));
+}
 float load1(const __global matrix *p) { return bfloat_to_float(*p); }
 #endif
+#define LANES (16 / ROWS)
+
+/* Local memory of sums over a group, floats: parts of 32 rows, from SUMS_AT on the sums. */
+#if SHUFFLES
+#define SUMS_AT (LOCAL + 16)
+#else
+#define SUMS_AT (18 * LOCAL + 64)
+#endif
+#define SCRATCH (SUMS_AT + 32)
 
 floatv sigmoidv(floatv x) { return 1.0f / (1.0f + exp(-x)); }
 floatv siluv(floatv x) { return x * sigmoidv(x); }
@@ -101,52 +132,38 @@ floatv log1p_unit(floatv e) {
 }
 floatv softplusv(floatv x) { return fmax(x, (floatv)0.0f) + log1p_unit(exp(-fabs(x))); }
 
+/* A lone work-item waits for nobody. */
+#if LOCAL == 1
+#define GROUP_BARRIER()
+#else
+#define GROUP_BARRIER() barrier(CLK_LOCAL_MEM_FENCE)
+#endif
+
 /* ---- Sums over a work-group ---- */
 
-/* The sum of x over the work-group, in every work-item; scratch has LOCAL floats. */
+/* The sum of x over the work-group, in every work-item; scratch has LOCAL + 16 floats. */
 float sum_over_group(float x, __local float *scratch) {
 #if LOCAL == 1
     (void)scratch;
     return x;
 #else
     const uint me = get_local_id(0);
-    barrier(CLK_LOCAL_MEM_FENCE);
+    GROUP_BARRIER();
     scratch[me] = x;
-    barrier(CLK_LOCAL_MEM_FENCE);
-    for (uint half_way = LOCAL / 2; half_way > 0; half_way /= 2) {
-        if (me < half_way) {
-            scratch[me] += scratch[me + half_way];
-        }
-        barrier(CLK_LOCAL_MEM_FENCE);
-    }
-    return scratch[0];
-#endif
-}
-
-/* The sum of 16 values over the work-group, to sums[16]; scratch has 16 * LOCAL floats. */
-void sum16_over_group(float16 x, __local float *sums, __local float *scratch) {
-#if LOCAL == 1
-    (void)scratch;
-    vstore16(x, 0, sums);
-#else
-    const uint me = get_local_id(0);
-    vstore16(x, me, scratch);
-    barrier(CLK_LOCAL_MEM_FENCE);
-    float part = 0.0f; /* each value is summed by LOCAL / 16 work-items, then by one */
-    for (uint i = me / 16; i < LOCAL; i += LOCAL / 16) {
-        part += scratch[i * 16 + me % 16];
-    }
-    barrier(CLK_LOCAL_MEM_FENCE);
-    scratch[me] = part;
-    barrier(CLK_LOCAL_MEM_FENCE);
+    GROUP_BARRIER();
     if (me < 16) {
-        float sum = 0.0f;
+        float part = 0.0f;
         for (uint i = me; i < LOCAL; i += 16) {
-            sum += scratch[i];
+            part += scratch[i];
         }
-        sums[me] = sum;
+        scratch[LOCAL + me] = part;
     }
-    barrier(CLK_LOCAL_MEM_FENCE); /* here, so that no work-item has to keep 16 values across a barrier */
+    GROUP_BARRIER();
+    float sum = 0.0f;
+    for (uint i = 0; i < 16; i++) {
+        sum += scratch[LOCAL + i];
+    }
+    return sum;
 #endif
 }
 
@@ -161,20 +178,24 @@ void prepare_norm_local(const __global float *x, const __global float *weight, u
     float rest = 0.0f;
     for (uint i = me * VEC; i < whole; i += LOCAL * VEC) {
         const floatv v = loadv(x + i);
+        storev_local(v * loadv(weight + i), to + i);
         squares += v * v;
     }
     for (uint i = whole + me; i < count; i += LOCAL) {
+        to[i] = x[i] * weight[i];
         rest += x[i] * x[i];
     }
     const float scale = rsqrt(sum_over_group(add_lanes(squares) + rest, scratch) / (float)count + eps);
-    for (uint i = me * VEC; i < whole; i += LOCAL * VEC) {
-        storev_local(loadv(x + i) * scale * loadv(weight + i), to + i);
+    for (uint i = me * VEC; i < whole; i += LOCAL * VEC) { /* what this work-item has written */
+        storev_local(loadv_local(to + i) * scale, to + i);
     }
     for (uint i = whole + me; i < count; i += LOCAL) {
-        to[i] = x[i] * scale * weight[i];
+        to[i] *= scale;
     }
-    barrier(CLK_LOCAL_MEM_FENCE);
+    GROUP_BARRIER();
 }
+
+#define SEGMENTS (INNER / SEGMENT)
 
 /*
  * The attention's output o, plus D * v for Mamba-2, gated by silu(z) and normalised in segments, in either order.
@@ -184,62 +205,54 @@ void prepare_gated_local(const __global storage *o, const __global float *p, con
                          const __global float *d, const __global float *weight, float eps, __local float *to,
                          __local float *scratch) {
     const uint me = get_local_id(0);
-    for (uint start = 0; start < INNER; start += SEGMENT) {
-        const uint end = start + SEGMENT;
-        const uint whole = start + SEGMENT / VEC * VEC;
-        floatv squares = 0.0f;
+    const uint vectors = STORAGE == 0 ? SEGMENT / VEC * VEC : 0;
+    float squares[SEGMENTS];
+    for (uint segment = 0; segment < SEGMENTS; segment++) {
+        const uint whole = segment * SEGMENT + vectors;
+        const uint end = (segment + 1) * SEGMENT;
+        floatv sum = 0.0f;
         float rest = 0.0f;
 #if STORAGE == 0
-        for (uint i = start + me * VEC; i < whole; i += LOCAL * VEC) {
+        for (uint i = segment * SEGMENT + me * VEC; i < whole; i += LOCAL * VEC) {
+            const floatv gate = siluv(loadv(p + Z_AT + i));
             floatv y = loadv(o + i);
 #if !DELTA
             y += loadv(d + i) * loadv(conv_v + i);
 #endif
-#if GATE_FIRST
-            y *= siluv(loadv(p + Z_AT + i));
-#endif
-            storev_local(y, to + i);
-            squares += y * y;
+            const floatv gated = y * gate;
+            storev_local(gated * loadv(weight + i), to + i);
+            sum += GATE_FIRST ? gated * gated : y * y;
         }
-        for (uint i = whole + me; i < end; i += LOCAL) {
-#else
-        for (uint i = start + me; i < end; i += LOCAL) {
 #endif
+        for (uint i = whole + me; i < end; i += LOCAL) {
             float y = load(o, i);
 #if !DELTA
             y += d[i] * conv_v[i];
 #endif
-#if GATE_FIRST
-            y *= silu(p[Z_AT + i]);
-#endif
-            to[i] = y;
-            rest += y * y;
+            const float gated = y * silu(p[Z_AT + i]);
+            to[i] = gated * weight[i];
+            rest += GATE_FIRST ? gated * gated : y * y;
         }
-        const float scale = rsqrt(sum_over_group(add_lanes(squares) + rest, scratch) / (float)SEGMENT + eps);
-        barrier(CLK_LOCAL_MEM_FENCE);
-        for (uint i = start + me * VEC; i < whole; i += LOCAL * VEC) {
-            floatv y = loadv_local(to + i) * scale * loadv(weight + i);
-#if !GATE_FIRST
-            y *= siluv(loadv(p + Z_AT + i));
-#endif
-            storev_local(y, to + i);
+        squares[segment] = add_lanes(sum) + rest;
+    }
+    for (uint segment = 0; segment < SEGMENTS; segment++) {
+        const uint whole = segment * SEGMENT + vectors;
+        const float scale = rsqrt(sum_over_group(squares[segment], scratch) / (float)SEGMENT + eps);
+        for (uint i = segment * SEGMENT + me * VEC; i < whole; i += LOCAL * VEC) {
+            storev_local(loadv_local(to + i) * scale, to + i);
         }
-        for (uint i = whole + me; i < end; i += LOCAL) {
-            float y = to[i] * scale * weight[i];
-#if !GATE_FIRST
-            y *= silu(p[Z_AT + i]);
-#endif
-            to[i] = y;
+        for (uint i = whole + me; i < (segment + 1) * SEGMENT; i += LOCAL) {
+            to[i] *= scale;
         }
     }
-    barrier(CLK_LOCAL_MEM_FENCE);
+    GROUP_BARRIER();
 }
 
 void copy_to_local(const __global float *x, uint count, __local float *to) {
     for (uint i = get_local_id(0); i < count; i += LOCAL) {
         to[i] = x[i];
     }
-    barrier(CLK_LOCAL_MEM_FENCE);
+    GROUP_BARRIER();
 }
 
 /* The same for many tokens, written out.  A work-group a token. */
@@ -267,24 +280,155 @@ __kernel void prepare_gated(const __global storage *o, const __global float *p, 
 
 /* ---- Products with one vector ---- */
 
-/* This work-item's part of a block of rows times x. */
-float16 multiply_block(const __global matrix *block, const __local float *x, uint columns) {
-    float16 a = 0.0f;
-    float16 b = 0.0f;
-    float16 c = 0.0f;
-    float16 d = 0.0f;
-    uint k = get_local_id(0);
-    for (; k + 3 * LOCAL < columns; k += 4 * LOCAL) {
-        a += x[k] * load16(block + (ulong)k * 16);
-        b += x[k + LOCAL] * load16(block + (ulong)(k + LOCAL) * 16);
-        c += x[k + 2 * LOCAL] * load16(block + (ulong)(k + 2 * LOCAL) * 16);
-        d += x[k + 3 * LOCAL] * load16(block + (ulong)(k + 3 * LOCAL) * 16);
+/* `count` <= 2 blocks of rows, `next` elements from the first to the second, times x, to sums[count][16]. */
+#if LOCAL == 1
+void multiply_pair(const __global matrix *w, ulong next, uint count, const __local float *x, uint columns,
+                   __local float *sums, __local float *scratch) {
+    (void)scratch;
+    for (uint block = 0; block < count; block++) {
+        float16 a = 0.0f;
+        float16 b = 0.0f;
+        float16 c = 0.0f;
+        float16 d = 0.0f;
+        uint k = 0;
+        for (; k + 3 < columns; k += 4) {
+            a += x[k] * load16(w + (ulong)k * 16);
+            b += x[k + 1] * load16(w + (ulong)(k + 1) * 16);
+            c += x[k + 2] * load16(w + (ulong)(k + 2) * 16);
+            d += x[k + 3] * load16(w + (ulong)(k + 3) * 16);
+        }
+        for (; k < columns; k++) {
+            a += x[k] * load16(w + (ulong)k * 16);
+        }
+        vstore16((a + b) + (c + d), block, sums);
+        w += next;
     }
-    for (; k < columns; k += LOCAL) {
-        a += x[k] * load16(block + (ulong)k * 16);
-    }
-    return (a + b) + (c + d);
 }
+#else
+#define APART (LOCAL / LANES) /* columns between two loads of a work-item */
+
+#if ROWS == 8
+void store_rows(floatr v, float *to) {
+    to[0] = v.s0, to[1] = v.s1, to[2] = v.s2, to[3] = v.s3;
+    to[4] = v.s4, to[5] = v.s5, to[6] = v.s6, to[7] = v.s7;
+}
+#else
+void store_rows(floatr v, float *to) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
+#endif
+
+/* The sums of what the work-items have of two blocks of 16 rows, to sums[32]. */
+#if SHUFFLES
+/*
+ * In a warp, half of the values are exchanged for the other half of the item that is 16 away, half of the rest with the
+ * item that is 8 away, ...: then each item has the sum of one row.
+ */
+#define FOLD(half_way)                                                                                                 \
+    _Pragma("unroll") for (uint i = 0; i < half_way; i++) {                                                            \
+        const bool upper = (lane & half_way * LANES) != 0;                                                             \
+        const float given = upper ? values[i] : values[i + half_way];                                                  \
+        const float kept = upper ? values[i + half_way] : values[i];                                                   \
+        float taken;                                                                                                   \
+        asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;"                                                  \
+                     : "=f"(taken)                                                                                     \
+                     : "f"(given), "r"(half_way * LANES));                                                             \
+        values[i] = kept + taken;                                                                                      \
+    }
+void sum_pair(floatr first, floatr second, __local float *sums, __local float *scratch) {
+    const uint me = get_local_id(0), lane = me % 32;
+    float values[2 * ROWS];
+    store_rows(first, values);
+    store_rows(second, values + ROWS);
+#if ROWS == 8
+    FOLD(8)
+#endif
+    FOLD(4)
+    FOLD(2)
+    FOLD(1)
+    const uint value = lane / LANES;
+    GROUP_BARRIER();
+    scratch[me - lane + value / ROWS * 16 + lane % LANES * ROWS + value % ROWS] = values[0];
+    GROUP_BARRIER();
+    if (me < 32) {
+        float total = 0.0f;
+        for (uint i = me; i < LOCAL; i += 32) {
+            total += scratch[i];
+        }
+        sums[me] = total;
+    }
+    GROUP_BARRIER();
+}
+#else
+/* Each work-item sums parts of one of 32 rows, then the first 32 what came of a row.  LANES more keep banks apart. */
+void sum_pair(floatr first, floatr second, __local float *sums, __local float *scratch) {
+    const uint me = get_local_id(0);
+    const uint stride = LOCAL + LANES;
+    const uint row = me % 16, block = me / 16 % 2;
+    __local float *parts = scratch + 2 * ROWS * stride;
+    float values[2 * ROWS];
+    store_rows(first, values);
+    store_rows(second, values + ROWS);
+    GROUP_BARRIER();
+#pragma unroll
+    for (uint i = 0; i < 2 * ROWS; i++) {
+        scratch[i * stride + me] = values[i];
+    }
+    GROUP_BARRIER();
+    float part = 0.0f;
+    for (uint i = me / 32; i < APART; i += LOCAL / 32) {
+        part += scratch[(block * ROWS + row % ROWS) * stride + i * LANES + row / ROWS];
+    }
+    parts[me] = part;
+    GROUP_BARRIER();
+    if (me < 32) {
+        float total = 0.0f;
+        for (uint i = me; i < LOCAL; i += 32) {
+            total += parts[i];
+        }
+        sums[me] = total;
+    }
+    GROUP_BARRIER();
+}
+#endif
+
+uint4 load_column(const __global matrix *w, uint column) { return *(const __global uint4 *)(w + column * 16); }
+
+/* Each work-item takes some of ROWS rows of some columns; beyond the last column it takes the last again, times 0. */
+void multiply_pair(const __global matrix *w, ulong next, uint count, const __local float *x, uint columns,
+                   __local float *sums, __local float *scratch) {
+    const uint me = get_local_id(0);
+    floatr first = 0.0f, second = 0.0f;
+    w += me % LANES * ROWS;
+    if (count == 1) {
+        for (uint k = me / LANES; k < columns; k += IN_FLIGHT * APART) {
+            uint4 loaded[IN_FLIGHT];
+#pragma unroll
+            for (uint i = 0; i < IN_FLIGHT; i++) {
+                loaded[i] = load_column(w, min(k + i * APART, columns - 1));
+            }
+#pragma unroll
+            for (uint i = 0; i < IN_FLIGHT; i++) {
+                first += (k + i * APART < columns ? x[k + i * APART] : 0.0f) * rows_of(loaded[i]);
+            }
+        }
+    } else {
+        for (uint k = me / LANES; k < columns; k += IN_FLIGHT / 2 * APART) {
+            uint4 loaded[IN_FLIGHT];
+#pragma unroll
+            for (uint i = 0; i < IN_FLIGHT / 2; i++) {
+                loaded[2 * i] = load_column(w, min(k + i * APART, columns - 1));
+                loaded[2 * i + 1] = load_column(w + next, min(k + i * APART, columns - 1));
+            }
+#pragma unroll
+            for (uint i = 0; i < IN_FLIGHT / 2; i++) {
+                const float factor = k + i * APART < columns ? x[k + i * APART] : 0.0f;
+                first += factor * rows_of(loaded[2 * i]);
+                second += factor * rows_of(loaded[2 * i + 1]);
+            }
+        }
+    }
+    sum_pair(first, second, sums, scratch);
+}
+#endif
 
 /* Blocks are shared out among the groups of dimension 0 in runs. */
 uint first_block(uint blocks, uint group) { return (uint)((ulong)blocks * group / get_num_groups(0)); }
@@ -292,12 +436,12 @@ uint first_block(uint blocks, uint group) { return (uint)((ulong)blocks * group 
 /* y = W prepared + bias, or y += where `add` is 1. */
 void multiply_blocks(const __global matrix *w, uint blocks, uint columns, const __global float *bias, int add,
                      __global float *y, const __local float *prepared, __local float *scratch) {
-    __local float *sums = scratch + 16 * LOCAL;
+    __local float *sums = scratch + SUMS_AT;
     const uint last = first_block(blocks, get_group_id(0) + 1);
-    for (uint block = first_block(blocks, get_group_id(0)); block < last; block++) {
-        sum16_over_group(multiply_block(w + (ulong)block * columns * 16, prepared, columns), sums, scratch);
-        const uint lane = get_local_id(0) * VEC;
-        if (lane < 16) {
+    for (uint block = first_block(blocks, get_group_id(0)); block < last; block += 2) {
+        const uint count = min(last - block, 2u);
+        multiply_pair(w + (ulong)block * columns * 16, (ulong)columns * 16, count, prepared, columns, sums, scratch);
+        for (uint lane = get_local_id(0) * VEC; lane < count * 16; lane += LOCAL * VEC) {
             const uint row = block * 16 + lane;
             floatv result = loadv_local(sums + lane) + loadv(bias + row);
             if (add) {
@@ -308,7 +452,7 @@ void multiply_blocks(const __global matrix *w, uint blocks, uint columns, const 
     }
 }
 
-/* y = W norm(x) + bias.  Groups: dimension 0 shares the blocks, dimension 1 is the token.  scratch: 16 * LOCAL + 32. */
+/* y = W norm(x) + bias.  Groups: dimension 0 shares the blocks, dimension 1 is the token.  scratch: SCRATCH floats. */
 __kernel void norm_product(const __global float *x, ulong x_at, ulong x_stride, const __global float *norm,
                            uint norm_at, float eps, const __global matrix *w, uint blocks, uint columns,
                            const __global float *bias, uint bias_at, __global float *y, ulong y_stride,
@@ -334,13 +478,12 @@ __kernel void norm_swiglu(const __global float *x, ulong x_stride, const __globa
                           const __global matrix *w, uint blocks, uint columns, __global float *y, ulong y_stride,
                           __local float *prepared, __local float *scratch) {
     const ulong token = get_group_id(1);
-    __local float *sums = scratch + 16 * LOCAL;
+    __local float *sums = scratch + SUMS_AT;
     prepare_norm_local(x + token * x_stride, norm + norm_at, columns, eps, prepared, scratch);
     const uint last = first_block(blocks, get_group_id(0) + 1);
     for (uint block = first_block(blocks, get_group_id(0)); block < last; block++) {
         const __global matrix *gate = w + (ulong)block * 2 * columns * 16;
-        sum16_over_group(multiply_block(gate, prepared, columns), sums, scratch);
-        sum16_over_group(multiply_block(gate + (ulong)columns * 16, prepared, columns), sums + 16, scratch);
+        multiply_pair(gate, (ulong)columns * 16, 2, prepared, columns, sums, scratch);
         const uint lane = get_local_id(0) * VEC;
         if (lane < 16) {
             const floatv result = siluv(loadv_local(sums + lane)) * loadv_local(sums + 16 + lane);
@@ -354,7 +497,7 @@ __kernel void add_product(const __global float *y, ulong y_stride, const __globa
                           uint slice, __global float *x, ulong x_stride, __local float *prepared,
                           __local float *scratch) {
     const ulong token = get_group_id(1);
-    __local float *sums = scratch + 16 * LOCAL;
+    __local float *sums = scratch + SUMS_AT;
     const uint last = first_block(blocks, get_group_id(0) + 1);
     for (uint block = first_block(blocks, get_group_id(0)); block < last; block++) {
         const uint lane = get_local_id(0) * VEC;
@@ -362,10 +505,10 @@ __kernel void add_product(const __global float *y, ulong y_stride, const __globa
         for (uint start = 0; start < columns; start += slice) {
             const uint count = min(slice, columns - start);
             if (count < columns || block == first_block(blocks, get_group_id(0))) {
-                barrier(CLK_LOCAL_MEM_FENCE);
+                GROUP_BARRIER();
                 copy_to_local(y + token * y_stride + start, count, prepared);
             }
-            sum16_over_group(multiply_block(w + ((ulong)block * columns + start) * 16, prepared, count), sums, scratch);
+            multiply_pair(w + ((ulong)block * columns + start) * 16, 0, 1, prepared, count, sums, scratch);
             if (lane < 16) {
                 total += loadv_local(sums + lane);
             }
@@ -560,6 +703,8 @@ void store_until(floatv v, __global float *array, uint i, uint count) {
         }
         return;
     }
+#else
+    (void)count;
 #endif
     storev(v, array + i);
 }

@@ -134,23 +134,45 @@ inline bool step_has_row(uint r) {
     return STEP_K % (STEP_ROWS * STEP_LANES) == 0 || r < STEP_K;
 }
 
-__kernel __attribute__((reqd_work_group_size(STEP_ITEMS, 1, 1))) void
-step_token(__global const storage *q, ulong q_offset, __global const storage *k, ulong k_offset,
-           __global const storage *v, ulong v_offset, __global const float *g, ulong g_offset,
-           __global const weight *level_scales, ulong level_scales_offset, __global const weight *beta,
-           ulong beta_offset, __global float *values, ulong values_offset, __global const float *log_decay,
-           ulong log_decay_offset, __global const int *position, ulong position_offset, __global storage *o,
-           ulong o_offset, float scale) {
-    __local float query[STEP_K], key[STEP_K];
-    __local float decay[STEP_LEVELS], weights[STEP_LEVELS];
-    __local float sums[STEP_ITEMS * (STEP_PARTS * STEP_VECTORS * STEP_WIDTH + 3)];
+/* A group's local memory. */
+typedef struct step_scratch {
+    float query[STEP_K], key[STEP_K];
+    float decay[STEP_LEVELS], weights[STEP_LEVELS];
+    float sums[STEP_ITEMS * (STEP_PARTS * STEP_VECTORS * STEP_WIDTH + 3)];
+} step_scratch;
 
+/* out += factor * query^T S, for some rows of a level's state. */
+void step_read(__global const float *level, __local const float *query, uint rows, float factor, step_vec *out) {
+    step_vec sum[STEP_VECTORS];
+    for (uint c = 0; c < STEP_VECTORS; ++c) {
+        sum[c] = 0.0f;
+    }
+    for (uint r = 0; r < rows; ++r) {
+        _Pragma("unroll")
+        for (uint c = 0; c < STEP_VECTORS; ++c) {
+            sum[c] += query[r] * STEP_VLOAD(level + r * STEP_V + c * STEP_WIDTH);
+        }
+    }
+    for (uint c = 0; c < STEP_VECTORS; ++c) {
+        out[c] += factor * sum[c];
+    }
+}
+
+/* Group `block` of STEP_BLOCKS for each head: its columns of the head's states. */
+void step_columns(uint block, __global const storage *q, ulong q_offset, __global const storage *k, ulong k_offset,
+                  __global const storage *v, ulong v_offset, __global const float *g, ulong g_offset,
+                  __global const weight *level_scales, ulong level_scales_offset, __global const weight *beta,
+                  ulong beta_offset, __global float *values, ulong values_offset, __global const float *log_decay,
+                  ulong log_decay_offset, __global const int *position, ulong position_offset, __global storage *o,
+                  ulong o_offset, float scale, __local step_scratch *scratch) {
+    __local float *query = scratch->query, *key = scratch->key;
+    __local float *decay = scratch->decay, *weights = scratch->weights, *sums = scratch->sums;
     const uint item = get_local_id(0);
     const uint lane = item / STEP_COLUMNS;
     const uint slot = item % STEP_COLUMNS * (STEP_VECTORS * STEP_WIDTH);
-    const uint column = get_group_id(0) % STEP_BLOCKS * STEP_BLOCK + slot;
+    const uint column = block % STEP_BLOCKS * STEP_BLOCK + slot;
     const bool inside = STEP_V % STEP_BLOCK == 0 || column < STEP_V;
-    const ulong head = get_group_id(0) / STEP_BLOCKS; /* n H + h */
+    const ulong head = block / STEP_BLOCKS; /* n H + h */
     const ulong sequence = head / STEP_HEADS;
     const ulong group = sequence * STEP_GROUPS + head % STEP_HEADS / (STEP_HEADS / STEP_GROUPS);
     const uint stored = (uint)position[position_offset + sequence];
@@ -216,6 +238,13 @@ step_token(__global const storage *q, ulong q_offset, __global const storage *k,
                 continue;
             }
 #endif
+#if !STEP_DELTA && STEP_ITEMS == 1
+            if (log_decay && sources == 1u << to) { /* nothing to write: no tile, and as many sums as vectors */
+                step_read(values + (ulong)to * STEP_K * STEP_V + base * STEP_V, query + base,
+                          min((uint)STEP_ROWS, STEP_K - base), weights[to] * decay[to], out);
+                continue;
+            }
+#endif
             step_vec tile[STEP_ROWS * STEP_VECTORS];
             for (uint i = 0; sources == 0 && i < STEP_ROWS * STEP_VECTORS; ++i) {
                 tile[i] = 0.0f;
@@ -240,25 +269,30 @@ step_token(__global const storage *q, ulong q_offset, __global const storage *k,
             }
 #if STEP_DELTA
             /* All rows are in the group's tiles: k^T S and q^T S, then S <- exp(g) (S - beta k (k^T S)). */
+            step_vec key_sum[STEP_VECTORS], query_sum[STEP_VECTORS];
             for (uint c = 0; c < STEP_VECTORS; ++c) {
-                step_vec key_sum = 0.0f, query_sum = 0.0f;
-                STEP_UNROLL
-                for (uint i = 0; i < STEP_ROWS; ++i) {
-                    const uint r = first + i * STEP_LANES;
-                    if (step_has_row(r)) {
-                        key_sum += key[r] * tile[i * STEP_VECTORS + c];
-                        query_sum += query[r] * tile[i * STEP_VECTORS + c];
-                    }
+                key_sum[c] = 0.0f;
+                query_sum[c] = 0.0f;
+            }
+            STEP_UNROLL
+            for (uint i = 0; i < STEP_ROWS; ++i) {
+                const uint r = first + i * STEP_LANES;
+                _Pragma("unroll")
+                for (uint c = 0; step_has_row(r) && c < STEP_VECTORS; ++c) {
+                    key_sum[c] += key[r] * tile[i * STEP_VECTORS + c];
+                    query_sum[c] += query[r] * tile[i * STEP_VECTORS + c];
                 }
-                STEP_VSTORE(key_sum, sums + lane * 2 * STEP_BLOCK + slot + c * STEP_WIDTH);
-                STEP_VSTORE(query_sum, sums + (lane * 2 + 1) * STEP_BLOCK + slot + c * STEP_WIDTH);
+            }
+            for (uint c = 0; c < STEP_VECTORS; ++c) {
+                STEP_VSTORE(key_sum[c], sums + lane * 2 * STEP_BLOCK + slot + c * STEP_WIDTH);
+                STEP_VSTORE(query_sum[c], sums + (lane * 2 + 1) * STEP_BLOCK + slot + c * STEP_WIDTH);
             }
             step_sum_rows(sums, STEP_LANES, 2 * STEP_BLOCK, item);
             const float forget = exp(gate);
             for (uint c = 0; c < STEP_VECTORS; ++c) {
                 const step_vec removed = writing * STEP_VLOAD(sums + slot + c * STEP_WIDTH);
-                const step_vec query_sum = STEP_VLOAD(sums + STEP_BLOCK + slot + c * STEP_WIDTH);
-                out[c] += weights[to] * forget * (query_sum - query_key * removed);
+                const step_vec remembered = STEP_VLOAD(sums + STEP_BLOCK + slot + c * STEP_WIDTH);
+                out[c] += weights[to] * forget * (remembered - query_key * removed);
                 STEP_UNROLL
                 for (uint i = 0; i < STEP_ROWS; ++i) {
                     const uint r = first + i * STEP_LANES;
@@ -317,11 +351,22 @@ step_token(__global const storage *q, ulong q_offset, __global const storage *k,
     }
 }
 
-/* Behind step_token: the log decays of the levels (those that step_token has written start at 0 again), then the positions. */
-__kernel __attribute__((reqd_work_group_size(STEP_ADVANCE_ITEMS, 1, 1))) void
-step_advance(__global const float *g, ulong g_offset, __global float *log_decay, ulong log_decay_offset,
-             __global int *position, ulong position_offset) {
-    const ulong sequence = get_group_id(0);
+__kernel __attribute__((reqd_work_group_size(STEP_ITEMS, 1, 1))) void
+step_token(__global const storage *q, ulong q_offset, __global const storage *k, ulong k_offset,
+           __global const storage *v, ulong v_offset, __global const float *g, ulong g_offset,
+           __global const weight *level_scales, ulong level_scales_offset, __global const weight *beta,
+           ulong beta_offset, __global float *values, ulong values_offset, __global const float *log_decay,
+           ulong log_decay_offset, __global const int *position, ulong position_offset, __global storage *o,
+           ulong o_offset, float scale) {
+    __local step_scratch scratch;
+    step_columns(get_group_id(0), q, q_offset, k, k_offset, v, v_offset, g, g_offset, level_scales,
+                 level_scales_offset, beta, beta_offset, values, values_offset, log_decay, log_decay_offset, position,
+                 position_offset, o, o_offset, scale, &scratch);
+}
+
+/* Behind step_token: the log decays of the levels (those that step_token has written start at 0 again), then the position. */
+void step_advance_sequence(ulong sequence, __global const float *g, ulong g_offset, __global float *log_decay,
+                           ulong log_decay_offset, __global int *position, ulong position_offset) {
     const uint now = (uint)position[position_offset + sequence];
     const bool is_beyond = step_is_beyond(now);
     for (uint j = get_local_id(0); log_decay && !is_beyond && j < STEP_HEADS * STEP_LEVELS; j += STEP_ADVANCE_ITEMS) {
@@ -335,8 +380,16 @@ step_advance(__global const float *g, ulong g_offset, __global float *log_decay,
             log_decay[at] = 0.0f;
         }
     }
+#if STEP_ADVANCE_ITEMS > 1
     barrier(CLK_GLOBAL_MEM_FENCE);
+#endif
     if (get_local_id(0) == 0 && !is_beyond) {
         position[position_offset + sequence] = (int)(now + 1);
     }
+}
+
+__kernel __attribute__((reqd_work_group_size(STEP_ADVANCE_ITEMS, 1, 1))) void
+step_advance(__global const float *g, ulong g_offset, __global float *log_decay, ulong log_decay_offset,
+             __global int *position, ulong position_offset) {
+    step_advance_sequence(get_group_id(0), g, g_offset, log_decay, log_decay_offset, position, position_offset);
 }

@@ -70,8 +70,9 @@ static schedule cpu_schedule(const loglin_device *device, const loglin_problem *
 }
 
 /* One column a work-item, a cache line of columns beside each other; fewer where that leaves compute units idle. */
-static schedule gpu_schedule(const loglin_device *device, const loglin_problem *problem) {
-    const size_t most_items = 256, most_columns = 32, least_columns = 8;
+static schedule gpu_schedule(const loglin_device *device, const loglin_problem *problem, size_t most_items,
+                             size_t least_groups) {
+    const size_t most_columns = 32, least_columns = 8;
     const size_t most_rows = 16, most_delta_rows = 32; /* registers */
     const bool is_delta = problem->op == LOGLIN_GATED_DELTA;
     size_t items = most_items;
@@ -81,7 +82,7 @@ static schedule gpu_schedule(const loglin_device *device, const loglin_problem *
     schedule tiling = {.width = 1, .vectors = 1, .advance_items = items};
     tiling.columns = min_size(min_size(most_columns, items), next_power_of_two(problem->dim_v));
     while (tiling.columns > least_columns &&
-           (num_groups(problem, &tiling) < device->info.compute_units ||
+           (num_groups(problem, &tiling) < least_groups ||
             (is_delta && tiling.columns * problem->dim_k > most_delta_rows * items))) {
         tiling.columns /= 2;
     }
@@ -93,8 +94,13 @@ static schedule gpu_schedule(const loglin_device *device, const loglin_problem *
     return tiling;
 }
 
-static void write_options(const loglin_problem *problem, const schedule *tiling, char *options, size_t capacity) {
-    snprintf(options, capacity,
+static schedule choose_schedule(const loglin_device *device, const loglin_problem *problem, size_t most_items,
+                                size_t least_groups) {
+    return device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem, most_items, least_groups);
+}
+
+static void write_options(const loglin_problem *problem, const schedule *tiling, char *options) {
+    snprintf(options, LOGLIN_STEP_OPTIONS,
              "-DSTEP_K=%zu -DSTEP_V=%zu -DSTEP_HEADS=%zu -DSTEP_GROUPS=%zu -DSTEP_LEVELS=%zu -DSTEP_DELTA=%d"
              " -DSTRONG=%d -DSTEP_NORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTEP_WIDTH=%zu"
              " -DSTEP_VECTORS=%zu -DSTEP_COLUMNS=%zu -DSTEP_LANES=%zu -DSTEP_ROWS=%zu -DSTEP_ADVANCE_ITEMS=%zu",
@@ -104,11 +110,19 @@ static void write_options(const loglin_problem *problem, const schedule *tiling,
              tiling->lanes, tiling->rows, tiling->advance_items);
 }
 
+size_t loglin_stepper_options(const loglin_device *device, const loglin_problem *problem, size_t most_items,
+                              size_t least_groups, char *options) {
+    const schedule tiling = choose_schedule(device, problem, most_items, least_groups);
+    write_options(problem, &tiling, options);
+    return tiling.lanes * tiling.columns;
+}
+
 loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem *problem, loglin_stepper **stepper) {
     static const char *const names[] = {"common.cl", "step.cl", NULL};
-    const schedule tiling = device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem);
-    char options[640]; /* 16 numbers of at most 20 digits and their names */
-    write_options(problem, &tiling, options, sizeof(options));
+    enum { MOST_ITEMS = 256 };
+    const schedule tiling = choose_schedule(device, problem, MOST_ITEMS, device->info.compute_units);
+    char options[LOGLIN_STEP_OPTIONS];
+    write_options(problem, &tiling, options);
     cl_program program;
     RETURN_IF_ERROR(loglin_program_get(device, names, options, &program));
 

@@ -150,5 +150,6 @@ size_t loglin_prepared_bytes(size_t columns) {
 }
 
 size_t loglin_scratch_bytes(const loglin_model_program *program) {
-    return (LOGLIN_BLOCK * program->local + (size_t)2 * LOGLIN_BLOCK) * sizeof(float);
+    return (program->shuffles ? program->local + 48 : 18 * program->local + 96) *
+           sizeof(float); /* cl/model.cl: SCRATCH */
 }

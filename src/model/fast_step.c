@@ -3,7 +3,8 @@
  * The fast step: products with one vector each, at the speed at which the weights can be read.
  *
  * norm_product (all input projections), mix, the attention's step, gated_product, norm_swiglu, add_product: norms and
- * gates are part of the product that reads them, so that nothing but the weights costs time and launches are few.
+ * gates are part of the product that reads them, so that nothing but the weights costs time and launches are few.  On a
+ * CPU with a small model, and on NVIDIA's GPUs, all of a step is one launch: cl/token.cl.
  */
 #include "model/session.h"
 
@@ -16,6 +17,10 @@ enum { MAX_SEQUENCES_CPU = 2, MAX_SEQUENCES_GPU = 16 };
 
 /* Columns of a slice of add_product. */
 enum { SLICE = 4096 };
+
+static size_t max_size(size_t a, size_t b) {
+    return a > b ? a : b;
+}
 
 bool loglin_fast_step_applies(const loglin_session *session) {
     return session->sequences <= (session->model->device->is_cpu ? MAX_SEQUENCES_CPU : MAX_SEQUENCES_GPU);
@@ -159,6 +164,65 @@ static loglin_status set_embed(const loglin_session *session, loglin_launch *lau
     return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
 }
 
+/* All layers in one launch. */
+static loglin_status set_token(const loglin_session *session, loglin_launch *launch) {
+    const loglin_activations *a = &session->step_activations;
+    const loglin_model *model = session->model;
+    const loglin_lm *lm = &model->lm;
+    const loglin_model_program *program = &session->program;
+    const cl_mem log_decay = session->all_log_decays.all;
+    const cl_uint layers = (cl_uint)lm->layers;
+    const cl_uint hidden = (cl_uint)lm->hidden;
+    const cl_uint inner = (cl_uint)lm->inner;
+    const cl_uint intermediate = (cl_uint)lm->intermediate;
+    const cl_uint slice = intermediate < SLICE ? intermediate : SLICE;
+    const loglin_kernel_argument arguments[] = {
+        KERNEL_ARGUMENT(a->ids),
+        KERNEL_ARGUMENT(model->embedding),
+        KERNEL_ARGUMENT(a->x),
+        KERNEL_ARGUMENT(a->p),
+        KERNEL_ARGUMENT(a->y),
+        KERNEL_ARGUMENT(layers),
+        KERNEL_ARGUMENT(model->vectors.all),
+        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_IN].all),
+        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_OUT].all),
+        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_GATE_UP].all),
+        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_DOWN].all),
+        KERNEL_ARGUMENT(model->final_norm),
+        KERNEL_ARGUMENT(model->head),
+        KERNEL_ARGUMENT(model->no_bias),
+        KERNEL_ARGUMENT(a->logits),
+        KERNEL_ARGUMENT(hidden),
+        KERNEL_ARGUMENT(inner),
+        KERNEL_ARGUMENT(intermediate),
+        KERNEL_ARGUMENT(slice),
+        KERNEL_ARGUMENT(lm->norm_eps),
+        KERNEL_ARGUMENT(lm->dt_min),
+        KERNEL_ARGUMENT(lm->dt_max),
+        KERNEL_ARGUMENT(session->all_tails.all),
+        KERNEL_ARGUMENT(a->q),
+        KERNEL_ARGUMENT(a->k),
+        KERNEL_ARGUMENT(a->v),
+        KERNEL_ARGUMENT(a->conv_v),
+        KERNEL_ARGUMENT(a->g),
+        KERNEL_ARGUMENT(a->level_scales),
+        KERNEL_ARGUMENT(a->beta),
+        KERNEL_ARGUMENT(session->all_values.all),
+        {sizeof log_decay, log_decay != NULL ? &log_decay : NULL},
+        KERNEL_ARGUMENT(session->all_positions.all),
+        KERNEL_ARGUMENT(a->o),
+        {sizeof session->meeting, session->meeting != NULL ? &session->meeting : NULL},
+        KERNEL_LOCAL(loglin_prepared_bytes(max_size(max_size(lm->hidden, lm->inner), slice))),
+        KERNEL_LOCAL(loglin_scratch_bytes(program)),
+    };
+    RETURN_IF_ERROR(loglin_model_create_kernel(program, LOGLIN_KERNEL_token, &launch->kernel));
+    launch->global[0] = program->token_groups * program->local;
+    launch->global[1] = session->sequences;
+    launch->local[0] = program->local;
+    launch->local[1] = 1;
+    return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
+}
+
 static loglin_status set_layer(loglin_session *session, size_t layer) {
     static const loglin_model_kernel ids[LOGLIN_STEP_LAUNCHES] = {
         [LOGLIN_STEP_IN] = LOGLIN_KERNEL_norm_product,   [LOGLIN_STEP_MIX] = LOGLIN_KERNEL_attention_inputs,
@@ -182,10 +246,9 @@ static loglin_status set_layer(loglin_session *session, size_t layer) {
     return set_down(session, layer, &launches[LOGLIN_STEP_DOWN]);
 }
 
-loglin_status loglin_fast_step_create(loglin_session *session) {
+static loglin_status create_launches(loglin_session *session) {
     const loglin_model *model = session->model;
-    loglin_activations *a = &session->step_activations;
-    RETURN_IF_ERROR(loglin_activations_create(session, session->sequences, session->sequences, false, a));
+    const loglin_activations *a = &session->step_activations;
     session->step_layers = calloc(model->lm.layers, sizeof *session->step_layers);
     if (session->step_layers == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "out of memory");
@@ -214,12 +277,16 @@ void loglin_fast_step_destroy(loglin_session *session) {
         }
     }
     free(session->step_layers);
+    if (session->meeting != NULL) {
+        (void)clReleaseMemObject(session->meeting);
+    }
     release_kernel(session->step_embed.kernel);
     release_kernel(session->step_head.kernel);
+    release_kernel(session->step_token.kernel);
     loglin_activations_destroy(&session->step_activations);
 }
 
-static loglin_status enqueue_layer(loglin_session *session, size_t layer) {
+static loglin_status enqueue_layer(const loglin_session *session, size_t layer) {
     const loglin_launch *launches = session->step_layers[layer].launches;
     const loglin_activations *a = &session->step_activations;
     const loglin_inputs inputs = loglin_session_inputs(session, a);
@@ -233,10 +300,95 @@ static loglin_status enqueue_layer(loglin_session *session, size_t layer) {
     return loglin_launch_enqueue(&launches[LOGLIN_STEP_DOWN], session->queue);
 }
 
-loglin_status loglin_fast_step_enqueue(loglin_session *session) {
+static loglin_status enqueue_step(const loglin_session *session) {
+    if (session->step_token.kernel != NULL) {
+        return loglin_launch_enqueue(&session->step_token, session->queue);
+    }
     RETURN_IF_ERROR(loglin_launch_enqueue(&session->step_embed, session->queue));
     for (size_t layer = 0; layer < session->model->lm.layers; layer++) {
         RETURN_IF_ERROR(enqueue_layer(session, layer));
     }
     return loglin_launch_enqueue(&session->step_head, session->queue);
+}
+
+/* From the ids to the logits, and what became of the meeting. */
+static loglin_status enqueue_all(loglin_session *session, float *logits) {
+    const size_t vocabulary = session->model->lm.vocabulary;
+    const size_t n = session->sequences;
+    const loglin_activations *a = &session->step_activations;
+    const size_t origin[3] = {0, 0, 0};
+    const size_t region[3] = {vocabulary * sizeof(float), n, 1};
+    RETURN_IF_CL_ERROR(
+        clEnqueueWriteBuffer(session->queue, a->ids, CL_FALSE, 0, n * sizeof(cl_int), session->ids, 0, NULL, NULL));
+    RETURN_IF_ERROR(enqueue_step(session));
+    if (session->meeting != NULL) {
+        RETURN_IF_CL_ERROR(clEnqueueReadBuffer(session->queue, session->meeting, CL_FALSE, 2 * sizeof(cl_uint),
+                                               sizeof session->met_in_vain, &session->met_in_vain, 0, NULL, NULL));
+    }
+    if (logits != NULL) {
+        RETURN_IF_CL_ERROR(clEnqueueReadBufferRect(session->queue, a->logits, CL_FALSE, origin, origin, region,
+                                                   a->logits_stride * sizeof(float), 0, vocabulary * sizeof(float), 0,
+                                                   logits, 0, NULL, NULL));
+    }
+    return LOGLIN_OK;
+}
+
+/* Nobody has arrived yet. */
+static loglin_status clear_meeting(loglin_session *session) {
+    static const cl_uint nobody[3];
+    session->met_in_vain = 0;
+    RETURN_IF_CL_ERROR(
+        clEnqueueWriteBuffer(session->queue, session->meeting, CL_TRUE, 0, sizeof nobody, nobody, 0, NULL, NULL));
+    return LOGLIN_OK;
+}
+
+loglin_status loglin_fast_step_run(loglin_session *session, float *logits) {
+    mtx_t *meetings = session->meeting != NULL ? &session->model->device->meetings : NULL;
+    if (meetings != NULL) {
+        mtx_lock(meetings);
+    }
+    const loglin_status status = enqueue_all(session, logits);
+    const cl_int code = clFinish(session->queue); /* also behind an error: ids and logits must stay until then */
+    if (meetings != NULL) {
+        mtx_unlock(meetings);
+    }
+    RETURN_IF_ERROR(status);
+    if (code != CL_SUCCESS) {
+        return loglin_fail(code, "clFinish: %s", loglin_strerror(code));
+    }
+    if (session->met_in_vain != 0) {
+        RETURN_IF_ERROR(clear_meeting(session));
+        return loglin_fail(LOGLIN_INTERNAL, "the work-groups of a step waited for each other in vain");
+    }
+    return LOGLIN_OK;
+}
+
+/* Are all groups of step_token on the device together?  A trial tells; else steps take many launches. */
+static loglin_status try_meeting(loglin_session *session) {
+    RETURN_IF_ERROR(clear_meeting(session));
+    const loglin_status status = loglin_fast_step_run(session, NULL); /* session->ids are 0 */
+    if (status == LOGLIN_INTERNAL) {
+        release_kernel(session->step_token.kernel);
+        session->step_token.kernel = NULL;
+        (void)clReleaseMemObject(session->meeting);
+        session->meeting = NULL;
+    } else if (status != LOGLIN_OK) {
+        return status;
+    }
+    return loglin_session_reset(session, 0);
+}
+
+loglin_status loglin_fast_step_create(loglin_session *session) {
+    RETURN_IF_ERROR(
+        loglin_activations_create(session, session->sequences, session->sequences, false, &session->step_activations));
+    if (session->program.token_groups > 1) {
+        RETURN_IF_ERROR(loglin_session_buffer(session, "the meeting", 3, sizeof(cl_uint), &session->meeting));
+    }
+    if (session->program.token_groups > 0) {
+        RETURN_IF_ERROR(set_token(session, &session->step_token));
+    }
+    if (session->meeting != NULL) {
+        RETURN_IF_ERROR(try_meeting(session));
+    }
+    return session->step_token.kernel != NULL ? LOGLIN_OK : create_launches(session);
 }

@@ -1,17 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Building cl/model.cl for a model: its shapes are build options. */
-#include "model/kernels.h"
+#include "model/session.h"
 
+#include "engine/step.h"
 #include "runtime/device.h"
 #include "runtime/program.h"
 #include "runtime/status.h"
 #include <stdio.h>
+#include <string.h>
+
+/* A CPU takes a token through layers of at most so many bytes in one launch: a core reads one in the time of a few. */
+enum { SMALL_LAYER_BYTES = 2 << 20 };
+
+/* Work-items of a group of cl/token.cl on a GPU, and groups on a compute unit. */
+enum { TOKEN_LOCAL = 512, TOKEN_GROUPS = 1 };
+#define TOKEN_OPTIONS " -cl-nv-maxrregcount=128 -DIN_FLIGHT=16" /* so many registers leave room for such a group */
 
 enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 12 };
 
 static const char *const kernel_names[] = {
 #define LOGLIN_MODEL_KERNEL_NAME(name) #name,
-    LOGLIN_MODEL_KERNELS(LOGLIN_MODEL_KERNEL_NAME)
+    LOGLIN_MODEL_KERNELS(LOGLIN_MODEL_KERNEL_NAME) "token",
 #undef LOGLIN_MODEL_KERNEL_NAME
 };
 
@@ -27,7 +36,7 @@ static bool mixes_in_blocks(const loglin_model *model) {
     return (in->q | in->k | in->v | model->lm.conv_channels | model->lm.dim_v) % LOGLIN_BLOCK == 0;
 }
 
-/* Work-items of a group: a power of two. */
+/* Work-items of a group: a power of two, on a GPU at least 32. */
 static size_t group_items(const loglin_device *device) {
     size_t items = device->is_cpu ? 1 : GPU_LOCAL;
     while (items > device->info.max_work_group_size) {
@@ -36,27 +45,101 @@ static size_t group_items(const loglin_device *device) {
     return items;
 }
 
-loglin_status loglin_model_build(const loglin_model *model, loglin_model_program *program) {
+static bool is_nvidia(const loglin_device *device) {
+    return strstr(device->info.vendor, "NVIDIA") != NULL;
+}
+
+static size_t layer_bytes(const loglin_model *model) {
+    size_t bytes = 0;
+    for (size_t id = 0; id < LOGLIN_LAYER_MATRICES; id++) {
+        bytes += model->matrices[id].next;
+    }
+    return bytes;
+}
+
+/* Are there buffers of all layers? */
+static bool has_whole_buffers(const loglin_session *session) {
+    const loglin_model *model = session->model;
+    for (size_t id = 0; id < LOGLIN_LAYER_MATRICES; id++) {
+        if (model->matrices[id].all == NULL) {
+            return false;
+        }
+    }
+    return model->vectors.all != NULL && session->all_tails.all != NULL && session->all_values.all != NULL &&
+           session->all_positions.all != NULL && (model->lm.op != LOGLIN_MAMBA2 || session->all_log_decays.all != NULL);
+}
+
+/* Groups that take a token through all layers in one launch; 0: many launches.  `items` make a group of cl/step.cl. */
+static size_t token_groups(const loglin_session *session, size_t items) {
+    const loglin_device *device = session->model->device;
+    if (!has_whole_buffers(session)) {
+        return 0;
+    }
+    if (device->is_cpu) {
+        return layer_bytes(session->model) <= SMALL_LAYER_BYTES ? 1 : 0;
+    }
+    const bool meets = is_nvidia(device) && session->sequences == 1 && items == TOKEN_LOCAL;
+    return meets ? TOKEN_GROUPS * (size_t)device->info.compute_units : 0;
+}
+
+/* The options of cl/token.cl. */
+static void write_token_options(const loglin_session *session, char *options, size_t capacity) {
+    const loglin_model *model = session->model;
+    const loglin_lm *lm = &model->lm;
+    const size_t *at = model->vector_at;
+    const size_t element = model->matrix_dtype == LOGLIN_F32 ? 4 : 2;
+    (void)snprintf(
+        options, capacity,
+        " -DNORM_AT=%zu -DIN_BIAS_AT=%zu -DCONV_WEIGHT_AT=%zu -DCONV_BIAS_AT=%zu -DDT_BIAS_AT=%zu -DA_AT=%zu "
+        "-DLEVEL_WEIGHT_AT=%zu -DD_AT=%zu -DOUT_NORM_AT=%zu -DOUT_BIAS_AT=%zu -DMLP_NORM_AT=%zu -DVECTORS_NEXT=%zu "
+        "-DIN_NEXT=%zu -DOUT_NEXT=%zu -DGATE_UP_NEXT=%zu -DDOWN_NEXT=%zu -DTAILS_NEXT=%zu -DVALUES_NEXT=%zu "
+        "-DLOG_DECAY_NEXT=%zu -DPOSITION_NEXT=%zu -DX_STRIDE=%zu -DP_STRIDE=%zu -DY_STRIDE=%zu -DLOGITS_STRIDE=%zu",
+        at[LOGLIN_VECTOR_MIXER_NORM], at[LOGLIN_VECTOR_IN_BIAS], at[LOGLIN_VECTOR_CONV], at[LOGLIN_VECTOR_CONV_BIAS],
+        at[LOGLIN_VECTOR_DT_BIAS], at[LOGLIN_VECTOR_A], at[LOGLIN_VECTOR_LEVEL], at[LOGLIN_VECTOR_D],
+        at[LOGLIN_VECTOR_OUT_NORM], at[LOGLIN_VECTOR_OUT_BIAS], at[LOGLIN_VECTOR_MLP_NORM],
+        model->vectors.next / sizeof(float), model->matrices[LOGLIN_MATRIX_IN].next / element,
+        model->matrices[LOGLIN_MATRIX_OUT].next / element, model->matrices[LOGLIN_MATRIX_GATE_UP].next / element,
+        model->matrices[LOGLIN_MATRIX_DOWN].next / element, session->all_tails.next / sizeof(float),
+        session->all_values.next / sizeof(float), session->all_log_decays.next / sizeof(float),
+        session->all_positions.next / sizeof(cl_int), loglin_whole_blocks(lm->hidden),
+        loglin_whole_blocks(model->layout.columns), loglin_whole_blocks(lm->intermediate),
+        loglin_whole_blocks(lm->vocabulary));
+}
+
+loglin_status loglin_session_build(loglin_session *session, const loglin_problem *step) {
     static const char *const files[] = {"common.cl", "model.cl", NULL};
+    static const char *const token_files[] = {"common.cl", "step.cl", "model.cl", "token.cl", NULL};
+    const loglin_model *model = session->model;
+    loglin_model_program *program = &session->program;
     const loglin_lm *lm = &model->lm;
     const loglin_lm_layout *in = &model->layout;
     const loglin_device *device = model->device;
     const bool wide = vector_width(device) >= 16;
-    char options[640];
-    program->local = group_items(device);
+    char of_step[LOGLIN_STEP_OPTIONS];
+    char of_token[1536] = "";
+    char options[3072];
+    program->token_groups = token_groups(
+        session, loglin_stepper_options(device, step, TOKEN_LOCAL, device->info.compute_units / 2, of_step));
+    program->local = program->token_groups > 1 ? TOKEN_LOCAL : group_items(device);
+    program->shuffles = !device->is_cpu && is_nvidia(device);
     program->blocks = device->is_cpu && wide ? 2 : 1;
     program->mix = device->is_cpu && mixes_in_blocks(model) ? LOGLIN_BLOCK : 1;
     program->groups = device->is_cpu ? device->info.compute_units * (size_t)GROUPS_PER_CORE : 0;
+    if (program->token_groups > 0) {
+        write_token_options(session, of_token, sizeof of_token);
+    }
     (void)snprintf(
         options, sizeof options,
         "-DSTORAGE=%d -DMATRIX=%d -DLOCAL=%zu -DTILE=%d -DBLOCKS=%d -DHEADS=%zu -DDIM_V=%zu -DLEVELS=%zu -DTAPS=%zu "
         "-DCHANNELS=%zu -DQ_AT=%zu -DK_AT=%zu -DV_AT=%zu -DQK_CHANNELS=%zu -DZ_AT=%zu -DCONV_AT=%zu "
-        "-DDT_AT=%zu -DBETA_AT=%zu -DLEVEL_AT=%zu -DSEGMENT=%zu -DDELTA=%d -DGATE_FIRST=%d",
+        "-DDT_AT=%zu -DBETA_AT=%zu -DLEVEL_AT=%zu -DSEGMENT=%zu -DDELTA=%d -DGATE_FIRST=%d -DSHUFFLES=%d %s%s%s",
         (int)model->options.dtype, (int)model->matrix_dtype, program->local, wide ? TILE_OF_16 : TILE_OF_8,
         wide ? 2 : 1, lm->heads, lm->dim_v, lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v,
         lm->groups * lm->dim_k, in->z, in->conv, in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA,
-        lm->gate_first);
-    return loglin_program_get(model->device, files, options, &program->program);
+        lm->gate_first, program->shuffles, program->token_groups > 0 ? of_step : "", of_token,
+        program->token_groups > 1 ? TOKEN_OPTIONS : "");
+    return loglin_program_get(model->device, program->token_groups > 0 ? token_files : files, options,
+                              &program->program);
 }
 
 loglin_status loglin_model_create_kernel(const loglin_model_program *program, loglin_model_kernel id,

@@ -24,19 +24,23 @@
 
 #define LOGLIN_MODEL_KERNEL_ENUM(name) LOGLIN_KERNEL_##name,
 typedef enum loglin_model_kernel {
-    LOGLIN_MODEL_KERNELS(LOGLIN_MODEL_KERNEL_ENUM) LOGLIN_MODEL_KERNEL_COUNT
+    LOGLIN_MODEL_KERNELS(LOGLIN_MODEL_KERNEL_ENUM) LOGLIN_MODEL_KERNEL_COUNT,
+    LOGLIN_KERNEL_token = LOGLIN_MODEL_KERNEL_COUNT, /* of cl/token.cl, where the program has it */
 } loglin_model_kernel;
 
 /* How the kernels were built. */
 typedef struct loglin_model_program {
-    cl_program program; /* of the device */
-    size_t local;       /* LOCAL: work-items of a group */
-    size_t mix;         /* MIX: channels of a work-item */
-    size_t blocks;      /* BLOCKS: blocks of rows that a work-item of product_tiles takes */
-    size_t groups;      /* that share the blocks of a product with one vector; 0: a group for each block */
+    cl_program program;  /* of the device */
+    size_t local;        /* LOCAL: work-items of a group */
+    size_t mix;          /* MIX: channels of a work-item */
+    size_t blocks;       /* BLOCKS: blocks of rows that a work-item of product_tiles takes */
+    size_t groups;       /* that share the blocks of a product with one vector; 0: a group for each block */
+    bool shuffles;       /* SHUFFLES: a warp's work-items exchange values */
+    size_t token_groups; /* that share a step of one launch; 0: a step takes many launches */
 } loglin_model_program;
 
-loglin_status loglin_model_build(const loglin_model *model, loglin_model_program *program);
+/* For a session that has its states; `step` is the attention's problem in its steps, with the defaults in place. */
+loglin_status loglin_session_build(loglin_session *session, const loglin_problem *step);
 
 /* A new kernel object, with arguments of its own. */
 loglin_status loglin_model_create_kernel(const loglin_model_program *program, loglin_model_kernel id,

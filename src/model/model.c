@@ -84,6 +84,10 @@ void loglin_model_close(loglin_model *model) {
         }
         release_buffer(model->layers[layer].vectors);
     }
+    for (size_t id = 0; id < LOGLIN_LAYER_MATRICES; id++) {
+        release_buffer(model->matrices[id].all);
+    }
+    release_buffer(model->vectors.all);
     release_buffer(model->embedding);
     release_buffer(model->head);
     release_buffer(model->final_norm);

@@ -2,6 +2,7 @@
 /* Sessions: creation, checks of the calls, and inputs cut into pieces. */
 #include "model/session.h"
 
+#include "plan/problem.h"
 #include "runtime/device.h"
 #include "runtime/status.h"
 #include <stdlib.h>
@@ -19,29 +20,44 @@ static loglin_status fill_zero(const loglin_session *session, cl_mem mem, size_t
     return LOGLIN_OK;
 }
 
-static loglin_status create_layer_state(const loglin_session *session, loglin_layer_state *layer) {
-    const loglin_lm *lm = &session->model->lm;
-    const size_t n = session->sequences;
-    const size_t gates = n * lm->heads * lm->levels;
-    const size_t values = gates * lm->dim_k * lm->dim_v;
-    const size_t tails = n * (lm->conv_kernel - 1) * lm->conv_channels;
-    RETURN_IF_ERROR(loglin_session_buffer(session, "the convolution's state", tails, sizeof(float), &layer->tails));
-    RETURN_IF_ERROR(loglin_session_buffer(session, "the level states", values, sizeof(float), &layer->values));
-    RETURN_IF_ERROR(loglin_session_buffer(session, "the positions", n, sizeof(cl_int), &layer->position));
-    RETURN_IF_ERROR(fill_zero(session, layer->tails, 0, tails * sizeof(float)));
-    RETURN_IF_ERROR(fill_zero(session, layer->values, 0, values * sizeof(float)));
-    RETURN_IF_ERROR(fill_zero(session, layer->position, 0, n * sizeof(cl_int)));
-    if (lm->op == LOGLIN_MAMBA2) {
-        RETURN_IF_ERROR(loglin_session_buffer(session, "the states' decays", gates, sizeof(float), &layer->log_decay));
-        RETURN_IF_ERROR(fill_zero(session, layer->log_decay, 0, gates * sizeof(float)));
+/* Buffers of `bytes` for each layer, zero; parts is the first layer's. */
+static loglin_status create_layer_buffers(const loglin_session *session, const char *name, size_t bytes, cl_mem *parts,
+                                          loglin_layer_buffers *buffers) {
+    const size_t layers = session->model->lm.layers;
+    RETURN_IF_ERROR(loglin_layer_buffers_create(session->model->device, name, CL_MEM_READ_WRITE, bytes, layers, parts,
+                                                sizeof *session->layers, buffers));
+    for (size_t layer = 0; layer < layers; layer++) {
+        RETURN_IF_ERROR(fill_zero(session, *(cl_mem *)((char *)parts + layer * sizeof *session->layers), 0, bytes));
     }
     return LOGLIN_OK;
 }
 
-static loglin_status create_step_plan(loglin_session *session) {
+static loglin_status create_states(loglin_session *session) {
+    const loglin_lm *lm = &session->model->lm;
+    loglin_layer_state *first = session->layers;
+    const size_t n = session->sequences;
+    const size_t gates = n * lm->heads * lm->levels;
+    size_t values = 0;
+    if (__builtin_mul_overflow(gates * sizeof(float), lm->dim_k * lm->dim_v, &values)) {
+        return loglin_fail(LOGLIN_UNSUPPORTED, "%zu sequences have too many states", n);
+    }
+    const size_t tails = n * (lm->conv_kernel - 1) * lm->conv_channels * sizeof(float);
+    RETURN_IF_ERROR(
+        create_layer_buffers(session, "the convolution's state", tails, &first->tails, &session->all_tails));
+    RETURN_IF_ERROR(create_layer_buffers(session, "the level states", values, &first->values, &session->all_values));
+    RETURN_IF_ERROR(
+        create_layer_buffers(session, "the positions", n * sizeof(cl_int), &first->position, &session->all_positions));
+    if (lm->op == LOGLIN_MAMBA2) {
+        RETURN_IF_ERROR(create_layer_buffers(session, "the states' decays", gates * sizeof(float), &first->log_decay,
+                                             &session->all_log_decays));
+    }
+    return LOGLIN_OK;
+}
+
+static loglin_problem step_problem(const loglin_session *session) {
     const loglin_model *model = session->model;
     const loglin_lm *lm = &model->lm;
-    const loglin_problem problem = {
+    return (loglin_problem){
         .op = lm->op,
         .dtype = model->options.dtype,
         .batch = session->sequences,
@@ -56,7 +72,6 @@ static loglin_status create_step_plan(loglin_session *session) {
         .phases = LOGLIN_STEP,
         .engine = model->options.engine,
     };
-    return loglin_plan_create(model->device, &problem, &session->step_plan);
 }
 
 /* The products keep their whole input in local memory. */
@@ -81,15 +96,16 @@ static loglin_status create_parts(loglin_session *session) {
     if (session->positions == NULL || session->ids == NULL || session->layers == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "out of memory");
     }
-    RETURN_IF_ERROR(loglin_model_build(model, &session->program));
+    RETURN_IF_ERROR(create_states(session));
+    const loglin_problem problem = step_problem(session);
+    loglin_problem filled;
+    RETURN_IF_ERROR(loglin_problem_validate(&problem, &filled));
+    RETURN_IF_ERROR(loglin_session_build(session, &filled));
     RETURN_IF_ERROR(check_local_memory(session));
-    for (size_t layer = 0; layer < model->lm.layers; layer++) {
-        RETURN_IF_ERROR(create_layer_state(session, &session->layers[layer]));
-    }
     for (size_t id = 0; id < LOGLIN_MODEL_KERNEL_COUNT; id++) {
         RETURN_IF_ERROR(loglin_model_create_kernel(&session->program, (loglin_model_kernel)id, &session->kernels[id]));
     }
-    RETURN_IF_ERROR(create_step_plan(session));
+    RETURN_IF_ERROR(loglin_plan_create(model->device, &problem, &session->step_plan));
     if (loglin_fast_step_applies(session)) {
         RETURN_IF_ERROR(loglin_fast_step_create(session));
     }
@@ -162,6 +178,10 @@ void loglin_session_destroy(loglin_session *session) {
         release_buffer(session->layers[layer].log_decay);
         release_buffer(session->layers[layer].position);
     }
+    release_buffer(session->all_tails.all);
+    release_buffer(session->all_values.all);
+    release_buffer(session->all_log_decays.all);
+    release_buffer(session->all_positions.all);
     free(session->layers);
     free(session->ids);
     free(session->positions);
@@ -283,23 +303,6 @@ loglin_status loglin_session_score(loglin_session *session, const int32_t *ids, 
     return LOGLIN_OK;
 }
 
-static loglin_status run_fast_step(loglin_session *session, float *logits) {
-    const size_t vocabulary = session->model->lm.vocabulary;
-    const size_t n = session->sequences;
-    const loglin_activations *a = &session->step_activations;
-    const size_t origin[3] = {0, 0, 0};
-    const size_t region[3] = {vocabulary * sizeof(float), n, 1};
-    RETURN_IF_CL_ERROR(
-        clEnqueueWriteBuffer(session->queue, a->ids, CL_FALSE, 0, n * sizeof(cl_int), session->ids, 0, NULL, NULL));
-    RETURN_IF_ERROR(loglin_fast_step_enqueue(session));
-    if (logits != NULL) {
-        RETURN_IF_CL_ERROR(clEnqueueReadBufferRect(session->queue, a->logits, CL_FALSE, origin, origin, region,
-                                                   a->logits_stride * sizeof(float), 0, vocabulary * sizeof(float), 0,
-                                                   logits, 0, NULL, NULL));
-    }
-    return LOGLIN_OK;
-}
-
 loglin_status loglin_session_step(loglin_session *session, const int32_t *ids, float *logits) {
     RETURN_IF_ERROR(check_sequence(session, 0));
     const size_t n = session->sequences;
@@ -311,12 +314,7 @@ loglin_status loglin_session_step(loglin_session *session, const int32_t *ids, f
             .first = 0, .count = n, .length = 1, .logits = logits, .sequence_stride = session->model->lm.vocabulary};
         return loglin_pass_run(session, &pass);
     }
-    const loglin_status status = run_fast_step(session, logits);
-    const cl_int code = clFinish(session->queue); /* also behind an error: ids and logits must stay until then */
-    RETURN_IF_ERROR(status);
-    if (code != CL_SUCCESS) {
-        return loglin_fail(code, "clFinish: %s", loglin_strerror(code));
-    }
+    RETURN_IF_ERROR(loglin_fast_step_run(session, logits));
     for (size_t i = 0; i < n; i++) {
         session->positions[i]++;
     }

@@ -2,8 +2,8 @@
 /*
  * A session: the states of its sequences, and the two ways through the layers.
  *
- * The fast step takes one token of every sequence of a small session through six launches a layer, whose arguments were
- * all set when the session was made.  The pass takes any number of tokens through the layers, as products of matrices.
+ * The fast step takes one token of every sequence of a small session through six launches a layer, or all layers in
+ * one launch; their arguments were all set when the session was made.  The pass takes any number of tokens through the layers, as products of matrices.
  */
 #ifndef LOGLIN_MODEL_SESSION_H
 #define LOGLIN_MODEL_SESSION_H
@@ -65,6 +65,7 @@ struct loglin_session {
     size_t *positions; /* of the sequences, as the device has them */
     cl_int *ids;       /* on their way to the device: sequences or model->options.piece, whichever is more */
     loglin_layer_state *layers;
+    loglin_layer_buffers all_tails, all_values, all_log_decays, all_positions;
     loglin_model_program program;
     cl_kernel kernels[LOGLIN_MODEL_KERNEL_COUNT]; /* for passes */
 
@@ -72,6 +73,9 @@ struct loglin_session {
     loglin_activations step_activations; /* rows 0: the session is too large for the fast step */
     loglin_step_layer *step_layers;
     loglin_launch step_embed, step_head;
+    loglin_launch step_token; /* all of these in one, where the program has it */
+    cl_mem meeting;           /* of the groups of step_token: see cl/token.cl; NULL where it has only one */
+    cl_uint met_in_vain;      /* a group has waited in vain for the others */
 
     loglin_activations pass_activations; /* rows 0 until the first pass */
     loglin_piece_plan plans[LOGLIN_SESSION_PLANS];
@@ -105,8 +109,8 @@ size_t loglin_scratch_bytes(const loglin_model_program *program);
 bool loglin_fast_step_applies(const loglin_session *session);
 loglin_status loglin_fast_step_create(loglin_session *session);
 void loglin_fast_step_destroy(loglin_session *session);
-/* Enqueues one token of every sequence, ids already uploaded; the logits are step_activations.logits. */
-loglin_status loglin_fast_step_enqueue(loglin_session *session);
+/* Takes session->ids, one token of every sequence, through the layers and waits; logits [N, vocabulary] may be NULL. */
+loglin_status loglin_fast_step_run(loglin_session *session, float *logits);
 
 /* pass.c */
 loglin_status loglin_pass_create(loglin_session *session);

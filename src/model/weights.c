@@ -140,19 +140,26 @@ static loglin_status write_portions(const upload *up, const matrix_upload *what,
     return LOGLIN_OK;
 }
 
+/* Bytes of a matrix on the device. */
+static size_t matrix_bytes(const loglin_model *model, loglin_matrix_id id) {
+    size_t rows = 0;
+    size_t columns = 0;
+    loglin_lm_matrix_shape(&model->lm, id, &rows, &columns);
+    return loglin_whole_blocks(rows) * columns * element_size(model);
+}
+
 static loglin_status upload_matrix(const upload *up, const loglin_lm_tensor *places, size_t place_count,
-                                   loglin_matrix_id id, cl_mem *mem) {
+                                   loglin_matrix_id id, cl_mem mem) {
     matrix_upload what = {.places = places, .place_count = place_count, .id = id};
     loglin_lm_matrix_shape(&up->model->lm, id, &what.rows, &what.columns);
     what.rows = loglin_whole_blocks(what.rows);
     const size_t block_bytes = what.columns * LOGLIN_BLOCK * element_size(up->model);
     const size_t portion_blocks = block_bytes > PORTION ? 1 : PORTION / block_bytes;
-    RETURN_IF_ERROR(create_buffer(up, places[0].name, what.rows / LOGLIN_BLOCK * block_bytes, mem));
     void *row_buffer = malloc(what.columns * sizeof(float));
     void *portion = malloc(portion_blocks * block_bytes);
     const loglin_status status = row_buffer == NULL || portion == NULL
                                      ? loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of memory", places[0].name)
-                                     : write_portions(up, &what, *mem, portion_blocks, row_buffer, portion);
+                                     : write_portions(up, &what, mem, portion_blocks, row_buffer, portion);
     free(row_buffer);
     free(portion);
     return status;
@@ -211,9 +218,8 @@ static size_t place_vectors(loglin_model *model) {
     return at;
 }
 
-static loglin_status upload_layer_vectors(const upload *up, const loglin_lm_tensor *places, size_t count,
-                                          loglin_layer *layer) {
-    const size_t floats = place_vectors(up->model);
+static loglin_status upload_layer_vectors(const upload *up, const loglin_lm_tensor *places, size_t count, size_t floats,
+                                          cl_mem mem) {
     float *vectors = calloc(floats, sizeof *vectors);
     if (vectors == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of memory", places[0].name);
@@ -225,7 +231,9 @@ static loglin_status upload_layer_vectors(const upload *up, const loglin_lm_tens
         }
     }
     if (status == LOGLIN_OK) {
-        status = upload_floats(up, places[0].name, vectors, floats, &layer->vectors);
+        const cl_int code =
+            clEnqueueWriteBuffer(up->queue, mem, CL_TRUE, 0, floats * sizeof *vectors, vectors, 0, NULL, NULL);
+        status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "%s: %s", places[0].name, loglin_strerror(code));
     }
     free(vectors);
     return status;
@@ -241,14 +249,31 @@ static void count_parameters(const upload *up, const loglin_lm_tensor *places, s
     }
 }
 
-static loglin_status upload_layer(const upload *up, size_t index) {
+/* The buffers of all layers; how many floats the vectors of one take. */
+static loglin_status create_layers(const upload *up, size_t *floats) {
+    loglin_model *model = up->model;
+    const size_t layers = model->lm.layers;
+    for (size_t id = 0; id < LOGLIN_LAYER_MATRICES; id++) {
+        const size_t bytes = matrix_bytes(model, (loglin_matrix_id)id);
+        RETURN_IF_ERROR(loglin_layer_buffers_create(model->device, "the weights", CL_MEM_READ_ONLY, bytes, layers,
+                                                    &model->layers[0].matrices[id], sizeof *model->layers,
+                                                    &model->matrices[id]));
+        model->weight_bytes += layers * bytes;
+    }
+    *floats = place_vectors(model);
+    model->weight_bytes += layers * *floats * sizeof(float);
+    return loglin_layer_buffers_create(model->device, "the vectors", CL_MEM_READ_ONLY, *floats * sizeof(float), layers,
+                                       &model->layers[0].vectors, sizeof *model->layers, &model->vectors);
+}
+
+static loglin_status upload_layer(const upload *up, size_t index, size_t floats) {
     loglin_lm_tensor places[LOGLIN_LM_MAX_LAYER_TENSORS];
     const size_t count = loglin_lm_layer_tensors(&up->model->lm, index, places);
     loglin_layer *layer = &up->model->layers[index];
     for (size_t id = 0; id < LOGLIN_LAYER_MATRICES; id++) {
-        RETURN_IF_ERROR(upload_matrix(up, places, count, (loglin_matrix_id)id, &layer->matrices[id]));
+        RETURN_IF_ERROR(upload_matrix(up, places, count, (loglin_matrix_id)id, layer->matrices[id]));
     }
-    RETURN_IF_ERROR(upload_layer_vectors(up, places, count, layer));
+    RETURN_IF_ERROR(upload_layer_vectors(up, places, count, floats, layer->vectors));
     count_parameters(up, places, count);
     return LOGLIN_OK;
 }
@@ -276,13 +301,15 @@ static loglin_status upload_outer(const upload *up) {
     loglin_lm_tensor places[LOGLIN_LM_MODEL_TENSORS];
     loglin_model *model = up->model;
     const size_t count = loglin_lm_model_tensors(&model->lm, places);
-    RETURN_IF_ERROR(upload_matrix(up, places, count, LOGLIN_MATRIX_EMBEDDING, &model->embedding));
+    RETURN_IF_ERROR(create_buffer(up, places[0].name, matrix_bytes(model, LOGLIN_MATRIX_EMBEDDING), &model->embedding));
+    RETURN_IF_ERROR(upload_matrix(up, places, count, LOGLIN_MATRIX_EMBEDDING, model->embedding));
     RETURN_IF_ERROR(upload_final_vectors(up, &places[1]));
     if (model->lm.tied) {
         RETURN_IF_CL_ERROR(clRetainMemObject(model->embedding));
         model->head = model->embedding;
     } else {
-        RETURN_IF_ERROR(upload_matrix(up, places + 2, 1, LOGLIN_MATRIX_HEAD, &model->head));
+        RETURN_IF_ERROR(create_buffer(up, places[2].name, matrix_bytes(model, LOGLIN_MATRIX_HEAD), &model->head));
+        RETURN_IF_ERROR(upload_matrix(up, places + 2, 1, LOGLIN_MATRIX_HEAD, model->head));
     }
     count_parameters(up, places, count);
     return LOGLIN_OK;
@@ -310,9 +337,11 @@ static loglin_dtype common_dtype(const loglin_checkpoint *checkpoint) {
 loglin_status loglin_model_upload(loglin_model *model, const loglin_checkpoint *checkpoint, cl_command_queue queue) {
     const upload up = {.model = model, .checkpoint = checkpoint, .queue = queue};
     model->matrix_dtype = common_dtype(checkpoint);
+    size_t floats = 0;
     RETURN_IF_ERROR(upload_outer(&up));
+    RETURN_IF_ERROR(create_layers(&up, &floats));
     for (size_t layer = 0; layer < model->lm.layers; layer++) {
-        RETURN_IF_ERROR(upload_layer(&up, layer));
+        RETURN_IF_ERROR(upload_layer(&up, layer, floats));
     }
     return LOGLIN_OK;
 }

@@ -335,7 +335,8 @@ loglin_status loglin_device_create(cl_context context, cl_device_id id, loglin_d
     made->cache_directory = loglin_cache_directory();
     made->build_options = strdup(options != NULL ? options : "");
     atomic_init(&made->references, 1);
-    if (made->build_options == NULL || mtx_init(&made->lock, mtx_plain) != thrd_success) {
+    if (made->build_options == NULL || mtx_init(&made->lock, mtx_plain) != thrd_success ||
+        mtx_init(&made->meetings, mtx_plain) != thrd_success) {
         free_device(made);
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "no memory for a device");
     }
@@ -355,6 +356,7 @@ void loglin_device_release(loglin_device *device) {
     }
     loglin_programs_release(device->programs);
     mtx_destroy(&device->lock);
+    mtx_destroy(&device->meetings);
     clReleaseDevice(device->id);
     clReleaseContext(device->context);
     free_device(device);

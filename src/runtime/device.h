@@ -23,6 +23,7 @@ struct loglin_device {
     bool is_cpu;
     char *cache_directory; /* NULL: no cache on disk */
     char *build_options;   /* LOGLIN_BUILD_OPTIONS, never NULL */
+    mtx_t meetings;        /* held while groups of a kernel wait for each other: two such kernels may block each other */
     mtx_t lock;            /* of all below */
     struct loglin_program *programs;
     struct loglin_nvidia_probe nvidia_probe[2]; /* of bfloat16, of half */
