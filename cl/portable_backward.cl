@@ -22,18 +22,7 @@ ulong tokens_of(const loglin_panel p) {
 
 /* ---- States, forwards ---------------------------------------------------------------------------------------------- */
 
-#define PLACES(moment) (ARRAY(PLACES) + (moment) * COLUMNS)
-#define DECAYS(moment) (HEAD_ARRAY(DECAYS) + (moment) * COLUMNS)
 #define SAVED(segment, column) (HEAD_ARRAY(SAVED) + ((ulong)(segment) * COLUMNS + (column)) * SIZE_KV)
-
-/* Where the states stand at a moment, and their decays. */
-void note_states(const place *at, const int *where, uint moment) {
-    for (uint j = ITEM; j < COLUMNS; j += LANE_ITEMS) {
-        PLACES(moment)[j] = (float)(where[j] + 1);
-        DECAYS(moment)[j] = where[j] == NOWHERE ? 0.0f : HEAD_ARRAY(DECAY)[where[j]];
-    }
-    SYNC();
-}
 
 /* The states at a segment's start, kept for good. */
 void save_states(const place *at, const int *where, uint segment) {
@@ -547,7 +536,7 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
     const ulong of_group = (ulong)(lane % group_parts) * tokens_of(p) * p.groups * DIM_K;
     const parts to = {q_parts + of_group, k_parts + of_group, g_parts + of_values, beta_parts + of_values,
                       level_parts + of_values * p.levels};
-    place at = find_lane(p, ws, lanes);
+    place at = find_lane(p, ws, lanes, (uint)get_group_id(0));
     SHARE_LOCAL_MEMORY(at)
     cu_seqlens += cu_offset;
     values = values ? values + values_offset : 0;

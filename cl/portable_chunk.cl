@@ -4,7 +4,7 @@
  * Rows that hold no token are zeros, so are the columns beyond K and V.
  *
  * DIM_K, DIM_V, CHUNK, PAD_K, PAD_V, LANE_HEADS, COLUMNS (at least 1), IS_DELTA, IS_NEAR, IS_NORMALIZED,
- * GRADIENTS: the host's.
+ * GRADIENTS, SPREAD (lanes that share a head's chunks, or 0): the host's.
  */
 #define SIZE_C CHUNK
 #define SIZE_K PAD_K
@@ -28,17 +28,23 @@
 #define WHEN_NEAR IS_NEAR
 #define WHEN_MAPS (IS_DELTA || IS_NEAR || GRADIENTS)
 #define WHEN_PAIRS (IS_DELTA || GRADIENTS)
+#define WHEN_SPREAD (SPREAD > 0)
+#define WHEN_MOMENTS (GRADIENTS || SPREAD > 0)
 #define WHEN_GRADIENTS GRADIENTS
 #define WHEN_DELTA_GRADIENTS (IS_DELTA && GRADIENTS)
 
 /* Offsets of the arrays in a lane's memory. */
 #define PORTABLE_OFFSET(name, count, rows, columns, when)                                                              \
     LANE_##name, LANE_##name##_LAST = LANE_##name + COUNT_##count * SIZE_##rows * SIZE_##columns * (WHEN_##when) - 1,
-enum { PORTABLE_ARRAYS(PORTABLE_OFFSET) LANE_FLOATS };
+enum {
+    PORTABLE_ARRAYS(PORTABLE_OFFSET) POOL_BEGIN,
+    POOL_BEGIN_LAST = POOL_BEGIN - 1,
+    PORTABLE_POOL_ARRAYS(PORTABLE_OFFSET) LANE_FLOATS
+};
 
-#define ARRAY(name) (at->memory + LANE_##name)
+#define ARRAY(name) ((LANE_##name < POOL_BEGIN ? at->memory : at->pool) + LANE_##name)
 /* The head's own copy. */
-#define HEAD_ARRAY(name) (at->memory + LANE_##name + at->head * ((LANE_##name##_LAST - LANE_##name + 1) / LANE_HEADS))
+#define HEAD_ARRAY(name) (ARRAY(name) + at->head * ((LANE_##name##_LAST - LANE_##name + 1) / LANE_HEADS))
 
 /* The caller's buffers, their offsets applied. */
 typedef struct {
@@ -610,13 +616,13 @@ void load_head(const loglin_panel p, const place *at, const inputs *in) {
     at.shared = (__local float *)local_memory;
 #endif
 
-/* The lane's sequence, group, heads and values: a lane is a work-group. */
-place find_lane(const loglin_panel p, __global float *ws, ulong lanes) {
-    const uint lane = (uint)get_group_id(0);
+/* The lane's sequence, group, heads and values, from its number. */
+place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane) {
     const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, head_parts = p.heads / p.groups / LANE_HEADS;
     const uint of_heads = lane / value_parts, of_group = of_heads / head_parts;
     place at;
     at.memory = ws + lanes + (ulong)lane * ((LANE_FLOATS + 15) / 16 * 16); /* whole vectors, as the host has it */
+    at.pool = at.memory;
     at.sequence = of_group / p.groups;
     at.group = of_group % p.groups;
     at.head = 0;

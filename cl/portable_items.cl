@@ -89,7 +89,7 @@ float sum_of_strip(strip x) {
 
 /* Where a lane stands. */
 typedef struct {
-    matrix memory;
+    matrix memory, pool; /* of the lane; of its states, from which it counts on */
 #if LANE_ITEMS > 1
     __local float *shared; /* for the products' slabs, and for sums */
 #endif
