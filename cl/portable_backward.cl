@@ -122,7 +122,7 @@ void read_gradients(const loglin_panel p, const place *at, uint j, operand state
  * A state through the chunk: D_E = exp(a_C) D_E_END for the scalar-gated operator, which is left to do.  Delta rule, in
  * place: D_E = exp(a_C) D_E_END - K_START^T WRITE D_E_END, and what its keys get.  Returns the gradient of a_C.
  */
-float pass_gradients(const place *at, operand state, float decay, matrix d_state) {
+LANE_CALL float pass_gradients(const place *at, operand state, float decay, matrix d_state) {
     strip sums = 0.0f;
     FOR_STRIPS(i, SIZE_KV) {
         sums = fma(get_strip(state + i), get_strip(d_state + i), sums);
@@ -198,7 +198,7 @@ void add_pair_gradients(const place *at, operand x, operand y, float sign) {
     }
 }
 #else
-void add_pair_gradients(const place *at, operand x, operand y, float sign) {
+LANE_CALL void add_pair_gradients(const place *at, operand x, operand y, float sign) {
     for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         float sum = 0.0f;
         for (uint s = 0; s < CHUNK; s++) {
@@ -214,7 +214,7 @@ void add_pair_gradients(const place *at, operand x, operand y, float sign) {
 
 #if IS_DELTA
 /* Through READ = exp(a) Q - Z K_START, WRITE = T^T K_END, Z = A T and T = (I + X)^-1 diag(beta). */
-void map_gradients(const place *at) {
+LANE_CALL void map_gradients(const place *at) {
     product(at, CHUNK, CHUNK, DIM_K, ARRAY(D_READ), PAD_K, 1, ARRAY(K_START_T), CHUNK, ARRAY(D_MZ), CHUNK, 0,
             C_LOWER | SUBTRACT, 1.0f);
     scale_triangle(at, ARRAY(D_MZ), ARRAY(D_MZ), 0, 0);
@@ -258,7 +258,7 @@ void map_gradients(const place *at) {
 #endif
 
 /* From D_MZ, D_READ, D_WRITE (and D_K_START) to the gates, and to what the lane's heads share. */
-void share_gradients(const place *at) {
+LANE_CALL void share_gradients(const place *at) {
     transpose(at, ARRAY(D_READ), PAD_K, ARRAY(D_READ_T), CHUNK, PAD_K, CHUNK);
     transpose(at, ARRAY(D_WRITE), PAD_K, ARRAY(D_WRITE_T), CHUNK, PAD_K, CHUNK);
     set_zero(at, ARRAY(D_GATE), CHUNK);
@@ -280,7 +280,8 @@ void share_gradients(const place *at) {
         strip from_start = 0.0f, from_end = 0.0f;
         for (uint c = FIRST_COLUMN; c < PAD_K; c += COLUMN_STEP) {
             const uint i = r * PAD_K + c;
-            const strip key = get_strip(ARRAY(KEY) + i), at_end = get_strip(d_end + i), read = get_strip(ARRAY(D_READ) + i);
+            const strip key = get_strip(ARRAY(KEY) + i), at_end = get_strip(d_end + i);
+            const strip read = get_strip(ARRAY(D_READ) + i);
             strip d_key = end * at_end;
             from_end = fma(key, at_end, from_end);
             from_start = fma(get_strip(ARRAY(Q) + i), read, from_start);

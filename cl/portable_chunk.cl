@@ -197,7 +197,7 @@ void transpose(const place *at, matrix to, uint to_row, operand from, uint from_
 }
 #else
 /* Blocks of 4 by 4. */
-void transpose(const place *at, matrix to, uint to_row, operand from, uint from_row, uint rows, uint columns) {
+LANE_CALL void transpose(const place *at, matrix to, uint to_row, operand from, uint from_row, uint rows, uint columns) {
     (void)at;
     for (uint i = ITEM; i < rows / 4 * (columns / 4); i += LANE_ITEMS) {
         const uint r = i / (columns / 4) * 4, c = i % (columns / 4) * 4;
@@ -460,7 +460,7 @@ void scale_triangle(const place *at, matrix to, operand from, operand rows, int 
     }
 }
 #else
-void scale_triangle(const place *at, matrix to, operand from, operand rows, int how) {
+LANE_CALL void scale_triangle(const place *at, matrix to, operand from, operand rows, int how) {
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         for (uint s = FIRST_COLUMN; s < r / 16 * 16 + 16; s += COLUMN_STEP) {
             const strip x = get_strip(from + r * CHUNK + s) * (rows ? rows[r] : 1.0f);
@@ -547,7 +547,7 @@ void invert(const place *at) {
  * The chunk's map for the head, of what it writes: T and WRITE, from KK, the gates and beta.  Without near keys the
  * scalar-gated forward pass needs neither WRITE nor READ: their decays go to the values and to the level weights.
  */
-void make_write(const place *at) {
+LANE_CALL void make_write(const place *at) {
 #if IS_DELTA
     scale_triangle(at, ARRAY(X), ARRAY(KK), ARRAY(BETA), DECAYED | STRICT);
     invert(at);

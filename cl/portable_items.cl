@@ -49,6 +49,13 @@ typedef uint4 strip_uint;
 #define FIRST_COLUMN (ITEM % ROW_PARTS * STRIP)
 #define COLUMN_STEP (ROW_PARTS * STRIP)
 
+/* Large functions that are called from many places: a GPU's compiler would copy each of them there. */
+#if LANE_ITEMS == 1
+#define LANE_CALL
+#else
+#define LANE_CALL __attribute__((noinline))
+#endif
+
 typedef __global float *matrix;
 typedef const __global float *operand;
 

@@ -38,9 +38,6 @@
 #error "the teams' tiles do not cover a slab"
 #endif
 
-#ifndef PRODUCT_CALL
-#define PRODUCT_CALL
-#endif
 #define SLAB_FLOATS ((MMA_A_SIZE + MMA_B_SIZE) * sizeof(mma_element) / sizeof(float))
 
 /* An item's vectors of a slab: four elements each that are neighbours in memory. */
@@ -137,8 +134,8 @@ void store_product(float x, matrix to, float weight, int how, float keep) {
     *to = (how & (ADD | SUBTRACT)) ? fma((how & ADD) ? 1.0f : -1.0f, x, keep * *to) : x;
 }
 
-PRODUCT_CALL void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column, operand b,
-             uint b_row, matrix c, uint c_row, operand weights, int how, float keep) {
+LANE_CALL void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column,
+                       operand b, uint b_row, matrix c, uint c_row, operand weights, int how, float keep) {
     __local mma_element *slab_a = (__local mma_element *)at->shared, *slab_b = slab_a + MMA_A_SIZE;
     const uint team = ITEM / MMA_TEAM, team_row = team % TEAMS_ROWS * TILES_ROWS * MMA_ROWS,
                team_column = team / TEAMS_ROWS * TILES_COLUMNS * MMA_COLUMNS;

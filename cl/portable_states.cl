@@ -98,7 +98,7 @@ void read_weights(const loglin_panel p, const place *at, uint j) {
 }
 
 /* A state through the chunk, from place `from` to `to` (which may be the same). */
-void pass_state(const place *at, int from, int to) {
+LANE_CALL void pass_state(const place *at, int from, int to) {
 #if IS_DELTA
     product(at, CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, STATE(from), PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
     if (from != to) {
@@ -127,7 +127,7 @@ void own_state(const place *at, matrix to) {
  * fresh: NOWHERE, or the first of the places that were never used: then no state that stands somewhere is changed.
  * Returns the next such place.
  */
-int advance_states(const place *at, const int *where, int *next, int fresh) {
+LANE_CALL int advance_states(const place *at, const int *where, int *next, int fresh) {
     const int own = at->slot[SLOT_OWN], keep = fresh != NOWHERE;
     operand decays = HEAD_ARRAY(DECAY);
     for (uint j = 0; j < COLUMNS; j++) {

@@ -14,6 +14,9 @@ static const struct {
     {12288, {.mma = "mma_portable.cl", .items = 64, .slab_depth = 16, .teams_rows = 2}},
 };
 
+const loglin_lane_schedule loglin_small_lanes = {
+    .mma = "mma_portable.cl", .items = 32, .slab_depth = 16, .teams_rows = 1, .slab_rows = 16, .slab_columns = 32};
+
 loglin_status loglin_lanes_choose(loglin_device *device, loglin_lane_schedule *schedule) {
     if (device->is_cpu) {
         *schedule = (loglin_lane_schedule){.mma = "mma_portable.cl", .items = 1};

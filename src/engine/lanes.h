@@ -9,10 +9,14 @@
 typedef struct loglin_lane_schedule {
     const char *mma; /* the implementation of the tile interface, a file of cl/ */
     unsigned items;
-    unsigned slab_depth, teams_rows; /* of no meaning to a single item */
+    unsigned slab_depth, teams_rows;  /* of no meaning to a single item */
+    unsigned slab_rows, slab_columns; /* 0: those of cl/portable_items.cl */
 } loglin_lane_schedule;
 
 /* The first schedule of the table that the device can run; LOGLIN_UNSUPPORTED if it can run none. */
 loglin_status loglin_lanes_choose(loglin_device *device, loglin_lane_schedule *schedule);
+
+/* One team on one tile, for matrices of up to 32 by 32, which would leave most of a larger slab empty. */
+extern const loglin_lane_schedule loglin_small_lanes;
 
 #endif
