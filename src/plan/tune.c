@@ -313,14 +313,15 @@ static bool recall_gemm(tuner *at) {
 static size_t list_standard(const tuner *at, loglin_problem problems[MAX_PROBLEMS]) {
     static const size_t lengths[] = {1024, 4096, 16384};
     const size_t length_count = at->options.quick != 0 ? 1 : sizeof lengths / sizeof lengths[0];
-    const int dtype_count = at->info.type == CL_DEVICE_TYPE_CPU ? 1 : 2;
+    const bool is_cpu = at->info.type == CL_DEVICE_TYPE_CPU;
+    const loglin_dtype dtypes[] = {is_cpu ? LOGLIN_F32 : LOGLIN_BF16, LOGLIN_F32}; /* GPUs have units for 16 bits */
     size_t count = 0;
-    for (int dtype = 0; dtype < dtype_count; dtype++) {
+    for (int dtype = 0; dtype < (is_cpu ? 1 : 2); dtype++) {
         for (size_t i = 0; i < length_count; i++) {
             for (int which = 0; which < 4; which++) {
                 problems[count] = standard_problem(at, which % 2 != 0 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2,
                                                    which / 2 != 0 ? LOGLIN_BACKWARD : LOGLIN_FORWARD, lengths[i]);
-                problems[count++].dtype = dtype == 0 ? LOGLIN_F32 : LOGLIN_BF16;
+                problems[count++].dtype = dtypes[dtype];
             }
         }
     }
