@@ -27,6 +27,15 @@ static bool mixes_in_blocks(const loglin_model *model) {
     return (in->q | in->k | in->v | model->lm.conv_channels | model->lm.dim_v) % LOGLIN_BLOCK == 0;
 }
 
+/* Work-items of a group: a power of two. */
+static size_t group_items(const loglin_device *device) {
+    size_t items = device->is_cpu ? 1 : GPU_LOCAL;
+    while (items > device->info.max_work_group_size) {
+        items /= 2;
+    }
+    return items;
+}
+
 loglin_status loglin_model_build(const loglin_model *model, loglin_model_program *program) {
     static const char *const files[] = {"common.cl", "model.cl", NULL};
     const loglin_lm *lm = &model->lm;
@@ -34,7 +43,7 @@ loglin_status loglin_model_build(const loglin_model *model, loglin_model_program
     const loglin_device *device = model->device;
     const bool wide = vector_width(device) >= 16;
     char options[640];
-    program->local = device->is_cpu ? 1 : GPU_LOCAL;
+    program->local = group_items(device);
     program->blocks = device->is_cpu && wide ? 2 : 1;
     program->mix = device->is_cpu && mixes_in_blocks(model) ? LOGLIN_BLOCK : 1;
     program->groups = device->is_cpu ? device->info.compute_units * (size_t)GROUPS_PER_CORE : 0;

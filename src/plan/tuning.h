@@ -49,7 +49,7 @@ typedef struct loglin_entry {
     loglin_stamp stamp;
     loglin_class class;                 /* LOGLIN_ENTRY_CLASS */
     loglin_configuration configuration; /* LOGLIN_ENTRY_CLASS: engine and values; LOGLIN_ENTRY_GEMM: gemm */
-    char candidate[256], reason[32];    /* LOGLIN_ENTRY_FAILED */
+    char candidate[264], reason[32];    /* LOGLIN_ENTRY_FAILED */
     double ms, spread, default_ms;      /* of the choice, and of what is used without one */
     int64_t seed, tuned_at;             /* of the search; seconds since 1970 */
 } loglin_entry;
@@ -122,8 +122,9 @@ typedef struct loglin_choice {
 } loglin_choice;
 
 /*
- * The best that the sources know for a class and an engine (LOGLIN_ENGINE_AUTO: any): the exact class before its
- * neighbours, the device before its family, results of this stamp before stale ones.  gemm is chosen for itself.
+ * The best that the sources know for a class and an engine: the exact class before its neighbours, the device before
+ * its family, results of this stamp before stale ones.  LOGLIN_ENGINE_AUTO: that of the faster engine, if both were
+ * measured for the same class by the same tuner.  gemm is chosen for itself.
  */
 loglin_choice loglin_tuning_find(const loglin_source *sources, size_t count, const loglin_stamp *stamp,
                                  const loglin_class *class, loglin_engine engine);

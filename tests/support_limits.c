@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Implementation of support_limits.h. */
+#define _GNU_SOURCE /* RTLD_NEXT */
+
+#include "support_limits.h"
+#include "support.h"
+
+#include <CL/cl_ext.h>
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- The limits -------------------------------------------------------------------------------------------------- */
+
+typedef struct device_limits {
+    bool given; /* any of those below */
+    bool gpu, no_double, no_half, no_subgroups;
+    size_t local, group, allocation; /* 0: the device's own */
+} device_limits;
+
+static device_limits limits;
+static bool limits_known;
+
+static void parse_word(const char *word) {
+    const struct {
+        const char *name;
+        bool *flag;
+    } flags[] = {{"gpu", &limits.gpu},
+                 {"no-double", &limits.no_double},
+                 {"no-half", &limits.no_half},
+                 {"no-subgroups", &limits.no_subgroups}};
+    const struct {
+        const char *name;
+        size_t *size;
+    } sizes[] = {{"local=", &limits.local}, {"group=", &limits.group}, {"allocation=", &limits.allocation}};
+    for (size_t i = 0; i < sizeof flags / sizeof flags[0]; i++) {
+        if (strcmp(word, flags[i].name) == 0) {
+            *flags[i].flag = true;
+            return;
+        }
+    }
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        const size_t length = strlen(sizes[i].name);
+        if (strncmp(word, sizes[i].name, length) == 0) {
+            char *end;
+            *sizes[i].size = strtoull(word + length, &end, 10);
+            if (*sizes[i].size > 0 && *end == '\0') {
+                return;
+            }
+        }
+    }
+    support_die("the limits of the device have \"%s\", which support_limits.h does not know", word);
+}
+
+void support_limit_device(const char *text) {
+    limits = (device_limits){.given = text != NULL && text[0] != '\0'};
+    limits_known = true;
+    char *copy = strdup(text != NULL ? text : ""), *rest = copy;
+    for (char *word = strtok_r(rest, ",", &rest); word != NULL; word = strtok_r(NULL, ",", &rest)) {
+        parse_word(word);
+    }
+    free(copy);
+}
+
+static const device_limits *get_limits(void) {
+    if (!limits_known) {
+        support_limit_device(getenv("LOGLIN_TEST_LIMITS"));
+    }
+    return &limits;
+}
+
+bool support_is_limited(void) {
+    return get_limits()->given;
+}
+
+/* ---- What the device says of itself ------------------------------------------------------------------------------ */
+
+/* For CLBlast, a shared library, to find the functions below. */
+#pragma GCC visibility push(default)
+
+/* The loader's function of this name, behind the one here. */
+#define NEXT(name)                                                                                                     \
+    static __typeof__(&name) next;                                                                                     \
+    if (next == NULL) {                                                                                                \
+        *(void **)&next = dlsym(RTLD_NEXT, #name);                                                                     \
+    }                                                                                                                  \
+    if (next == NULL) {                                                                                                \
+        support_die("the OpenCL loader has no " #name);                                                                \
+    }
+
+static void cap_size(void *value, size_t most) {
+    size_t size;
+    memcpy(&size, value, sizeof size);
+    if (most > 0 && size > most) {
+        memcpy(value, &most, sizeof most);
+    }
+}
+
+static void cap_ulong(void *value, cl_ulong most) {
+    cl_ulong size;
+    memcpy(&size, value, sizeof size);
+    if (most > 0 && size > most) {
+        memcpy(value, &most, sizeof most);
+    }
+}
+
+/* Overwrites the names of missing extensions by blanks. */
+static void remove_extensions(char *text, const device_limits *of) {
+    const struct {
+        bool missing;
+        const char *part;
+    } parts[] = {{of->no_double, "cl_khr_fp64"},
+                 {of->no_half, "cl_khr_fp16"},
+                 {of->no_subgroups, "cl_khr_subgroup"},
+                 {of->no_subgroups, "cl_intel_subgroup"}};
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        for (char *at = text; parts[i].missing && (at = strstr(at, parts[i].part)) != NULL;) {
+            while (*at != '\0' && *at != ' ') {
+                *at++ = ' ';
+            }
+        }
+    }
+}
+
+static void limit_answer(cl_device_info what, size_t size, void *value, const device_limits *of) {
+    switch (what) {
+    case CL_DEVICE_TYPE:
+        if (of->gpu) {
+            memcpy(value, &(cl_device_type){CL_DEVICE_TYPE_GPU}, sizeof(cl_device_type));
+        }
+        return;
+    case CL_DEVICE_NATIVE_VECTOR_WIDTH_FLOAT:
+    case CL_DEVICE_PREFERRED_VECTOR_WIDTH_FLOAT:
+        if (of->gpu) {
+            memcpy(value, &(cl_uint){1}, sizeof(cl_uint));
+        }
+        return;
+    case CL_DEVICE_LOCAL_MEM_SIZE:
+        cap_ulong(value, of->local);
+        return;
+    case CL_DEVICE_MAX_MEM_ALLOC_SIZE:
+        cap_ulong(value, of->allocation);
+        return;
+    case CL_DEVICE_MAX_WORK_GROUP_SIZE:
+        cap_size(value, of->group);
+        return;
+    case CL_DEVICE_MAX_WORK_ITEM_SIZES:
+        for (size_t at = 0; at < size; at += sizeof(size_t)) {
+            cap_size((char *)value + at, of->group);
+        }
+        return;
+    case CL_DEVICE_EXTENSIONS:
+        remove_extensions(value, of);
+        return;
+    case CL_DEVICE_DOUBLE_FP_CONFIG:
+        if (of->no_double) {
+            memset(value, 0, size);
+        }
+        return;
+    case CL_DEVICE_HALF_FP_CONFIG:
+        if (of->no_half) {
+            memset(value, 0, size);
+        }
+        return;
+    case CL_DEVICE_MAX_NUM_SUB_GROUPS:
+        if (of->no_subgroups) {
+            memset(value, 0, size);
+        }
+        return;
+    default:
+        return;
+    }
+}
+
+CL_API_ENTRY cl_int CL_API_CALL clGetDeviceInfo(cl_device_id device, cl_device_info what, size_t capacity, void *value,
+                                                size_t *size) {
+    NEXT(clGetDeviceInfo)
+    size_t written = 0;
+    const cl_int code = next(device, what, capacity, value, &written);
+    if (code == CL_SUCCESS && value != NULL && support_is_limited()) {
+        limit_answer(what, written, value, &limits);
+    }
+    if (size != NULL) {
+        *size = written;
+    }
+    return code;
+}
+
+CL_API_ENTRY cl_int CL_API_CALL clGetKernelWorkGroupInfo(cl_kernel kernel, cl_device_id device,
+                                                         cl_kernel_work_group_info what, size_t capacity, void *value,
+                                                         size_t *size) {
+    NEXT(clGetKernelWorkGroupInfo)
+    const cl_int code = next(kernel, device, what, capacity, value, size);
+    if (code == CL_SUCCESS && value != NULL && what == CL_KERNEL_WORK_GROUP_SIZE) {
+        cap_size(value, get_limits()->group);
+    }
+    return code;
+}
+
+/* ---- What its driver refuses ------------------------------------------------------------------------------------- */
+
+/* Says on standard error which limit it was: a refusal that the library should have made itself is hard to find. */
+static cl_int refuse(cl_int code, const char *what, size_t wanted, size_t most) {
+    fprintf(stderr, "the limited device refuses %s: %zu, at most %zu\n", what, wanted, most);
+    return code;
+}
+
+CL_API_ENTRY cl_mem CL_API_CALL clCreateBuffer(cl_context context, cl_mem_flags flags, size_t size, void *contents,
+                                               cl_int *code) {
+    NEXT(clCreateBuffer)
+    const size_t most = get_limits()->allocation;
+    if (most > 0 && size > most) {
+        const cl_int refused = refuse(CL_INVALID_BUFFER_SIZE, "a buffer of bytes", size, most);
+        if (code != NULL) {
+            *code = refused;
+        }
+        return NULL;
+    }
+    return next(context, flags, size, contents, code);
+}
+
+/* In front of every source text of a device without double: its use is an error, with a name that tells why. */
+static const char without_double[] = "#define double this_device_has_no_double\n";
+
+CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithSource(cl_context context, cl_uint count, const char **strings,
+                                                              const size_t *lengths, cl_int *code) {
+    NEXT(clCreateProgramWithSource)
+    if (!get_limits()->no_double) {
+        return next(context, count, strings, lengths, code);
+    }
+    const char **all = support_alloc(count + 1, sizeof *all);
+    size_t *all_lengths = support_alloc(count + 1, sizeof *all_lengths);
+    all[0] = without_double;
+    for (cl_uint i = 0; i < count; i++) {
+        all[i + 1] = strings[i];
+        all_lengths[i + 1] = lengths != NULL ? lengths[i] : 0;
+    }
+    cl_program program = next(context, count + 1, all, all_lengths, code);
+    free(all);
+    free(all_lengths);
+    return program;
+}
+
+/* A binary would go past the check of the source. */
+CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithBinary(cl_context context, cl_uint count,
+                                                              const cl_device_id *devices, const size_t *lengths,
+                                                              const unsigned char **binaries, cl_int *loaded,
+                                                              cl_int *code) {
+    NEXT(clCreateProgramWithBinary)
+    if (support_is_limited()) {
+        if (code != NULL) {
+            *code = CL_INVALID_BINARY;
+        }
+        return NULL;
+    }
+    return next(context, count, devices, lengths, binaries, loaded, code);
+}
+
+static size_t local_memory_of(cl_command_queue queue, cl_kernel kernel) {
+    cl_device_id device = NULL;
+    cl_ulong bytes = 0;
+    support_require(clGetCommandQueueInfo(queue, CL_QUEUE_DEVICE, sizeof(cl_device_id), &device, NULL), "queue");
+    support_require(clGetKernelWorkGroupInfo(kernel, device, CL_KERNEL_LOCAL_MEM_SIZE, sizeof bytes, &bytes, NULL),
+                    "CL_KERNEL_LOCAL_MEM_SIZE");
+    return (size_t)bytes;
+}
+
+CL_API_ENTRY cl_int CL_API_CALL clEnqueueNDRangeKernel(cl_command_queue queue, cl_kernel kernel, cl_uint dimensions,
+                                                       const size_t *offset, const size_t *global, const size_t *local,
+                                                       cl_uint num_wait, const cl_event *wait, cl_event *event) {
+    NEXT(clEnqueueNDRangeKernel)
+    const device_limits *of = get_limits();
+    size_t items = 1;
+    for (cl_uint i = 0; i < dimensions && local != NULL; i++) {
+        items *= local[i];
+    }
+    if (of->group > 0 && items > of->group) {
+        return refuse(CL_INVALID_WORK_GROUP_SIZE, "a work-group of items", items, of->group);
+    }
+    if (of->local > 0 && local_memory_of(queue, kernel) > of->local) {
+        return refuse(CL_OUT_OF_RESOURCES, "bytes of local memory", local_memory_of(queue, kernel), of->local);
+    }
+    return next(queue, kernel, dimensions, offset, global, local, num_wait, wait, event);
+}
+
+#pragma GCC visibility pop

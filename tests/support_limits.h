@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A smaller device than the one that is there: what it says of itself is limited, and calls that go beyond are refused
+ * as its driver would.  For this the test programs define some of OpenCL's functions, in front of the loader's; the
+ * library and CLBlast call these.
+ */
+#ifndef LOGLIN_TESTS_SUPPORT_LIMITS_H
+#define LOGLIN_TESTS_SUPPORT_LIMITS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+/*
+ * The limits of this process, before its first OpenCL call: words apart by commas, "" or NULL for none.
+ *     gpu              says that it is a GPU, with vectors of one float
+ *     local=BYTES      of local memory
+ *     group=ITEMS      of a work-group
+ *     allocation=BYTES of a buffer
+ *     no-double        and source text that uses it does not compile
+ *     no-half          cl_khr_fp16 is not offered
+ *     no-subgroups     nor are sub-groups
+ * A program without a call of this takes them from the environment variable LOGLIN_TEST_LIMITS.
+ */
+void support_limit_device(const char *limits);
+
+/* Is one of them set? */
+bool support_is_limited(void);
+
+#endif

@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Smaller devices than the one that is there (support_limits.h): the answers are right there too, or what does not fit is
+ * refused when it is planned, in words; never by a driver's error in the middle.
+ */
+#include "loglin_model.h"
+#include "support_criterion.h"
+#include "support_limits.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* All of it at once: what a small GPU without any extension has. */
+#define SMALLEST "gpu,local=16384,group=64,allocation=1073741824,no-double,no-half,no-subgroups"
+
+/* ---- What is run ------------------------------------------------------------------------------------------------- */
+
+static void expect_operator(const char *limits) {
+    support_limit_device(limits);
+    expect_everywhere(support_check_forward, (support_case){.length = 150, .dim_k = 20, .dim_v = 24, .heads = 2});
+    for (int dtype = LOGLIN_F32; dtype <= LOGLIN_BF16; dtype++) {
+        support_case c = {.dtype = (loglin_dtype)dtype, .length = 100, .heads = 1, .dim_k = 64, .dim_v = 64};
+        c.partition = dtype == LOGLIN_F32 ? LOGLIN_STRONG : LOGLIN_WEAK;
+        expect_operators(support_check_forward, c);
+        expect_operators(support_check_backward, c);
+        c.length = 9;
+        expect_operators(support_check_decode, c);
+    }
+}
+
+static const char *const models[] = {TEST_DATA_DIR "/kjv-loglin-mamba2", TEST_DATA_DIR "/kjv-loglin-gdn"};
+
+/* A model's prefill and steps on the limited device give what its score gives. */
+static void expect_model(const char *folder) {
+    enum { LENGTH = 7, VOCABULARY = 256 };
+    static const int32_t ids[LENGTH] = {73, 110, 32, 116, 104, 101, 32};
+    const support_device *device = support_open();
+    loglin_model *model = NULL;
+    loglin_session *session = NULL;
+    support_require(loglin_model_open(device->device, device->queue, folder, NULL, &model), folder);
+    support_require(loglin_session_create(model, device->queue, 1, &session), "loglin_session_create");
+    float *scored = support_alloc(LENGTH * VOCABULARY, sizeof *scored),
+          *stepped = support_alloc(VOCABULARY, sizeof *stepped);
+    support_require(loglin_session_score(session, ids, LENGTH, scored), "loglin_session_score");
+    support_require(loglin_session_reset(session, 0), "loglin_session_reset");
+    support_require(loglin_session_prefill(session, 0, ids, LENGTH - 2, NULL), "loglin_session_prefill");
+    for (size_t i = LENGTH - 2; i < LENGTH; i++) {
+        support_require(loglin_session_step(session, ids + i, stepped), "loglin_session_step");
+        for (size_t id = 0; id < VOCABULARY; id++) {
+            cr_assert_float_eq(stepped[id], scored[i * VOCABULARY + id], 1e-3, "%s: token %zu, logit %zu", folder, i,
+                               id);
+        }
+    }
+    loglin_session_destroy(session);
+    loglin_model_close(model);
+    free(scored);
+    free(stepped);
+}
+
+static void expect_models(const char *limits) {
+    support_limit_device(limits);
+    for (size_t i = 0; i < sizeof models / sizeof models[0]; i++) {
+        expect_model(models[i]);
+    }
+}
+
+/* ---- Devices that lack one thing --------------------------------------------------------------------------------- */
+
+Test(limits, local_memory_of_32_KiB) {
+    expect_operator("gpu,local=32768");
+}
+
+Test(limits, local_memory_of_16_KiB) {
+    expect_operator("gpu,local=16384");
+}
+
+Test(limits, work_groups_of_64) {
+    expect_operator("gpu,group=64");
+}
+
+Test(limits, no_double) {
+    expect_operator("gpu,no-double");
+}
+
+Test(limits, no_half_and_no_subgroups) {
+    expect_operator("gpu,no-half,no-subgroups");
+}
+
+Test(limits, cpu_of_small_work_groups) {
+    expect_operator("local=16384,group=64,no-double,no-half");
+}
+
+Test(limits, all_at_once) {
+    expect_operator(SMALLEST);
+}
+
+Test(limits, models) {
+    expect_models(SMALLEST);
+}
+
+/* ---- What does not fit ------------------------------------------------------------------------------------------- */
+
+/* The widest states: every phase is planned, and then also runs, or the plan says what it lacks. */
+Test(limits, widest_states) {
+    support_limit_device(SMALLEST);
+    const support_case c = {.length = 3, .heads = 1, .dim_k = 512, .dim_v = 512};
+    expect_everywhere(support_check_decode, c);
+    expect_operators(support_check_forward, c);
+}
+
+static loglin_status plan_long(size_t length, unsigned phases, loglin_engine engine) {
+    const loglin_problem problem = {.batch = 4,
+                                    .length = length,
+                                    .heads = 16,
+                                    .groups = 1,
+                                    .dim_k = 128,
+                                    .dim_v = 128,
+                                    .levels = loglin_num_levels(length),
+                                    .phases = phases,
+                                    .engine = engine};
+    loglin_plan *plan = NULL;
+    const loglin_status status = loglin_plan_create(support_open()->device, &problem, &plan);
+    if (status == LOGLIN_OK) {
+        for (unsigned phase = LOGLIN_FORWARD; phase <= LOGLIN_BACKWARD; phase <<= 1) {
+            cr_expect_leq(loglin_workspace_size(plan, (loglin_phase)phase), (size_t)1 << 30);
+        }
+    }
+    loglin_plan_destroy(plan);
+    return status;
+}
+
+/* A workspace is one buffer: it stays below the largest one, or the plan tells both numbers. */
+static void expect_bounded_workspaces(const char *limits) {
+    support_limit_device(limits);
+    size_t refused = 0;
+    for (size_t length = (size_t)1 << 14; length <= (size_t)1 << 22; length <<= 4) {
+        for (int engine = LOGLIN_ENGINE_AUTO; engine <= LOGLIN_ENGINE_FUSED; engine++) {
+            const loglin_status status = plan_long(length, LOGLIN_FORWARD | LOGLIN_BACKWARD, (loglin_engine)engine);
+            if (status != LOGLIN_OK) {
+                refused++;
+                cr_expect_eq(status, LOGLIN_UNSUPPORTED, "length %zu: %s", length, loglin_last_error());
+                cr_expect(engine == LOGLIN_ENGINE_FUSED || strstr(loglin_last_error(), "1073741824") != NULL,
+                          "length %zu: %s", length, loglin_last_error());
+            }
+        }
+    }
+    cr_expect_gt(refused, 0);
+}
+
+Test(limits, largest_allocation) {
+    expect_bounded_workspaces("allocation=1073741824");
+}
+
+Test(limits, largest_allocation_of_a_gpu) {
+    expect_bounded_workspaces("gpu,allocation=1073741824");
+}
+
+/* The limits themselves: without them the tests above show nothing. */
+Test(limits, hold) {
+    support_limit_device(SMALLEST);
+    const support_device *device = support_open();
+    loglin_device_info infos[8];
+    size_t count = 0;
+    support_require(loglin_list_devices(infos, 8, &count), "loglin_list_devices");
+    for (size_t i = 0; i < count && i < 8; i++) {
+        if (infos[i].id == device->id) {
+            cr_expect_eq(infos[i].type, CL_DEVICE_TYPE_GPU);
+            cr_expect_eq(infos[i].local_memory, 16384);
+            cr_expect_eq(infos[i].max_work_group_size, 64);
+            cr_expect_eq(infos[i].max_allocation, (size_t)1 << 30);
+        }
+    }
+    static const char *const sources[] = {"__kernel void f(__global float *x) { x[0] = (float)(double)x[1]; }",
+                                          "__kernel void f(__global float *x) { __local float y[5000];\n"
+                                          "y[get_local_id(0)] = x[get_local_id(0)]; barrier(CLK_LOCAL_MEM_FENCE);\n"
+                                          "x[0] = y[1] + y[4999]; }"};
+    cl_program programs[2];
+    for (size_t i = 0; i < 2; i++) {
+        programs[i] = clCreateProgramWithSource(device->context, 1, (const char **)&sources[i], NULL, NULL);
+        cr_assert_eq(clBuildProgram(programs[i], 1, &device->id, "", NULL, NULL) == CL_SUCCESS, i == 1);
+    }
+    cl_int code = CL_SUCCESS;
+    cl_kernel kernel = clCreateKernel(programs[1], "f", NULL);
+    cl_mem buffer = clCreateBuffer(device->context, CL_MEM_READ_WRITE, 65536, NULL, NULL);
+    cr_assert_eq(clSetKernelArg(kernel, 0, sizeof(cl_mem), &buffer), CL_SUCCESS);
+    size_t items = 64;
+    cr_expect_eq(clEnqueueNDRangeKernel(device->queue, kernel, 1, NULL, &items, &items, 0, NULL, NULL),
+                 CL_OUT_OF_RESOURCES);
+    items = 128;
+    cr_expect_eq(clEnqueueNDRangeKernel(device->queue, kernel, 1, NULL, &items, &items, 0, NULL, NULL),
+                 CL_INVALID_WORK_GROUP_SIZE);
+    cr_expect_null(clCreateBuffer(device->context, CL_MEM_READ_WRITE, ((size_t)1 << 30) + 1, NULL, &code));
+    cr_expect_eq(code, CL_INVALID_BUFFER_SIZE);
+    clReleaseKernel(kernel);
+    clReleaseMemObject(buffer);
+    for (size_t i = 0; i < 2; i++) {
+        clReleaseProgram(programs[i]);
+    }
+}
