@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The scalar-gated backward pass on NVIDIA's matrix units, weak partition.  The forward pass leaves nothing for it.
+ * The scalar-gated backward pass on NVIDIA's matrix units, weak partition.  It needs nothing of a forward pass.
  *
- * A sequence is cut into N chunks of 128 tokens, and these into tiles of 64.  Chunk n reads, for every set bit j of n, the
- * state of the block of 2^j chunks that ends with chunk e = (n >> j << j) - 1; every e < N - 1 is the end of one such
+ * A sequence is cut into N chunks of 128 tokens, and these into tiles of 64.  Chunk n reads, for every set bit j of n,
+ * the state of the block of 2^j chunks that ends with chunk e = (n >> j << j) - 1; every e < N - 1 is the end of one such
  * block, the left one of a pair.  A block's adjoint is what its right neighbour gives; adjoints flow down the tree until
  * each chunk has one that holds everything behind it.
  *     prepare   q and k, normalised and padded; the gates' running sums
@@ -11,22 +11,22 @@
  *     sums      states of blocks of up to 2^UNIT_BITS chunks, and adjoints of all blocks, larger ones in parts
  *     tree      states up, adjoints down
  *     rows      the levels above a chunk: dO S^T gives dq and dlevel_scales
- *     tiles     dv and dk: K A and V A^T from behind the chunk, and masked products inside it; from these dlevel_scales, and
- *               what dq gets from d(q k^T), summed over the heads first
+ *     tiles     dv and dk: K A and V A^T from behind the chunk, and masked products inside it; from these dlevel_scales,
+ *               and what dq gets from d(q k^T), summed over the heads first
  *     crossings, gates    dg
  *     reduce    dq and dk
  * Work-groups go through the heads of a group, so dq and dk of all heads add up in registers.
  *
- * dg_t sums W over all pairs of a query at or behind t and a key before t, W being the pair's share of dO . o.  In a chunk
- * that is a running sum of dO . o - v . dv, both from the same products; pairs that cross a chunk's end are counted anew there, from products of states
- * and adjoints, so that rounding errors do not add up along the sequence.
+ * dg_t sums dO . o's shares over all pairs of a query at or behind t and a key before t.  In a chunk that is a running
+ * sum of dO . o - v . dv, both from the same products; pairs that cross a chunk's end are counted anew there, from
+ * products of states and adjoints, so that rounding errors do not add up along the sequence.
  *
  * States and adjoints lie as rows of K, 64 columns of V each, rounded to storage; they stand decayed to the block's end.
  * Local tiles: rows of pieces of 8 columns, piece c of row r at place c ^ r % 8.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales),
- * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_HEADS and BLOCK_HEADS
- * (heads of a group that a work-group of the sums takes side by side, and of rows and tiles one by one).
+ * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_HEADS and
+ * BLOCK_HEADS (heads of a group that a work-group of the sums takes side by side, and of rows and tiles one by one).
  */
 
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
@@ -397,9 +397,11 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     __local float weights_at[2][SUM_HEADS][NB_TILE];
     const uint item = get_local_id(0), part = item / 128, warp = item % 128 / 32;
     const ulong id = get_group_id(0);
-    const uint head_group = id % (HEADS / SUM_HEADS), tile = id / (HEADS / SUM_HEADS) % TILES_V;
-    const uint b = id / (HEADS / SUM_HEADS * TILES_V) % call.batch;
-    const sum_job job = find_job(call.chunks, id / (HEADS / SUM_HEADS * TILES_V) / call.batch);
+    /* All jobs of the same heads run together: their values are read from memory once. */
+    const uint jobs = call.units * (2 + CHUNK_LEVELS), tile = id / jobs % TILES_V;
+    const uint head_group = id / ((ulong)jobs * TILES_V) % (HEADS / SUM_HEADS);
+    const uint b = id / ((ulong)jobs * TILES_V * (HEADS / SUM_HEADS));
+    const sum_job job = find_job(call.chunks, id % jobs);
     if (job.count == 0) {
         return;
     }
@@ -453,7 +455,9 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
         }
         if (step > 0) {
             const uint i = (step - 1) / 2, chunk = job_chunk(job, i), end = block_end(chunk, job.level);
-            if (step % 2 == 1 && (job.is_state || i == 0 || (job.level <= UNIT_BITS && ((job.first + i) & ((1u << job.level) - 1)) == 0))) {
+            const int begins = job.is_state || i == 0 ||
+                               (job.level <= UNIT_BITS && ((job.first + i) & ((1u << job.level) - 1)) == 0);
+            if (step % 2 == 1 && begins) {
                 clear_sum(sum);
                 const uint ones = job.is_state ? popcount(i & ~(i + 1)) : 0;
                 for (uint j = 0; j < ones; j++) {
@@ -486,7 +490,7 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 
 /* ---- tree -------------------------------------------------------------------------------------------------------- */
 
-typedef struct float8_pair {
+typedef struct state_piece {
     float4 low, high;
 } state_piece;
 

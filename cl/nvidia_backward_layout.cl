@@ -16,9 +16,6 @@
 #define NB_ITEMS 256
 #define NB_TILE_ITEMS 512
 
-/* Sequences have fewer than 2 to the power of this many chunks. */
-#define NB_CHUNK_BITS 20
-
 /* Arrays of a float for each token and head, of which dc is the sum: of the levels above a chunk in four parts, of the
  * tile itself, of the tile before (odd tiles only); then, to be subtracted, v . dv in four parts. */
 #define NB_DOTS 10
