@@ -3,16 +3,16 @@
  * The scalar-gated backward pass on NVIDIA's matrix units, weak partition.  It needs nothing of a forward pass.
  *
  * A sequence is cut into N chunks of 128 tokens, and these into tiles of 64.  Chunk n reads, for every set bit j of n,
- * the state of the block of 2^j chunks that ends with chunk e = (n >> j << j) - 1; every e < N - 1 is the end of one such
- * block, the left one of a pair.  A block's adjoint is what its right neighbour gives; adjoints flow down the tree until
- * each chunk has one that holds everything behind it.
+ * the state of the block of 2^j chunks that ends with chunk e = (n >> j << j) - 1; every e < N - 1 is the end of one
+ * such block, the left one of a pair.  A block's adjoint is what its right neighbour gives; adjoints flow down the tree
+ * until each chunk has one that holds everything behind it.
  *     prepare   q and k, normalised and padded; the gates' running sums
  *     since     the gates' sums over chunks
  *     sums      states of blocks of up to 2^UNIT_BITS chunks, and adjoints of all blocks, larger ones in parts
  *     tree      states up, adjoints down
  *     rows      the levels above a chunk: dO S^T gives dq and dlevel_scales
- *     tiles     dv and dk: K A and V A^T from behind the chunk, and masked products inside it; from these dlevel_scales,
- *               and what dq gets from d(q k^T), summed over the heads first
+ *     tiles     dv and dk: K A and V A^T from behind the chunk, and masked products inside it; from these
+ *               dlevel_scales, and what dq gets from d(q k^T), summed over the heads first
  *     crossings, gates    dg
  *     reduce    dq and dk
  * Work-groups go through the heads of a group, so dq and dk of all heads add up in registers.
@@ -21,7 +21,7 @@
  * sum of dO . o - v . dv, both from the same products; pairs that cross a chunk's end are counted anew there, from
  * products of states and adjoints, so that rounding errors do not add up along the sequence.
  *
- * States and adjoints lie as rows of K, 64 columns of V each, rounded to storage; they stand decayed to the block's end.
+ * States and adjoints lie as rows of K, 64 columns of V each, rounded to storage, decayed to the block's end.
  * Local tiles: rows of pieces of 8 columns, piece c of row r at place c ^ r % 8.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales),
@@ -59,7 +59,7 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
-/* Where an item finds its row of an 8 x 8 matrix for A of a tile as it lies (rows, then pieces), or for B of columns. */
+/* Where an item finds its row of an 8 x 8 matrix: for A of a tile as it lies, or for B of columns. */
 uint near_row(void) { return warp_lane() & 15; }
 uint near_piece(void) { return warp_lane() / 16; }
 
@@ -97,7 +97,8 @@ void fetch_tile(__local uint4 *to, const __global uint4 *from, uint rows, uint p
 }
 
 /* Starts copying 64 rows of v or dO; missing rows and columns become zeros. */
-void fetch_columns(__local uint4 *to, const __global ushort *x, uint tile, int rows, int aligned, uint item, uint items) {
+void fetch_columns(__local uint4 *to, const __global ushort *x, uint tile, int rows, int aligned, uint item,
+                   uint items) {
     for (uint i = item; i < COLUMN_TILE; i += items) {
         const uint row = i / 8, piece = i % 8;
         const int wanted = (int)row < rows && tile * NB_COLUMNS + piece * 8 < DIM_V;
@@ -202,8 +203,8 @@ float2 split(double x) {
 }
 
 /*
- * A warp sums a chunk's gates.  The factors of a token: the decay from before its 16 tokens, to the end of these, between
- * it and the middle of the chunk, to the chunk's end.
+ * A warp sums a chunk's gates.  The factors of a token: the decay from before its 16 tokens, to the end of these,
+ * between it and the middle of the chunk, to the chunk's end.
  */
 void sum_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global float *g,
                ulong id, __local double *sums) {
@@ -462,7 +463,8 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 const uint ones = job.is_state ? popcount(i & ~(i + 1)) : 0;
                 for (uint j = 0; j < ones; j++) {
                     const uint child = chunk - (1u << j);
-                    add_sum(sum, states + (ulong)child * STATE, decay_between(since[chunk + 1], since[child + 1]), warp);
+                    add_sum(sum, states + (ulong)child * STATE, decay_between(since[chunk + 1], since[child + 1]),
+                            warp);
                 }
             }
             add_tile(sum, rows_at[1 - now], values_at[1 - now][part], weights_at[1 - now][part], warp);
@@ -518,7 +520,8 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
     const ulong matrix = get_group_id(0) / SLICES, bh = matrix / TILES_V;
     const ulong at = slice * 32 + lane;
     __global uint4 *states = (__global uint4 *)place(ws, ws_offset, call.states) + matrix * call.chunks * STATE + at;
-    __global uint4 *adjoints = (__global uint4 *)place(ws, ws_offset, call.adjoints) + matrix * call.chunks * STATE + at;
+    __global uint4 *adjoints =
+        (__global uint4 *)place(ws, ws_offset, call.adjoints) + matrix * call.chunks * STATE + at;
     const __global uint4 *parts = (const __global uint4 *)place(ws, ws_offset, call.parts) +
                                   matrix * CHUNK_LEVELS * call.units * STATE + at;
     __global float *crossings = (__global float *)place(ws, ws_offset, call.crossings) +
@@ -616,7 +619,8 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     __local float dots_at[2][4][SLOTS][NB_TILE];
     const uint item = get_local_id(0), lane = item % 32, warp = item / 32, half_rows = warp % 2, quarter = warp / 2;
     const ulong id = get_group_id(0);
-    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS, b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
+    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS,
+               b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
     const uint tile = 2 * call.chunks - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch, n = tile / 2;
     const uint first = tile * NB_TILE, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
     const uint steps = BLOCK_HEADS * popcount(n) * TILES_V;
@@ -628,7 +632,8 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     const __global uint4 *all_states = (const __global uint4 *)place(ws, ws_offset, call.states);
 
     if (steps > 0) {
-        fetch_tile(queries, (const __global uint4 *)place(ws, ws_offset, call.queries) + (bg * padded + first) * K_PIECES,
+        fetch_tile(queries,
+                   (const __global uint4 *)place(ws, ws_offset, call.queries) + (bg * padded + first) * K_PIECES,
                    NB_TILE, K_PIECES, item, NB_ITEMS);
     }
     float4 total[2][ROW_EIGHTS], product[2][ROW_EIGHTS];
@@ -649,15 +654,16 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
             const uint h = wanted.h;
             const ulong bh = first_bh + h;
             const uint e = block_end(n, turn_level(wanted));
-            fetch_tile(states_at[step % 2], all_states + ((bh * TILES_V + wanted.part) * call.chunks + e) * STATE, NV_K, 8,
-                       item, NB_ITEMS);
+            fetch_tile(states_at[step % 2], all_states + ((bh * TILES_V + wanted.part) * call.chunks + e) * STATE, NV_K,
+                       8, item, NB_ITEMS);
             if (wanted.bits == n && wanted.part == 0) {
                 for (uint i = 0; i < TILES_V; i++) {
                     fetch_columns(values_at[h % 2][i], values + (ulong)h * DIM_V, i, rows, aligned, item, NB_ITEMS);
                 }
                 if (item < NB_TILE / 2) {
                     copy_16(&gates_at[h % 2][2 * item],
-                            (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first + 2 * item, 1);
+                            (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first + 2 * item,
+                            1);
                 }
                 for (uint i = item; i < NB_TILE * SLOTS; i += NB_ITEMS) {
                     const uint row = i / SLOTS, j = i % SLOTS;
@@ -719,7 +725,8 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                         } else {
                             total[m][c].zw += scale * own;
                         }
-                        const float2 q = tile_pair(queries, K_PIECES, row, quarter * ROW_COLUMNS + 8 * c + 2 * (lane % 4));
+                        const float2 q =
+                            tile_pair(queries, K_PIECES, row, quarter * ROW_COLUMNS + 8 * c + 2 * (lane % 4));
                         dots[i] = fma(q.x, own.x, fma(q.y, own.y, dots[i]));
                     }
                     dots[i] *= row_weight;
@@ -782,9 +789,9 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 /* A warp has 16 keys and 16 queries; it makes transposed products, a key to a row. */
 
 /*
- * A key's sixteen and a query's: dS^T in, (P M)^T out as A.  Adds to d(q k^T)^T, adds the shares of dO . o of the item's
- * queries to its two keys' `key_dots`, and finds sums over these keys for each query, without level scales: `dots` has one
- * for each query, on the diagonal five levels of them.
+ * A key's sixteen and a query's: dS^T in, (P M)^T out as A.  Adds to d(q k^T)^T, adds the shares of dO . o of the
+ * item's queries to its two keys' `key_dots`, and finds sums over these keys for each query, without level scales:
+ * `dots` has one for each query, on the diagonal five levels of them.
  */
 uint4 weigh_far(float4 ds[2], uint4 product, float4 dp[2], const float query_weight[4], const float query_scale[4],
                 const float key_weight[2], float key_dots[2], __local float *dots) {
@@ -927,7 +934,8 @@ void add_rows(float4 sum[NV_K / 32], const __local uint4 *products, const __loca
               int transposed) {
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
-        const uint4 a = transposed ? load_a_transposed(products, 8, 16 * step, row / 8) : load_a(products, 8, row, 2 * step);
+        const uint4 a =
+            transposed ? load_a_transposed(products, 8, 16 * step, row / 8) : load_a(products, 8, row, 2 * step);
 #pragma unroll
         for (uint i = 0; i < NV_K / 64; i++) {
             const uint4 y = load_b(rows, K_PIECES, 16 * step, quarter * (NV_K / 32) + 2 * i);
@@ -1000,7 +1008,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     const uint item = get_local_id(0), lane = item % 32, warp = item / 32, key = warp % 4 * 16, quarter = warp / 4;
     const uint r = lane / 4, p = lane % 4, query = quarter * 16;
     const ulong id = get_group_id(0), padded = (ulong)call.chunks * NB_CHUNK;
-    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS, b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
+    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS,
+               b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
     const uint tile = 2 * call.chunks - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch, n = tile / 2;
     const uint first = tile * NB_TILE, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
     const int rows = (int)call.length - (int)first;
@@ -1012,8 +1021,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     const __global uint4 *query_rows = (const __global uint4 *)place(ws, ws_offset, call.queries) +
                                        (bg * padded + first) * K_PIECES;
 
-    fetch_tile(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES, NB_TILE,
-               K_PIECES, item, NB_TILE_ITEMS);
+    fetch_tile(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES,
+               NB_TILE, K_PIECES, item, NB_TILE_ITEMS);
     for (uint i = 0; i < blocks; i++) {
         fetch_tile(inputs[i].adjoint, query_rows + i * ROW_TILE, NB_TILE, K_PIECES, item, NB_TILE_ITEMS);
     }
@@ -1037,7 +1046,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             const ulong bh = first_bh + step;
             const ulong column = first_column + (ulong)step * DIM_V;
             for (uint i = 0; i < TILES_V; i++) {
-                fetch_columns(to->v + i * COLUMN_TILE, v + v_offset + column, i, rows, aligned & 1, item, NB_TILE_ITEMS);
+                fetch_columns(to->v + i * COLUMN_TILE, v + v_offset + column, i, rows, aligned & 1, item,
+                              NB_TILE_ITEMS);
                 for (uint j = 0; j < blocks; j++) {
                     fetch_columns(to->d_o[j] + i * COLUMN_TILE,
                                   d_o + d_o_offset + column + (ulong)j * (NB_TILE * HEADS * DIM_V), i,
@@ -1049,7 +1059,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                                NV_K, 8, item, NB_TILE_ITEMS);
                 }
             }
-            const __global float2 *gates = (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first;
+            const __global float2 *gates =
+                (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first;
             const __global float4 *factors =
                 (const __global float4 *)place(ws, ws_offset, call.factors) + bh * padded + first;
             if (item < blocks * NB_TILE / 2) {
@@ -1329,8 +1340,8 @@ nb_reduce(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offse
     if (t >= call.length) {
         return;
     }
-    const __global float *parts = (const __global float *)place(ws, ws_offset, is_key ? call.key_parts : call.query_parts) +
-                                  row * NV_K;
+    const __global float *parts =
+        (const __global float *)place(ws, ws_offset, is_key ? call.key_parts : call.query_parts) + row * NV_K;
     const uint kinds = is_key ? 1 : t % NB_CHUNK < NB_TILE ? 2 : 3;
     const __global ushort *x = is_key ? k + k_offset + to : q + q_offset + to;
     __global ushort *gradients = is_key ? dk + dk_offset + to : dq + dq_offset + to;
