@@ -1,31 +1,32 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The scalar-gated backward pass on NVIDIA's matrix units, weak partition.  The forward pass leaves nothing for it.
+ * The scalar-gated backward pass on NVIDIA's matrix units, weak partition.  It needs nothing of a forward pass.
  *
- * A sequence is cut into N chunks of 128 tokens, and these into tiles of 64.  Chunk n reads, for every set bit j of n, the
- * state of the block of 2^j chunks that ends with chunk e = (n >> j << j) - 1; every e < N - 1 is the end of one such
- * block, the left one of a pair.  A block's adjoint is what its right neighbour gives; adjoints flow down the tree until
- * each chunk has one that holds everything behind it.
+ * A sequence is cut into N chunks of 128 tokens, and these into tiles of 64.  Chunk n reads, for every set bit j of n,
+ * the state of the block of 2^j chunks that ends with chunk e = (n >> j << j) - 1; every e < N - 1 is the end of one
+ * such block, the left one of a pair.  A block's adjoint is what its right neighbour gives; adjoints flow down the tree
+ * until each chunk has one that holds everything behind it.
  *     prepare   q and k, normalised and padded; the gates' running sums
  *     since     the gates' sums over chunks
  *     sums      states of blocks of up to 2^UNIT_BITS chunks, and adjoints of all blocks, larger ones in parts
  *     tree      states up, adjoints down
- *     rows      the levels above a chunk: dO S^T gives dq and dlevel_scales, V A^T gives dk
- *     tiles     inside a chunk: dv, dlevel_scales, and what dq and dk get from d(q k^T), summed over the heads first
+ *     rows      the levels above a chunk: dO S^T gives dq and dlevel_scales
+ *     tiles     dv and dk: K A and V A^T from behind the chunk, and masked products inside it; from these
+ *               dlevel_scales, and what dq gets from d(q k^T), summed over the heads first
  *     crossings, gates    dg
  *     reduce    dq and dk
  * Work-groups go through the heads of a group, so dq and dk of all heads add up in registers.
  *
- * dg_t sums W over all pairs of a query at or behind t and a key before t, W being the pair's share of dO . o.  In a chunk
- * that is a running sum of dO . o - v . dv, both from the same products; pairs that cross a chunk's end are counted anew there, from products of states
- * and adjoints, so that rounding errors do not add up along the sequence.
+ * dg_t sums dO . o's shares over all pairs of a query at or behind t and a key before t.  In a chunk that is a running
+ * sum of dO . o - v . dv, both from the same products; pairs that cross a chunk's end are counted anew there, from
+ * products of states and adjoints, so that rounding errors do not add up along the sequence.
  *
- * States and adjoints lie as rows of K, 64 columns of V each, rounded to storage; they stand decayed to the block's end.
+ * States and adjoints lie as rows of K, 64 columns of V each, rounded to storage, decayed to the block's end.
  * Local tiles: rows of pieces of 8 columns, piece c of row r at place c ^ r % 8.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales),
- * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_HEADS and BLOCK_HEADS
- * (heads of a group that a work-group of the sums takes side by side, and of rows and tiles one by one).
+ * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_HEADS and
+ * BLOCK_HEADS (heads of a group that a work-group of the sums takes side by side, and of rows and tiles one by one).
  */
 
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
@@ -58,7 +59,7 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
-/* Where an item finds its row of an 8 x 8 matrix for A of a tile as it lies (rows, then pieces), or for B of columns. */
+/* Where an item finds its row of an 8 x 8 matrix: for A of a tile as it lies, or for B of columns. */
 uint near_row(void) { return warp_lane() & 15; }
 uint near_piece(void) { return warp_lane() / 16; }
 
@@ -96,7 +97,8 @@ void fetch_tile(__local uint4 *to, const __global uint4 *from, uint rows, uint p
 }
 
 /* Starts copying 64 rows of v or dO; missing rows and columns become zeros. */
-void fetch_columns(__local uint4 *to, const __global ushort *x, uint tile, int rows, int aligned, uint item, uint items) {
+void fetch_columns(__local uint4 *to, const __global ushort *x, uint tile, int rows, int aligned, uint item,
+                   uint items) {
     for (uint i = item; i < COLUMN_TILE; i += items) {
         const uint row = i / 8, piece = i % 8;
         const int wanted = (int)row < rows && tile * NB_COLUMNS + piece * 8 < DIM_V;
@@ -201,8 +203,8 @@ float2 split(double x) {
 }
 
 /*
- * A warp sums a chunk's gates.  The factors of a token: the decay from before its 16 tokens, to the end of these, between
- * it and the middle of the chunk, to the chunk's end.
+ * A warp sums a chunk's gates.  The factors of a token: the decay from before its 16 tokens, to the end of these,
+ * between it and the middle of the chunk, to the chunk's end.
  */
 void sum_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global float *g,
                ulong id, __local double *sums) {
@@ -396,9 +398,11 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     __local float weights_at[2][SUM_HEADS][NB_TILE];
     const uint item = get_local_id(0), part = item / 128, warp = item % 128 / 32;
     const ulong id = get_group_id(0);
-    const uint head_group = id % (HEADS / SUM_HEADS), tile = id / (HEADS / SUM_HEADS) % TILES_V;
-    const uint b = id / (HEADS / SUM_HEADS * TILES_V) % call.batch;
-    const sum_job job = find_job(call.chunks, id / (HEADS / SUM_HEADS * TILES_V) / call.batch);
+    /* All jobs of the same heads run together: their values are read from memory once. */
+    const uint jobs = call.units * (2 + CHUNK_LEVELS), tile = id / jobs % TILES_V;
+    const uint head_group = id / ((ulong)jobs * TILES_V) % (HEADS / SUM_HEADS);
+    const uint b = id / ((ulong)jobs * TILES_V * (HEADS / SUM_HEADS));
+    const sum_job job = find_job(call.chunks, id % jobs);
     if (job.count == 0) {
         return;
     }
@@ -452,12 +456,15 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
         }
         if (step > 0) {
             const uint i = (step - 1) / 2, chunk = job_chunk(job, i), end = block_end(chunk, job.level);
-            if (step % 2 == 1 && (job.is_state || i == 0 || (job.level <= UNIT_BITS && ((job.first + i) & ((1u << job.level) - 1)) == 0))) {
+            const int begins = job.is_state || i == 0 ||
+                               (job.level <= UNIT_BITS && ((job.first + i) & ((1u << job.level) - 1)) == 0);
+            if (step % 2 == 1 && begins) {
                 clear_sum(sum);
                 const uint ones = job.is_state ? popcount(i & ~(i + 1)) : 0;
                 for (uint j = 0; j < ones; j++) {
                     const uint child = chunk - (1u << j);
-                    add_sum(sum, states + (ulong)child * STATE, decay_between(since[chunk + 1], since[child + 1]), warp);
+                    add_sum(sum, states + (ulong)child * STATE, decay_between(since[chunk + 1], since[child + 1]),
+                            warp);
                 }
             }
             add_tile(sum, rows_at[1 - now], values_at[1 - now][part], weights_at[1 - now][part], warp);
@@ -485,7 +492,7 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 
 /* ---- tree -------------------------------------------------------------------------------------------------------- */
 
-typedef struct float8_pair {
+typedef struct state_piece {
     float4 low, high;
 } state_piece;
 
@@ -513,7 +520,8 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
     const ulong matrix = get_group_id(0) / SLICES, bh = matrix / TILES_V;
     const ulong at = slice * 32 + lane;
     __global uint4 *states = (__global uint4 *)place(ws, ws_offset, call.states) + matrix * call.chunks * STATE + at;
-    __global uint4 *adjoints = (__global uint4 *)place(ws, ws_offset, call.adjoints) + matrix * call.chunks * STATE + at;
+    __global uint4 *adjoints =
+        (__global uint4 *)place(ws, ws_offset, call.adjoints) + matrix * call.chunks * STATE + at;
     const __global uint4 *parts = (const __global uint4 *)place(ws, ws_offset, call.parts) +
                                   matrix * CHUNK_LEVELS * call.units * STATE + at;
     __global float *crossings = (__global float *)place(ws, ws_offset, call.crossings) +
@@ -597,40 +605,35 @@ uint turn_level(row_turn turn) { return 31 - clz(turn.bits & (0 - turn.bits)); }
 /* Rows of a tile: where each of an item's four lies. */
 uint item_row(uint half_rows, uint i) { return half_rows * 32 + i * 8 + warp_lane() / 4; }
 
-/*
- * dq and dlevel_scales from the states of the levels above a chunk (is_key 0), or dk from the chunk's adjoint (1), of a
- * tile and a block of heads.
- */
+/* dq and dlevel_scales from the states of the levels above a chunk, of a tile and a block of heads. */
 __kernel __attribute__((reqd_work_group_size(NB_ITEMS, 1, 1))) void
-nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
-        ulong v_offset, const __global ushort *d_o, ulong d_o_offset, const __global weight *level_scales,
-        ulong level_scales_offset, __global weight *dlevel_scales, ulong dlevel_scales_offset, uint aligned) {
+nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *d_o,
+        ulong d_o_offset, const __global weight *level_scales, ulong level_scales_offset,
+        __global weight *dlevel_scales, ulong dlevel_scales_offset, uint aligned) {
     __local uint4 states_at[2][STATE];
     __local uint4 values_at[2][TILES_V][COLUMN_TILE];
     __local uint4 queries[ROW_TILE];
     __local float scales_at[3][NB_TILE * SCALES_ROW]; /* of the head that is fetched, worked on, and finished */
     __local float2 gates_at[2][NB_TILE];
-    __local float4 factors_at[2][NB_TILE];
     __local float kept_at[2][SCALES_ROW];
     __local float dots_at[2][4][SLOTS][NB_TILE];
     const uint item = get_local_id(0), lane = item % 32, warp = item / 32, half_rows = warp % 2, quarter = warp / 2;
-    const ulong tiles = 2 * (ulong)call.chunks, id = get_group_id(0);
-    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS, b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
-    const uint is_key = id / (HEAD_BLOCKS * GROUPS) / call.batch % 2;
-    const uint tile = tiles - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch / 2, n = tile / 2;
-    const uint all_bits = is_key ? n + 1 < call.chunks : n, first = tile * NB_TILE;
-    const uint first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
-    const uint steps = BLOCK_HEADS * popcount(all_bits) * TILES_V;
+    const ulong id = get_group_id(0);
+    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS,
+               b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
+    const uint tile = 2 * call.chunks - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch, n = tile / 2;
+    const uint first = tile * NB_TILE, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
+    const uint steps = BLOCK_HEADS * popcount(n) * TILES_V;
     const int rows = (int)call.length - (int)first;
     const ulong bg = (ulong)b * GROUPS + group, padded = (ulong)call.chunks * NB_CHUNK;
-    const __global ushort *values = (is_key ? v + v_offset : d_o + d_o_offset) +
-                                    (((ulong)b * call.length + first) * HEADS + first_head) * DIM_V;
+    const __global ushort *values = d_o + d_o_offset + (((ulong)b * call.length + first) * HEADS + first_head) * DIM_V;
     const ulong level_row = (((ulong)b * call.length + first) * HEADS + first_head) * LEVELS;
     const ulong first_bh = (ulong)b * HEADS + first_head;
-    const __global uint4 *all_states = (const __global uint4 *)place(ws, ws_offset, is_key ? call.adjoints : call.states);
+    const __global uint4 *all_states = (const __global uint4 *)place(ws, ws_offset, call.states);
 
-    if (!is_key && steps > 0) {
-        fetch_tile(queries, (const __global uint4 *)place(ws, ws_offset, call.queries) + (bg * padded + first) * K_PIECES,
+    if (steps > 0) {
+        fetch_tile(queries,
+                   (const __global uint4 *)place(ws, ws_offset, call.queries) + (bg * padded + first) * K_PIECES,
                    NB_TILE, K_PIECES, item, NB_ITEMS);
     }
     float4 total[2][ROW_EIGHTS], product[2][ROW_EIGHTS];
@@ -642,7 +645,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
         }
     }
     float start[4] = {0.0f};
-    row_turn wanted = {0, all_bits, 0}, turn = wanted;
+    row_turn wanted = {0, n, 0}, turn = wanted;
     for (uint step = 0; step <= steps + 1; step++) {
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
@@ -650,45 +653,39 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
             /* Fetch what the next turn takes: a state, and at a head's begin all else. */
             const uint h = wanted.h;
             const ulong bh = first_bh + h;
-            const uint e = is_key ? n : block_end(n, turn_level(wanted));
-            fetch_tile(states_at[step % 2], all_states + ((bh * TILES_V + wanted.part) * call.chunks + e) * STATE, NV_K, 8,
-                       item, NB_ITEMS);
-            if (wanted.bits == all_bits && wanted.part == 0) {
+            const uint e = block_end(n, turn_level(wanted));
+            fetch_tile(states_at[step % 2], all_states + ((bh * TILES_V + wanted.part) * call.chunks + e) * STATE, NV_K,
+                       8, item, NB_ITEMS);
+            if (wanted.bits == n && wanted.part == 0) {
                 for (uint i = 0; i < TILES_V; i++) {
                     fetch_columns(values_at[h % 2][i], values + (ulong)h * DIM_V, i, rows, aligned, item, NB_ITEMS);
                 }
-                if (is_key) {
-                    if (item < NB_TILE) {
-                        copy_16(&factors_at[h % 2][item],
-                                (const __global float4 *)place(ws, ws_offset, call.factors) + bh * padded + first + item, 1);
-                    }
-                } else {
-                    if (item < NB_TILE / 2) {
-                        copy_16(&gates_at[h % 2][2 * item],
-                                (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first + 2 * item, 1);
-                    }
-                    for (uint i = item; i < NB_TILE * SLOTS; i += NB_ITEMS) {
-                        const uint row = i / SLOTS, j = i % SLOTS;
-                        if (((n >> j) & 1) != 0) {
-                            fetch_scale(&scales_at[h % 3][row * SCALES_ROW + j], level_scales,
-                                        level_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + h * LEVELS +
-                                            CHUNK_LEVEL + j,
-                                        (int)row < rows);
-                        }
-                    }
-                    if (item < SLOTS && ((n >> item) & 1) != 0) {
-                        copy_4(&kept_at[h % 2][item], (const __global float *)place(ws, ws_offset, call.kept) +
-                                                          (bh * call.chunks + n) * CHUNK_LEVELS + item);
+                if (item < NB_TILE / 2) {
+                    copy_16(&gates_at[h % 2][2 * item],
+                            (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first + 2 * item,
+                            1);
+                }
+                for (uint i = item; i < NB_TILE * SLOTS; i += NB_ITEMS) {
+                    const uint row = i / SLOTS, j = i % SLOTS;
+                    if (((n >> j) & 1) != 0) {
+                        fetch_scale(&scales_at[h % 3][row * SCALES_ROW + j], level_scales,
+                                    level_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + h * LEVELS +
+                                        CHUNK_LEVEL + j,
+                                    (int)row < rows);
                     }
                 }
+                if (item < SLOTS && ((n >> item) & 1) != 0) {
+                    copy_4(&kept_at[h % 2][item], (const __global float *)place(ws, ws_offset, call.kept) +
+                                                      (bh * call.chunks + n) * CHUNK_LEVELS + item);
+                }
             }
-            wanted = next_turn(wanted, all_bits);
+            wanted = next_turn(wanted, n);
         }
-        int finished = all_bits == 0 && step == 0 ? BLOCK_HEADS : 0; /* heads */
-        if (step > 0 && turn.h > 0 && turn.bits == all_bits && turn.part == 0) {
+        int finished = n == 0 && step == 0 ? BLOCK_HEADS : 0; /* heads */
+        if (step > 0 && turn.h > 0 && turn.bits == n && turn.part == 0) {
             finished = 1;
         }
-        const uint first_finished = all_bits == 0 ? 0 : turn.h - 1;
+        const uint first_finished = n == 0 ? 0 : turn.h - 1;
         if (step > 0 && step <= steps) {
             const uint h = turn.h, j = turn_level(turn);
             const __local uint4 *state = states_at[(step - 1) % 2], *x = values_at[h % 2][turn.part];
@@ -706,21 +703,20 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 }
             }
             if (turn.part + 1 == TILES_V) {
-                if (turn.bits == all_bits) {
+                if (turn.bits == n) {
 #pragma unroll
                     for (uint i = 0; i < 4; i++) {
                         const uint row = item_row(half_rows, i);
-                        const float2 own = is_key ? (float2)(0.0f) : gates_at[h % 2][row];
-                        start[i] = (is_key ? factors_at[h % 2][row].w : decay(own.x + own.y)) * STATE_UNIT;
+                        start[i] = decay(gates_at[h % 2][row].x + gates_at[h % 2][row].y) * STATE_UNIT;
                     }
                 }
-                const float kept = is_key ? 1.0f : kept_at[h % 2][j];
+                const float kept = kept_at[h % 2][j];
                 float dots[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
                 for (uint i = 0; i < 4; i++) {
                     const uint row = item_row(half_rows, i), m = i / 2;
                     const float row_weight = kept * start[i];
-                    const float scale = is_key ? row_weight : row_weight * scales_at[h % 3][row * SCALES_ROW + j];
+                    const float scale = row_weight * scales_at[h % 3][row * SCALES_ROW + j];
 #pragma unroll
                     for (uint c = 0; c < ROW_EIGHTS; c++) {
                         const float2 own = i % 2 == 0 ? product[m][c].xy : product[m][c].zw;
@@ -729,18 +725,14 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                         } else {
                             total[m][c].zw += scale * own;
                         }
-                        if (!is_key) {
-                            const float2 q =
-                                tile_pair(queries, K_PIECES, row, quarter * ROW_COLUMNS + 8 * c + 2 * (lane % 4));
-                            dots[i] = fma(q.x, own.x, fma(q.y, own.y, dots[i]));
-                        }
+                        const float2 q =
+                            tile_pair(queries, K_PIECES, row, quarter * ROW_COLUMNS + 8 * c + 2 * (lane % 4));
+                        dots[i] = fma(q.x, own.x, fma(q.y, own.y, dots[i]));
                     }
                     dots[i] *= row_weight;
                 }
-                if (!is_key) {
-                    /* The item gets the sum of its row number lane % 4. */
-                    dots_at[h % 2][quarter][j][item_row(half_rows, lane % 4)] = sum_four(dots, lane, 1);
-                }
+                /* The item gets the sum of its row number lane % 4. */
+                dots_at[h % 2][quarter][j][item_row(half_rows, lane % 4)] = sum_four(dots, lane, 1);
 #pragma unroll
                 for (uint m = 0; m < 2; m++) {
 #pragma unroll
@@ -749,10 +741,10 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                     }
                 }
             }
-            turn = next_turn(turn, all_bits);
+            turn = next_turn(turn, n);
         }
         /* Heads behind: the gradients of their level scales.  Items 64 i.. have the levels i, i + 4, ... */
-        for (uint h = first_finished; !is_key && finished-- > 0; h++) {
+        for (uint h = first_finished; finished-- > 0; h++) {
             const uint row = item % NB_TILE;
             float sum = 0.0f;
             for (uint j = item / NB_TILE; j + CHUNK_LEVEL < LEVELS || j < CHUNK_LEVELS; j += 4) {
@@ -779,7 +771,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 [((item / NB_TILE) * (ulong)call.batch * HEADS + first_bh + h) * padded + first + row] = sum;
         }
     }
-    __global float *to = (__global float *)place(ws, ws_offset, is_key ? call.key_parts : call.query_parts) +
+    __global float *to = (__global float *)place(ws, ws_offset, call.query_parts) +
                          ((((ulong)block * call.batch + b) * GROUPS + group) * padded + first) * NV_K +
                          quarter * ROW_COLUMNS + 2 * (lane % 4);
 #pragma unroll
@@ -794,12 +786,12 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 
 /* ---- tiles ------------------------------------------------------------------------------------------------------- */
 
-/* A warp has 16 keys, and 32 of the 64 queries as two sixteens; it makes transposed products, a key to a row. */
+/* A warp has 16 keys and 16 queries; it makes transposed products, a key to a row. */
 
 /*
- * A key's sixteen and a query's: dS^T in, (P M)^T out as A.  Adds to d(q k^T)^T, adds the shares of dO . o of the item's
- * queries to its two keys' `key_dots`, and finds sums over these keys for each query, without level scales: `dots` has one
- * for each query, on the diagonal five levels of them.
+ * A key's sixteen and a query's: dS^T in, (P M)^T out as A.  Adds to d(q k^T)^T, adds the shares of dO . o of the
+ * item's queries to its two keys' `key_dots`, and finds sums over these keys for each query, without level scales:
+ * `dots` has one for each query, on the diagonal five levels of them.
  */
 uint4 weigh_far(float4 ds[2], uint4 product, float4 dp[2], const float query_weight[4], const float query_scale[4],
                 const float key_weight[2], float key_dots[2], __local float *dots) {
@@ -900,24 +892,14 @@ uint4 weigh_near(float4 ds[2], uint4 product, float4 dp[2], const __local float2
     return (uint4)(pack(w[0], w[1]), pack(w[2], w[3]), pack(w[4], w[5]), pack(w[6], w[7]));
 }
 
-/* 16 keys times two sixteens of queries, by their columns of V. */
-void multiply_values(float4 ds[2][2], const __local uint4 *v, const __local uint4 *d_o, uint key, uint query) {
+/* 16 keys times 16 queries, by their columns of V. */
+void multiply_values(float4 ds[2], const uint4 v[4 * TILES_V], const __local uint4 *d_o, uint query) {
+    ds[0] = ds[1] = (float4)(0.0f);
 #pragma unroll
-    for (uint j = 0; j < 2; j++) {
-        ds[j][0] = ds[j][1] = (float4)(0.0f);
-    }
-#pragma unroll
-    for (uint part = 0; part < TILES_V; part++) {
-#pragma unroll
-        for (uint inner = 0; inner < 4; inner++) {
-            const uint4 a = load_a(v + part * COLUMN_TILE, 8, key, 2 * inner);
-#pragma unroll
-            for (uint j = 0; j < 2; j++) {
-                const uint4 y = load_b_transposed(d_o + part * COLUMN_TILE, 8, query + 16 * j, 2 * inner);
-                mma(&ds[j][0], a, y.x, y.y);
-                mma(&ds[j][1], a, y.z, y.w);
-            }
-        }
+    for (uint i = 0; i < 4 * TILES_V; i++) {
+        const uint4 y = load_b_transposed(d_o + i / 4 * COLUMN_TILE, 8, query, i % 4 * 2);
+        mma(&ds[0], v[i], y.x, y.y);
+        mma(&ds[1], v[i], y.z, y.w);
     }
 }
 
@@ -937,68 +919,67 @@ uint4 multiply_keys(const __local uint4 *keys, const __local uint4 *queries, uin
     return (uint4)(pack(c[0].x, c[0].y), pack(c[0].z, c[0].w), pack(c[1].x, c[1].y), pack(c[1].z, c[1].w));
 }
 
-/* Puts a sixteen of d(q k^T)^T, rounded, into a tile of keys' rows. */
-void store_products(__local uint4 *tile, const float4 dp[2], uint key, uint query) {
+/* Puts a sixteen of keys by queries, as A, into a tile of keys' rows. */
+void store_a(__local uint4 *tile, uint4 a, uint key, uint query) {
     const uint r = warp_lane() / 4, p = warp_lane() % 4;
-#pragma unroll
-    for (uint i = 0; i < 2; i++) {
-        __local uint *upper = (__local uint *)&tile[swizzled(key + r, 8, query / 8 + i)];
-        __local uint *lower = (__local uint *)&tile[swizzled(key + r + 8, 8, query / 8 + i)];
-        upper[p] = pack(dp[i].x, dp[i].y);
-        lower[p] = pack(dp[i].z, dp[i].w);
-    }
+    __local uint *words = (__local uint *)tile;
+    words[4 * swizzled(key + r, 8, query / 8) + p] = a.x;
+    words[4 * swizzled(key + r + 8, 8, query / 8) + p] = a.y;
+    words[4 * swizzled(key + r, 8, query / 8 + 1) + p] = a.z;
+    words[4 * swizzled(key + r + 8, 8, query / 8 + 1) + p] = a.w;
 }
 
-/* 16 rows of a tile (or its transpose) of products times a half of K's columns of q or k. */
-void add_rows(float4 sum[NV_K / 16], const __local uint4 *products, const __local uint4 *rows, uint row, uint half_k,
+/* 16 rows of a tile (or its transpose) of products times a quarter of K's columns of q or k. */
+void add_rows(float4 sum[NV_K / 32], const __local uint4 *products, const __local uint4 *rows, uint row, uint quarter,
               int transposed) {
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
-        const uint4 a = transposed ? load_a_transposed(products, 8, 16 * step, row / 8) : load_a(products, 8, row, 2 * step);
+        const uint4 a =
+            transposed ? load_a_transposed(products, 8, 16 * step, row / 8) : load_a(products, 8, row, 2 * step);
 #pragma unroll
-        for (uint i = 0; i < NV_K / 32; i++) {
-            const uint4 y = load_b(rows, K_PIECES, 16 * step, half_k * (NV_K / 16) + 2 * i);
+        for (uint i = 0; i < NV_K / 64; i++) {
+            const uint4 y = load_b(rows, K_PIECES, 16 * step, quarter * (NV_K / 32) + 2 * i);
             mma(&sum[2 * i], a, y.x, y.y);
             mma(&sum[2 * i + 1], a, y.z, y.w);
         }
     }
 }
 
-void clear_rows(float4 sum[NV_K / 16]) {
+void clear_rows(float4 sum[NV_K / 32]) {
 #pragma unroll
-    for (uint i = 0; i < NV_K / 16; i++) {
+    for (uint i = 0; i < NV_K / 32; i++) {
         sum[i] = (float4)(0.0f);
     }
 }
 
-void store_rows(__global float *to, const float4 sum[NV_K / 16], uint row, uint half_k, float scale) {
-    to += (row + warp_lane() / 4) * NV_K + half_k * (NV_K / 2) + 2 * (warp_lane() % 4);
+void store_rows(__global float *to, const float4 sum[NV_K / 32], uint row, uint quarter) {
+    to += (row + warp_lane() / 4) * NV_K + quarter * (NV_K / 4) + 2 * (warp_lane() % 4);
 #pragma unroll
-    for (uint i = 0; i < NV_K / 16; i++) {
-        *(__global float2 *)(to + 8 * i) = scale * sum[i].xy;
-        *(__global float2 *)(to + 8 * NV_K + 8 * i) = scale * sum[i].zw;
+    for (uint i = 0; i < NV_K / 32; i++) {
+        *(__global float2 *)(to + 8 * i) = sum[i].xy;
+        *(__global float2 *)(to + 8 * NV_K + 8 * i) = sum[i].zw;
     }
 }
 
-/* Two rows of 32 columns of dv: an item writes 8 columns of each. */
-void store_columns(__global ushort *to, const float4 sum[4], int row, int rows, int column, int aligned) {
+/* Two rows of 16 columns of dv: an item writes 4 columns of each, of the left eight if its number is even. */
+void store_columns(__global ushort *to, const float4 sum[2], int row, int rows, int column, int aligned) {
+    const uint odd = warp_lane() & 1;
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
-        const uint4 x = transpose_quad(lower ? (uint4)(pack(sum[0].z, sum[0].w), pack(sum[1].z, sum[1].w),
-                                                      pack(sum[2].z, sum[2].w), pack(sum[3].z, sum[3].w))
-                                            : (uint4)(pack(sum[0].x, sum[0].y), pack(sum[1].x, sum[1].y),
-                                                      pack(sum[2].x, sum[2].y), pack(sum[3].x, sum[3].y)));
-        if (row + 8 * lower < rows && column < DIM_V) {
-            __global ushort *at = to + (ulong)(row + 8 * lower) * (HEADS * DIM_V) + column;
+        const uint left = lower ? pack(sum[0].z, sum[0].w) : pack(sum[0].x, sum[0].y);
+        const uint right = lower ? pack(sum[1].z, sum[1].w) : pack(sum[1].x, sum[1].y);
+        const uint other = shuffle_xor(odd ? left : right, 1);
+        const uint2 x = odd ? (uint2)(other, right) : (uint2)(left, other);
+        const int at = column + 8 * (int)odd + 4 * (int)(warp_lane() % 4 / 2);
+        if (row + 8 * lower < rows && at < DIM_V) {
+            __global ushort *place_of_four = to + (ulong)(row + 8 * lower) * (HEADS * DIM_V) + at;
             if (aligned) {
-                *(__global uint4 *)at = x;
+                *(__global uint2 *)place_of_four = x;
             } else {
-                const uint pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    at[2 * i] = (ushort)pairs[i];
-                    at[2 * i + 1] = (ushort)(pairs[i] >> 16);
-                }
+                place_of_four[0] = (ushort)x.x;
+                place_of_four[1] = (ushort)(x.x >> 16);
+                place_of_four[2] = (ushort)x.y;
+                place_of_four[3] = (ushort)(x.y >> 16);
             }
         }
     }
@@ -1015,19 +996,20 @@ typedef struct tile_inputs {
 } tile_inputs;
 
 /* A tile of keys, with the queries of the same tile and, in a chunk's first half, of the second. */
-__kernel __attribute__((reqd_work_group_size(NB_ITEMS, 1, 1))) void
+__kernel __attribute__((reqd_work_group_size(NB_TILE_ITEMS, 1, 1))) void
 nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
          ulong v_offset, const __global ushort *d_o, ulong d_o_offset, const __global weight *level_scales,
          ulong level_scales_offset, __global ushort *dv, ulong dv_offset, __global weight *dlevel_scales,
          ulong dlevel_scales_offset, uint aligned) {
     __local tile_inputs inputs[2];
     __local uint4 keys[ROW_TILE];
-    __local float4 exchange[2][4][4][32];
+    __local uint4 weights_at[2][COLUMN_TILE]; /* P M, transposed, of both tiles of queries */
     __local float near_dots[5][NB_TILE], far_dots[2][4][NB_TILE];
-    const uint item = get_local_id(0), lane = item % 32, warp = item / 32, key = warp % 4 * 16, half_q = warp / 4;
-    const uint r = lane / 4, p = lane % 4;
+    const uint item = get_local_id(0), lane = item % 32, warp = item / 32, key = warp % 4 * 16, quarter = warp / 4;
+    const uint r = lane / 4, p = lane % 4, query = quarter * 16;
     const ulong id = get_group_id(0), padded = (ulong)call.chunks * NB_CHUNK;
-    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS, b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
+    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS,
+               b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
     const uint tile = 2 * call.chunks - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch, n = tile / 2;
     const uint first = tile * NB_TILE, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
     const int rows = (int)call.length - (int)first;
@@ -1039,23 +1021,20 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     const __global uint4 *query_rows = (const __global uint4 *)place(ws, ws_offset, call.queries) +
                                        (bg * padded + first) * K_PIECES;
 
-    fetch_tile(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES, NB_TILE,
-               K_PIECES, item, NB_ITEMS);
+    fetch_tile(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES,
+               NB_TILE, K_PIECES, item, NB_TILE_ITEMS);
     for (uint i = 0; i < blocks; i++) {
-        fetch_tile(inputs[i].adjoint, query_rows + i * ROW_TILE, NB_TILE, K_PIECES, item, NB_ITEMS);
+        fetch_tile(inputs[i].adjoint, query_rows + i * ROW_TILE, NB_TILE, K_PIECES, item, NB_TILE_ITEMS);
     }
     wait_for_copies();
     barrier(CLK_LOCAL_MEM_FENCE);
-    uint4 products[2][2];
-    float4 gradients[2][2][2];
+    uint4 products[2];
+    float4 gradients[2][2], key_sum[NV_K / 32];
+    clear_rows(key_sum);
 #pragma unroll
     for (uint i = 0; i < 2; i++) {
-#pragma unroll
-        for (uint j = 0; j < 2; j++) {
-            gradients[i][j][0] = gradients[i][j][1] = (float4)(0.0f);
-            products[i][j] = i < blocks ? multiply_keys(keys, inputs[i].adjoint, key, half_q * 32 + 16 * j, call.scale)
-                                        : (uint4)(0);
-        }
+        gradients[i][0] = gradients[i][1] = (float4)(0.0f);
+        products[i] = i < blocks ? multiply_keys(keys, inputs[i].adjoint, key, query, call.scale) : (uint4)(0);
     }
     barrier(CLK_LOCAL_MEM_FENCE);
 
@@ -1067,19 +1046,21 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             const ulong bh = first_bh + step;
             const ulong column = first_column + (ulong)step * DIM_V;
             for (uint i = 0; i < TILES_V; i++) {
-                fetch_columns(to->v + i * COLUMN_TILE, v + v_offset + column, i, rows, aligned & 1, item, NB_ITEMS);
+                fetch_columns(to->v + i * COLUMN_TILE, v + v_offset + column, i, rows, aligned & 1, item,
+                              NB_TILE_ITEMS);
                 for (uint j = 0; j < blocks; j++) {
                     fetch_columns(to->d_o[j] + i * COLUMN_TILE,
                                   d_o + d_o_offset + column + (ulong)j * (NB_TILE * HEADS * DIM_V), i,
-                                  rows - (int)j * NB_TILE, aligned & 1, item, NB_ITEMS);
+                                  rows - (int)j * NB_TILE, aligned & 1, item, NB_TILE_ITEMS);
                 }
                 if (has_adjoint) {
                     fetch_tile(to->adjoint + i * STATE, (const __global uint4 *)place(ws, ws_offset, call.adjoints) +
                                                             ((bh * TILES_V + i) * call.chunks + n) * STATE,
-                               NV_K, 8, item, NB_ITEMS);
+                               NV_K, 8, item, NB_TILE_ITEMS);
                 }
             }
-            const __global float2 *gates = (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first;
+            const __global float2 *gates =
+                (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first;
             const __global float4 *factors =
                 (const __global float4 *)place(ws, ws_offset, call.factors) + bh * padded + first;
             if (item < blocks * NB_TILE / 2) {
@@ -1088,7 +1069,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             if (item < blocks * NB_TILE) {
                 copy_16(&to->factors[item], &factors[item], 1);
             }
-            for (uint i = item; i < NB_TILE * 8; i += NB_ITEMS) {
+            for (uint i = item; i < NB_TILE * 8; i += NB_TILE_ITEMS) {
                 const uint level = i % 8, row = i / 8 + (level == 7 ? NB_TILE : 0);
                 fetch_scale(&to->scales[i], level_scales,
                             level_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + step * LEVELS + level,
@@ -1100,115 +1081,109 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         }
         const uint h = step - 1;
         const __local tile_inputs *in = &inputs[h % 2];
-        uint4 weights[2][2];
+        uint4 values[4 * TILES_V];
+#pragma unroll
+        for (uint i = 0; i < 4 * TILES_V; i++) {
+            values[i] = load_a(in->v + i / 4 * COLUMN_TILE, 8, key, i % 4 * 2);
+        }
         float key_dots[2] = {0.0f, 0.0f};
 #pragma unroll
         for (uint i = 0; i < 2; i++) {
-            float4 ds[2][2];
-            if (i < blocks && (i == 1 || half_q * 32 + 16 >= key)) {
-                multiply_values(ds, in->v, in->d_o[i], key, half_q * 32);
+            if (i < blocks && (i == 1 || query >= key)) {
+                float4 ds[2];
+                uint4 a;
+                multiply_values(ds, values, in->d_o[i], query);
+                if (i == 0 && query == key) {
+                    a = weigh_near(ds, products[i], gradients[i], in->gates + key, in->scales + key * 8, key_dots,
+                                   &near_dots[0][key]);
+                } else {
+                    float query_weight[4], query_scale[4], key_weight[2];
+                    const float between = i == 1 ? 1.0f : decay_between(in->gates[query - 1], in->gates[key + 15]);
+                    const int level = i == 1 ? 7 : 4 + bit_length((query ^ key) / 16);
+#pragma unroll
+                    for (uint e = 0; e < 4; e++) {
+                        const uint t = query + 8 * (e / 2) + 2 * p + e % 2;
+                        query_weight[e] = i == 1 ? in->factors[NB_TILE + t].z : in->factors[t].x * between;
+                        query_scale[e] = in->scales[t * 8 + level];
+                    }
+#pragma unroll
+                    for (uint e = 0; e < 2; e++) {
+                        const float4 own = in->factors[key + r + 8 * e];
+                        key_weight[e] = i == 1 ? own.z : own.y;
+                    }
+                    a = weigh_far(ds, products[i], gradients[i], query_weight, query_scale, key_weight, key_dots,
+                                  &far_dots[i][key / 16][query]);
+                }
+                store_a(weights_at[i], a, key, query);
             }
+        }
+
+        /* What comes from behind the chunk: dv of a quarter of the columns, dk of a quarter of K. */
+        float4 sum[TILES_V][2];
 #pragma unroll
-            for (uint j = 0; j < 2; j++) {
-                const uint query = half_q * 32 + 16 * j;
-                weights[i][j] = (uint4)(0);
-                if (i < blocks && (i == 1 || query >= key)) {
-                    if (i == 0 && query == key) {
-                        weights[i][j] = weigh_near(ds[j], products[i][j], gradients[i][j], in->gates + key,
-                                                   in->scales + key * 8, key_dots, &near_dots[0][key]);
-                    } else {
-                        float query_weight[4], query_scale[4], key_weight[2];
-                        const float between =
-                            i == 1 ? 1.0f : decay_between(in->gates[query - 1], in->gates[key + 15]);
-                        const int level = i == 1 ? 7 : 4 + bit_length((query ^ key) / 16);
+        for (uint part = 0; part < TILES_V; part++) {
+            sum[part][0] = sum[part][1] = (float4)(0.0f);
+        }
+        if (has_adjoint) {
+            const float upper = in->factors[key + r].w * STATE_UNIT, lower = in->factors[key + r + 8].w * STATE_UNIT;
 #pragma unroll
-                        for (uint e = 0; e < 4; e++) {
-                            const uint t = query + 8 * (e / 2) + 2 * p + e % 2;
-                            query_weight[e] = i == 1 ? in->factors[NB_TILE + t].z : in->factors[t].x * between;
-                            query_scale[e] = in->scales[t * 8 + level];
-                        }
+            for (uint part = 0; part < TILES_V; part++) {
+                const __local uint4 *adjoint = in->adjoint + part * STATE;
 #pragma unroll
-                        for (uint e = 0; e < 2; e++) {
-                            const float4 own = in->factors[key + r + 8 * e];
-                            key_weight[e] = i == 1 ? own.z : own.y;
-                        }
-                        weights[i][j] = weigh_far(ds[j], products[i][j], gradients[i][j], query_weight, query_scale,
-                                                  key_weight, key_dots, &far_dots[i][key / 16][query]);
+                for (uint i = 0; i < K_STEPS; i++) {
+                    const uint4 a = load_a(keys, K_PIECES, key, 2 * i);
+                    const uint4 y = load_b(adjoint, 8, 16 * i, 2 * quarter);
+                    mma(&sum[part][0], a, y.x, y.y);
+                    mma(&sum[part][1], a, y.z, y.w);
+                }
+#pragma unroll
+                for (uint i = 0; i < 2; i++) {
+                    sum[part][i] *= (float4)(upper, upper, lower, lower);
+                    const uint column = 16 * quarter + 8 * i + 2 * p;
+                    const float2 first_v = tile_pair(in->v + part * COLUMN_TILE, 8, key + r, column);
+                    const float2 second_v = tile_pair(in->v + part * COLUMN_TILE, 8, key + r + 8, column);
+                    key_dots[0] = fma(first_v.x, sum[part][i].x, fma(first_v.y, sum[part][i].y, key_dots[0]));
+                    key_dots[1] = fma(second_v.x, sum[part][i].z, fma(second_v.y, sum[part][i].w, key_dots[1]));
+                }
+#pragma unroll
+                for (uint inner = 0; inner < 4; inner++) {
+                    const uint4 a = scale_rows(values[4 * part + inner], pack(upper, upper), pack(lower, lower));
+#pragma unroll
+                    for (uint i = 0; i < NV_K / 64; i++) {
+                        const uint4 y = load_b_transposed(adjoint, 8, quarter * (NV_K / 4) + 16 * i, 2 * inner);
+                        mma(&key_sum[2 * i], a, y.x, y.y);
+                        mma(&key_sum[2 * i + 1], a, y.z, y.w);
                     }
                 }
             }
         }
-
+        barrier(CLK_LOCAL_MEM_FENCE);
 #pragma unroll
         for (uint part = 0; part < TILES_V; part++) {
-            float4 sum[8];
-#pragma unroll
-            for (uint i = 0; i < 8; i++) {
-                sum[i] = (float4)(0.0f);
-            }
-            if (has_adjoint) {
-#pragma unroll
-                for (uint i = 0; i < K_STEPS / 2; i++) {
-                    const uint k_step = half_q * (K_STEPS / 2) + i;
-                    const uint4 a = load_a(keys, K_PIECES, key, 2 * k_step);
-#pragma unroll
-                    for (uint j = 0; j < 4; j++) {
-                        const uint4 y = load_b(in->adjoint + part * STATE, 8, 16 * k_step, 2 * j);
-                        mma(&sum[2 * j], a, y.x, y.y);
-                        mma(&sum[2 * j + 1], a, y.z, y.w);
-                    }
-                }
-                const float upper = in->factors[key + r].w * STATE_UNIT, lower = in->factors[key + r + 8].w * STATE_UNIT;
-#pragma unroll
-                for (uint i = 0; i < 8; i++) {
-                    sum[i] *= (float4)(upper, upper, lower, lower);
-                    const float2 first_v = tile_pair(in->v + part * COLUMN_TILE, 8, key + r, 8 * i + 2 * p);
-                    const float2 second_v = tile_pair(in->v + part * COLUMN_TILE, 8, key + r + 8, 8 * i + 2 * p);
-                    key_dots[0] = fma(first_v.x, sum[i].x, fma(first_v.y, sum[i].y, key_dots[0]));
-                    key_dots[1] = fma(second_v.x, sum[i].z, fma(second_v.y, sum[i].w, key_dots[1]));
-                }
-            }
 #pragma unroll
             for (uint i = 0; i < 2; i++) {
 #pragma unroll
-                for (uint j = 0; j < 2; j++) {
-                    const uint query = half_q * 32 + 16 * j;
-                    if (i < blocks && (i == 1 || query >= key)) {
-#pragma unroll
-                        for (uint c = 0; c < 4; c++) {
-                            const uint4 y = load_b(in->d_o[i] + part * COLUMN_TILE, 8, query, 2 * c);
-                            mma(&sum[2 * c], weights[i][j], y.x, y.y);
-                            mma(&sum[2 * c + 1], weights[i][j], y.z, y.w);
-                        }
+                for (uint inner = 0; inner < 4; inner++) {
+                    if (i < blocks && (i == 1 || 16 * inner >= key)) {
+                        const uint4 a = load_a(weights_at[i], 8, key, 2 * inner);
+                        const uint4 y = load_b(in->d_o[i] + part * COLUMN_TILE, 8, 16 * inner, 2 * quarter);
+                        mma(&sum[part][0], a, y.x, y.y);
+                        mma(&sum[part][1], a, y.z, y.w);
                     }
                 }
             }
-            /* The two warps of the same keys: each gets the other's part of half of the columns. */
-            if (part > 0) {
-                barrier(CLK_LOCAL_MEM_FENCE);
-            }
-#pragma unroll
-            for (uint i = 0; i < 4; i++) {
-                exchange[half_q][key / 16][i][lane] = half_q == 0 ? sum[4 + i] : sum[i];
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-            float4 own[4];
-#pragma unroll
-            for (uint i = 0; i < 4; i++) {
-                own[i] = (half_q == 0 ? sum[i] : sum[4 + i]) + exchange[1 - half_q][key / 16][i][lane];
-            }
-            store_columns(dv + dv_offset + first_column + (ulong)h * DIM_V, own, (int)(key + r), rows,
-                          (int)(part * NB_COLUMNS + half_q * 32 + 8 * p), aligned >> 1);
+            store_columns(dv + dv_offset + first_column + (ulong)h * DIM_V, sum[part], (int)(key + r), rows,
+                          (int)(part * NB_COLUMNS + 16 * quarter), aligned >> 1);
         }
 
-        /* What gates and level scales need: the barriers above have made the dots visible. */
+        /* What gates and level scales need: the barrier above has made the dots visible. */
         __global float *all_dots = (__global float *)place(ws, ws_offset, call.dots) + (first_bh + h) * padded + first;
         const ulong dots_stride = (ulong)call.batch * HEADS * padded;
         key_dots[0] = sum_quad(key_dots[0]);
         key_dots[1] = sum_quad(key_dots[1]);
         if (p == 0) {
-            all_dots[(6 + half_q) * dots_stride + key + r] = key_dots[0];
-            all_dots[(6 + half_q) * dots_stride + key + r + 8] = key_dots[1];
+            all_dots[(6 + quarter) * dots_stride + key + r] = key_dots[0];
+            all_dots[(6 + quarter) * dots_stride + key + r + 8] = key_dots[1];
         }
         const uint row = item % NB_TILE;
         const ulong gradient_row = dlevel_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + h * LEVELS;
@@ -1248,29 +1223,27 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #pragma unroll
     for (uint i = 0; i < 2; i++) {
         if (i < blocks) {
-            fetch_tile(inputs[i].adjoint, query_rows + i * ROW_TILE, NB_TILE, K_PIECES, item, NB_ITEMS);
-#pragma unroll
-            for (uint j = 0; j < 2; j++) {
-                store_products(inputs[i].v, gradients[i][j], key, half_q * 32 + 16 * j);
-            }
+            fetch_tile(inputs[i].adjoint, query_rows + i * ROW_TILE, NB_TILE, K_PIECES, item, NB_TILE_ITEMS);
+            const float4 left = gradients[i][0] * call.scale, right = gradients[i][1] * call.scale;
+            store_a(weights_at[i], (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y),
+                                           pack(right.z, right.w)), key, query);
         }
     }
     wait_for_copies();
     barrier(CLK_LOCAL_MEM_FENCE);
     const ulong part_size = (ulong)HEAD_BLOCKS * call.batch * GROUPS * padded * NV_K;
     const ulong at = ((((ulong)block * call.batch + b) * GROUPS + group) * padded + first) * NV_K;
-    __global float *query_parts = (__global float *)place(ws, ws_offset, call.query_parts) + at;
-    __global float *key_parts = (__global float *)place(ws, ws_offset, call.key_parts) + at;
-    float4 sum[NV_K / 16];
-    clear_rows(sum);
     for (uint i = 0; i < blocks; i++) {
-        add_rows(sum, inputs[i].v, inputs[i].adjoint, key, half_q, 0);
+        add_rows(key_sum, weights_at[i], inputs[i].adjoint, key, quarter, 0);
     }
-    store_rows(key_parts + part_size, sum, key, half_q, call.scale);
+    store_rows((__global float *)place(ws, ws_offset, call.key_parts) + at, key_sum, key, quarter);
     for (uint i = 0; i < blocks; i++) {
-        clear_rows(sum);
-        add_rows(sum, inputs[i].v, keys, key, half_q, 1);
-        store_rows(query_parts + (1 + i) * part_size + i * (NB_TILE * NV_K), sum, key, half_q, call.scale);
+        float4 query_sum[NV_K / 32];
+        clear_rows(query_sum);
+        add_rows(query_sum, weights_at[i], keys, key, quarter, 1);
+        store_rows((__global float *)place(ws, ws_offset, call.query_parts) + (1 + i) * part_size + at +
+                       i * (NB_TILE * NV_K),
+                   query_sum, key, quarter);
     }
 }
 
@@ -1334,7 +1307,7 @@ nb_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         const uint t = last - i;
         sum += ((dots[t] + dots[stride + t]) + (dots[2 * stride + t] + dots[3 * stride + t])) +
                ((dots[4 * stride + t] + (t >= NB_TILE && has_second_tile ? dots[5 * stride + t] : 0.0f)) -
-                (dots[6 * stride + t] + dots[7 * stride + t]));
+                ((dots[6 * stride + t] + dots[7 * stride + t]) + (dots[8 * stride + t] + dots[9 * stride + t])));
         running[i] = sum;
     }
     float before = sum;
@@ -1367,9 +1340,9 @@ nb_reduce(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offse
     if (t >= call.length) {
         return;
     }
-    const __global float *parts = (const __global float *)place(ws, ws_offset, is_key ? call.key_parts : call.query_parts) +
-                                  row * NV_K;
-    const uint kinds = is_key || t % NB_CHUNK < NB_TILE ? 2 : 3;
+    const __global float *parts =
+        (const __global float *)place(ws, ws_offset, is_key ? call.key_parts : call.query_parts) + row * NV_K;
+    const uint kinds = is_key ? 1 : t % NB_CHUNK < NB_TILE ? 2 : 3;
     const __global ushort *x = is_key ? k + k_offset + to : q + q_offset + to;
     __global ushort *gradients = is_key ? dk + dk_offset + to : dq + dq_offset + to;
     float sums[NV_K / 32], values[NV_K / 32], square = 0.0f, product = 0.0f;

@@ -12,15 +12,13 @@
 /* Columns of V that are held together. */
 #define NB_COLUMNS 64
 
-/* Work-items of a group, but for the sums, where a head has half of them. */
+/* Work-items of a group; of the tiles, which need many registers; the sums have 128 for a head. */
 #define NB_ITEMS 256
-
-/* Sequences have fewer than 2 to the power of this many chunks. */
-#define NB_CHUNK_BITS 20
+#define NB_TILE_ITEMS 512
 
 /* Arrays of a float for each token and head, of which dc is the sum: of the levels above a chunk in four parts, of the
- * tile itself, of the tile before (odd tiles only); then, to be subtracted, v . dv in two parts. */
-#define NB_DOTS 8
+ * tile itself, of the tile before (odd tiles only); then, to be subtracted, v . dv in four parts. */
+#define NB_DOTS 10
 
 typedef struct loglin_nvidia_gradients {
     unsigned long queries, keys; /* [b][group][128 N][NV_K] normalised, with zeros behind the last token and column */
@@ -36,7 +34,7 @@ typedef struct loglin_nvidia_gradients {
     unsigned long suffixes;      /* [b][head][N][level] of these, from a chunk to its block's end */
     unsigned long dots;          /* [NB_DOTS][b][head][128 N] */
     unsigned long query_parts;   /* [3][block of heads][b][group][128 N][NV_K]: levels, tile, tile before */
-    unsigned long key_parts;     /* [2][block of heads][b][group][128 N][NV_K]: chunks behind, own chunk */
+    unsigned long key_parts;     /* [block of heads][b][group][128 N][NV_K] */
     unsigned int batch, length, chunks, units;
     float scale;
 } loglin_nvidia_gradients;

@@ -94,7 +94,7 @@ Test(matrix_units, backward_options) {
             .length = 300,
             .dim_k = 32,
             .dim_v = 32,
-            .weight_dtype = i % 2 == 1 ? LOGLIN_BF16 : LOGLIN_F32,
+            .weight_dtype = i % 4 == 1 ? LOGLIN_BF16 : LOGLIN_F32,
             .dtype = i % 4 < 2 ? LOGLIN_BF16 : LOGLIN_F16,
             .normalize_qk = i == 0,
             .scale = i == 1 ? 0.125f : 0.0f,

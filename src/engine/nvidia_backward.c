@@ -106,7 +106,7 @@ static void lay_out(const loglin_problem *problem, const backward_shape *shape, 
         .suffixes = reserve(&end, heads * chunks * (shape->chunk_levels + 1) * sizeof(float)),
         .dots = reserve(&end, NB_DOTS * head_tokens * sizeof(float)),
         .query_parts = reserve(&end, 3 * shape->head_blocks * group_rows * sizeof(float)),
-        .key_parts = reserve(&end, 2 * shape->head_blocks * group_rows * sizeof(float)),
+        .key_parts = reserve(&end, shape->head_blocks * group_rows * sizeof(float)),
         .batch = (unsigned)problem->batch,
         .length = (unsigned)problem->length,
         .chunks = (unsigned)chunks,
@@ -130,8 +130,8 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
         [KERNEL_nb_since] = {heads, 32},
         [KERNEL_nb_sums] = {matrices / shape->sum_heads * jobs, 128 * shape->sum_heads},
         [KERNEL_nb_tree] = {chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS},
-        [KERNEL_nb_rows] = {2 * tiles, NB_ITEMS},
-        [KERNEL_nb_tiles] = {tiles, NB_ITEMS},
+        [KERNEL_nb_rows] = {tiles, NB_ITEMS},
+        [KERNEL_nb_tiles] = {tiles, NB_TILE_ITEMS},
         [KERNEL_nb_crossings] = {chunks > 1 ? heads : 0, NB_ITEMS},
         [KERNEL_nb_gates] = {heads * chunks, 32},
         [KERNEL_nb_reduce] = {2 * rows / warps, NB_ITEMS},
@@ -265,14 +265,14 @@ static loglin_status enqueue(backward_run *run, const loglin_call *call, cl_even
     const cl_uint all_aligned = inputs_aligned | (cl_uint)is_aligned(out->dv) << 1;
     const loglin_buffer prepare[] = {in->q, in->k, in->g};
     const loglin_buffer sums[] = {in->v, call->d_o, in->level_scales};
-    const loglin_buffer rows[] = {in->v, call->d_o, in->level_scales, out->dlevel_scales};
+    const loglin_buffer rows[] = {call->d_o, in->level_scales, out->dlevel_scales};
     const loglin_buffer tiles[] = {in->v, call->d_o, in->level_scales, out->dv, out->dlevel_scales};
     const loglin_buffer reduce[] = {in->q, in->k, out->dq, out->dk};
     RETURN_IF_ERROR(launch(run, KERNEL_nb_prepare, prepare, 3, NULL, NULL));
     RETURN_IF_ERROR(launch(run, KERNEL_nb_since, NULL, 0, NULL, NULL));
     RETURN_IF_ERROR(launch(run, KERNEL_nb_sums, sums, 3, &inputs_aligned, NULL));
     RETURN_IF_ERROR(launch(run, KERNEL_nb_tree, NULL, 0, NULL, NULL));
-    RETURN_IF_ERROR(launch(run, KERNEL_nb_rows, rows, 4, &inputs_aligned, NULL));
+    RETURN_IF_ERROR(launch(run, KERNEL_nb_rows, rows, 3, &inputs_aligned, NULL));
     RETURN_IF_ERROR(launch(run, KERNEL_nb_tiles, tiles, 5, &all_aligned, NULL));
     if (out->dg.mem != NULL) {
         RETURN_IF_ERROR(launch(run, KERNEL_nb_crossings, NULL, 0, NULL, NULL));
