@@ -64,7 +64,17 @@ uint4 scale_rows(uint4 a, uint upper, uint lower) {
 
 uint local_address(const __local void *p) { return (uint)(size_t)p; }
 
-/* Four 8 x 8 matrices, transposed; item i gives the address of row i % 8 of matrix i / 8. */
+/* Four 8 x 8 matrices; item i gives the address of row i % 8 of matrix i / 8. */
+uint4 load_matrices(const __local void *row) {
+    uint4 x;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(local_address(row))
+                 : "memory");
+    return x;
+}
+
+/* The same, each transposed. */
 uint4 load_transposed(const __local void *row) {
     uint4 x;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -89,6 +99,10 @@ void copy_4(__local void *to, const __global void *from) {
 /* Waits for the copies that this item has started. */
 void wait_for_copies(void) { asm volatile("cp.async.wait_all;" : : : "memory"); }
 
+/* Ends a group of copies; waits for all groups but the `n` last ones. */
+void end_copies(void) { asm volatile("cp.async.commit_group;" : : : "memory"); }
+#define WAIT_FOR_COPIES_BUT(n) asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory")
+
 uint shuffle_xor(uint x, uint mask) {
     uint y;
     asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(y) : "r"(x), "r"(mask));
@@ -102,6 +116,13 @@ float shuffle_up(float x, uint distance) {
     return y;
 }
 
+/* From lane `lane`. */
+float shuffle_from(float x, uint lane) {
+    float y;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(y) : "f"(x), "r"(lane));
+    return y;
+}
+
 /* Transposes 4 x 4 numbers among the four items that share lane / 4: number i of item j becomes number j of item i. */
 uint4 transpose_quad(uint4 x) {
     const int odd = (warp_lane() & 1u) != 0, high = (warp_lane() & 2u) != 0;
@@ -109,4 +130,83 @@ uint4 transpose_quad(uint4 x) {
     x = odd ? (uint4)(a, x.y, b, x.w) : (uint4)(x.x, a, x.z, b);
     const uint c = shuffle_xor(high ? x.x : x.z, 2), d = shuffle_xor(high ? x.y : x.w, 2);
     return high ? (uint4)(c, d, x.z, x.w) : (uint4)(x.x, x.y, c, d);
+}
+
+/*
+ * Products of a warpgroup, four warps: C (64 x 64) += A (64 x 16) B (16 x 64).  A warp has 16 rows of A and C, as above; C
+ * has its eight tiles of 8 columns one behind the other.  B lies in local memory for all warps, `rows` of 128 bytes, the
+ * piece of 16 bytes c of row r at place c ^ r % 8; row 0 at a multiple of 1024 bytes.
+ *
+ * WGMMA 0: mma.sync, each warp by itself.  1: wgmma, which the driver's assembler does not take, so it stands in comments
+ * that the host uncovers (runtime/program.c).  Its products run beside what follows: a group is begun when A and C are set,
+ * and ended; A and C of a group are in use until it is waited for.  B is read through the asynchronous proxy.
+ */
+#ifndef WGMMA
+#define WGMMA 0
+#endif
+
+#if WGMMA
+#if STORAGE == 2
+#define WGMMA_OP "//WG wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+#else
+#define WGMMA_OP "//WG wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+#endif
+#define TILE_C(j) "+f"(c[j].x), "+f"(c[j].y), "+f"(c[j].z), "+f"(c[j].w)
+#define TILE_ALL_C TILE_C(0), TILE_C(1), TILE_C(2), TILE_C(3), TILE_C(4), TILE_C(5), TILE_C(6), TILE_C(7)
+
+/* What names B: its address, the step from 8 rows to the next 8, and how pieces are placed. */
+typedef ulong tile_rows;
+tile_rows tile_at(const __local void *rows) {
+    return (ulong)((local_address(rows) >> 4) & 0x3fffu) | 1ul << 16 | 64ul << 32 | 1ul << 62;
+}
+tile_rows tile_step(tile_rows rows, uint step) { return rows + step * 128u; }
+
+void tile_multiply(float4 c[8], uint4 a, tile_rows b) {
+    asm volatile(WGMMA_OP "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+                          "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, "
+                          "1, 1, 1, 1;"
+                 : TILE_ALL_C
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
+}
+
+void tile_begin(void) { asm volatile("//WG wgmma.fence.sync.aligned;" : : : "memory"); }
+void tile_end(void) { asm volatile("//WG wgmma.commit_group.sync.aligned;" : : : "memory"); }
+
+/* Waits for all groups but the last one; for all, which makes C usable. */
+void tile_wait_but_one(void) { asm volatile("//WG wgmma.wait_group.sync.aligned 1;" : : : "memory"); }
+void tile_wait(float4 c[8]) { asm volatile("//WG wgmma.wait_group.sync.aligned 0;" : TILE_ALL_C : : "memory"); }
+
+/* What this item has written to local memory becomes visible to tile_multiply, behind a barrier. */
+void tile_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+#else
+typedef uint tile_rows;
+tile_rows tile_at(const __local void *rows) { return local_address(rows); }
+tile_rows tile_step(tile_rows rows, uint step) { return rows + step * 2048u; }
+
+void tile_multiply(float4 c[8], uint4 a, tile_rows b) {
+    const uint row = warp_lane() & 15u, odd = warp_lane() / 16;
+#pragma unroll
+    for (uint j = 0; j < 4; j++) {
+        uint4 x;
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "r"(b + row * 128 + (((2 * j + odd) ^ (row & 7u)) * 16))
+                     : "memory");
+        mma(&c[2 * j], a, x.x, x.y);
+        mma(&c[2 * j + 1], a, x.z, x.w);
+    }
+}
+
+void tile_begin(void) {}
+void tile_end(void) {}
+void tile_wait_but_one(void) {}
+void tile_wait(float4 c[8]) { (void)c; }
+void tile_publish(void) {}
+#endif
+
+void tile_clear(float4 c[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        c[j] = (float4)(0.0f);
+    }
 }
