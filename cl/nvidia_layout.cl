@@ -17,6 +17,9 @@
 #define NV_WALK_ITEMS 512
 #define NV_ITEMS 128
 
+/* Heads whose gates a work-group of prepare makes. */
+#define NV_GATE_HEADS 16
+
 /* Bytes of a half's gates: sums, and three tables of decays. */
 #define NV_GATES (NV_HALF * (8 + 3 * 2))
 

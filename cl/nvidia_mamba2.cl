@@ -30,10 +30,12 @@
 #define K_BLOCK (NV_K % 128 == 0 ? 128 : 64) /* columns of q in registers */
 #define BLOCK_STEPS (K_BLOCK / 16)
 #define STAGE (K_BLOCK * 8)
+
 #define TILES_V ((DIM_V + NV_TILE_V - 1) / NV_TILE_V)
 #define ITEMS (HEADS / GROUPS * TILES_V) /* of a group */
 #define NV_SUPER (1 << NV_SUPER_BITS)
 #define SCALES_ROW (USED | 1)
+#define SCALES_LANES (USED <= 16 ? 16 : 32) /* that fetch a row of level weights */
 #define HALF_LEVEL 8 /* of the first half, seen from the second; then come the blocks of segments */
 
 /* States are stored divided by this, for half's range. */
@@ -57,23 +59,27 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
 }
 
 /*
- * Rows of storage to local memory, `pieces` of 8 columns each, piece c at place c ^ row % 8 of its eight so that rows and
- * columns of 8 x 8 matrices lie in different banks.  Missing rows and columns become zeros.
+ * Starts copying rows of storage to local memory, `pieces` of 8 columns each, piece c at place c ^ row % 8 of its eight so
+ * that rows and columns of 8 x 8 matrices lie in different banks.  Missing rows and columns become zeros.  `items` that are
+ * a multiple of `pieces` share the work.
  */
-void fetch_rows(__local uint4 *to, const __global ushort *from, ulong stride, uint rows, uint pieces, int rows_there,
+void fetch_rows(__local uint4 *to, const __global ushort *from, ulong stride, int rows, uint pieces, int rows_there,
                 int columns_there, uint item, uint items, int aligned) {
-    for (uint at = item; at < rows * pieces; at += items) {
-        const uint row = at / pieces, piece = at % pieces;
-        const int wanted = (int)row < rows_there && (int)piece * 8 < columns_there;
-        const __global ushort *x = from + (wanted ? row * stride + piece * 8 : 0);
-        __local uint4 *place_of_piece = &to[row * pieces + (piece ^ (row & 7u))];
+    const uint piece = item % pieces;
+    const int has_columns = (int)piece * 8 < columns_there;
+    const __global ushort *x = from + item / pieces * stride + piece * 8;
+#pragma unroll 4
+    for (int row = (int)(item / pieces); row < rows; row += (int)(items / pieces)) {
+        const int wanted = has_columns && row < rows_there;
+        __local uint4 *place_of_piece = &to[row * pieces + (piece ^ ((uint)row & 7u))];
         if (aligned) {
-            copy_16(place_of_piece, x, wanted);
+            copy_16(place_of_piece, wanted ? x : from, wanted);
         } else {
             *place_of_piece = wanted ? (uint4)(x[0] | (uint)x[1] << 16, x[2] | (uint)x[3] << 16, x[4] | (uint)x[5] << 16,
                                                x[6] | (uint)x[7] << 16)
                                      : (uint4)(0);
         }
+        x += items / pieces * stride;
     }
 }
 
@@ -143,21 +149,23 @@ void make_gates(__global half_gates *to, const __local float *g, uint stride) {
     ((__global uint2 *)to->to_half)[lane] = pack_decays(sums, sum_of_lane(sums[3], 31));
 }
 
-/* The gates of 32 heads at a time go through local memory, [token][head]. */
-void make_gates_of_group(__global half_gates *to, ulong head_stride, const __global float *g, int tokens,
-                         __local float *tile) {
-    const uint item = get_local_id(0);
-    for (uint first = 0; first < HEADS / GROUPS; first += 32) {
-        barrier(CLK_LOCAL_MEM_FENCE);
-        for (uint i = item; i < NV_HALF * 32; i += NV_PREPARE_ITEMS) {
-            const uint token = i / 32, head = first + i % 32;
-            const int wanted = g && (int)token < tokens && head < HEADS / GROUPS;
-            tile[token * 33 + i % 32] = wanted ? g[(ulong)token * HEADS + head] : 0.0f;
-        }
-        barrier(CLK_LOCAL_MEM_FENCE);
-        for (uint i = item / 32; i < 32 && first + i < HEADS / GROUPS; i += NV_PREPARE_ITEMS / 32) {
-            make_gates(to + (first + i) * head_stride, &tile[i], 33);
-        }
+/* A work-group makes a half's gates of NV_GATE_HEADS heads; they come through local memory, [token][head]. */
+void prepare_gates(loglin_nvidia_call call, __global half_gates *to, const __global float *g, ulong id,
+                   __local float *tile) {
+    const uint halves = 2 * call.segments, bundles = (HEADS + NV_GATE_HEADS - 1) / NV_GATE_HEADS;
+    const uint first = id % bundles * NV_GATE_HEADS, part = id / bundles % halves, b = id / bundles / halves;
+    const uint item = get_local_id(0), head = item % NV_GATE_HEADS;
+    const int has_head = g && first + head < HEADS;
+    const ulong first_token = (ulong)part * NV_HALF;
+#pragma unroll
+    for (uint token = item / NV_GATE_HEADS; token < NV_HALF; token += NV_PREPARE_ITEMS / NV_GATE_HEADS) {
+        const int wanted = has_head && first_token + token < call.length;
+        tile[token * (NV_GATE_HEADS + 1) + head] =
+            wanted ? g[((ulong)b * call.length + first_token + token) * HEADS + first + head] : 0.0f;
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint i = item / 32; i < NV_GATE_HEADS && first + i < HEADS; i += NV_PREPARE_ITEMS / 32) {
+        make_gates(to + ((ulong)b * HEADS + first + i) * halves + part, &tile[i], NV_GATE_HEADS + 1);
     }
 }
 
@@ -167,16 +175,20 @@ const __local uint4 *matrix_row(const __local uint4 *rows, uint tile, uint step)
     return &rows[row * (NV_K / 8) + (piece ^ (row & 7u))];
 }
 
-/* A work-group makes the record of a half; a warp has 16 of its rows. */
+/* A work-group makes the record of a half, a warp 16 of its rows; those behind the last half make gates. */
 __kernel __attribute__((reqd_work_group_size(NV_PREPARE_ITEMS, 1, 1))) void
 nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *q,
                ulong q_offset, const __global ushort *k, ulong k_offset, const __global float *g, ulong g_offset,
                uint aligned) {
     __local uint4 queries[NV_HALF * NV_K / 8], keys[NV_HALF * NV_K / 8];
-    __local float gates[NV_HALF * 33];
     const uint item = get_local_id(0), lane = warp_lane(), warp = item / 32;
     const uint halves = 2 * call.segments;
-    const ulong id = get_group_id(0);
+    const ulong id = get_group_id(0), records = (ulong)call.batch * GROUPS * halves;
+    if (id >= records) {
+        prepare_gates(call, (__global half_gates *)place(ws, ws_offset, call.gates), g ? g + g_offset : g, id - records,
+                      (__local float *)queries);
+        return;
+    }
     const uint part = id % halves, group = id / halves % GROUPS, b = id / halves / GROUPS;
     const int tokens = clamp((int)call.length - (int)(part * NV_HALF), 0, NV_HALF);
     const ulong first = tokens > 0 ? (ulong)b * call.length + (ulong)part * NV_HALF : 0;
@@ -185,10 +197,6 @@ nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                aligned);
     fetch_rows(keys, k + k_offset + at, GROUPS * DIM_K, NV_HALF, NV_K / 8, tokens, DIM_K, item, NV_PREPARE_ITEMS,
                aligned);
-    const uint first_head = group * (HEADS / GROUPS);
-    make_gates_of_group((__global half_gates *)place(ws, ws_offset, call.gates) +
-                            ((ulong)b * HEADS + first_head) * halves + part,
-                        halves, g ? g + g_offset + first * HEADS + first_head : g, tokens, gates);
     wait_for_copies();
     barrier(CLK_LOCAL_MEM_FENCE);
 #if NORMALIZE
@@ -201,6 +209,7 @@ nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     for (int j = 0; j < 8; j++) {
         product[j][0] = product[j][1] = (float4)(0.0f);
     }
+#pragma unroll 2
     for (uint step = 0; step < K_STEPS; step++) {
         const uint4 a = load_matrices(matrix_row(queries, warp, step));
         record[(warp * K_STEPS + step) * 32 + lane] = a;
@@ -449,18 +458,20 @@ nvidia_tree(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
-/* Level weights of a segment's rows to local memory. */
+/* Starts copying the level weights of a segment's rows to local memory. */
 void fetch_scales(__local float *scales, const __global weight *level_scales, int rows) {
-    for (uint i = get_local_id(0); i < NV_SEGMENT * USED; i += NV_WALK_ITEMS) {
-        const uint row = i / USED, level = i % USED;
-        if ((int)row < rows) {
-            const __global weight *from = level_scales + (ulong)row * (HEADS * LEVELS) + level;
+    const uint level = get_local_id(0) % SCALES_LANES, first = get_local_id(0) / SCALES_LANES;
+    const __global weight *from = level_scales + (ulong)first * (HEADS * LEVELS) + level;
+#pragma unroll
+    for (int row = (int)first; row < NV_SEGMENT; row += NV_WALK_ITEMS / SCALES_LANES) {
+        if (level < USED && row < rows) {
 #if WEIGHT_STORAGE == 0
             copy_4(&scales[row * SCALES_ROW + level], from);
 #else
             scales[row * SCALES_ROW + level] = load_weight(from, 0);
 #endif
         }
+        from += NV_WALK_ITEMS / SCALES_LANES * (HEADS * LEVELS);
     }
 }
 
@@ -522,8 +533,8 @@ void add_near(float4 c[8], const __local uint4 *products, const __local half_gat
               tile_rows values) {
     const uint lane = warp_lane(), p = lane % 4, own = get_local_id(0) % 128 / 32, i = 4 * odd + own;
     const __local uint4 *tiles = products + i * (i + 1) / 2 * 32 + lane;
-    uint4 a[4];
     if (odd) {
+        uint4 a[4];
         const uint2 weights = row_weights(rows, 7, rows.sums[NV_CHUNK - 1], 1.0f);
 #pragma unroll
         for (uint j = 0; j < 4; j++) {
@@ -536,6 +547,7 @@ void add_near(float4 c[8], const __local uint4 *products, const __local half_gat
             tile_multiply(c, a[j], tile_step(values, j));
         }
         tile_end();
+        tile_wait(c);
     }
     uint4 x[4];
 #pragma unroll

@@ -135,7 +135,7 @@ static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
     state->workspace = end + 16; /* its start is rounded up */
     const size_t supers = ceil_div(segments, (size_t)1 << schedule->super_bits);
     const size_t counts[KERNEL_COUNT] = {
-        [KERNEL_PREPARE] = groups * segments * 2,
+        [KERNEL_PREPARE] = (groups + problem->batch * ceil_div(problem->heads, NV_GATE_HEADS)) * segments * 2,
         [KERNEL_STATES] = supers * groups * ceil_div(items, schedule->state_count),
         [KERNEL_TREE] =
             segments > (size_t)2 << schedule->super_bits ? matrices * tiles * (state_bytes(problem) / 512) : 0,
