@@ -14,14 +14,14 @@
 
 /* Work-items of the groups: a warpgroup has 128. */
 #define NV_PREPARE_ITEMS 256
-#define NV_WALK_ITEMS 512
+#define NV_OUTPUT_ITEMS 512
 #define NV_ITEMS 128
 
 /* Heads whose gates a work-group of prepare makes. */
 #define NV_GATE_HEADS 16
 
-/* Bytes of a half's gates: sums, and three tables of decays. */
-#define NV_GATES (NV_HALF * (8 + 3 * 2))
+/* Bytes of a half's gates: sums and three tables of decays of its tokens, four decays of its tiles, and its own sum. */
+#define NV_GATES (NV_HALF * (4 + 3 * 2) + (NV_HALF / 16 + 1) * 16)
 
 /* A call.  Places in the workspace are bytes from its start. */
 typedef struct loglin_nvidia_call {

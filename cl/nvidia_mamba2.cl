@@ -34,25 +34,22 @@
 #define TILES_V ((DIM_V + NV_TILE_V - 1) / NV_TILE_V)
 #define ITEMS (HEADS / GROUPS * TILES_V) /* of a group */
 #define NV_SUPER (1 << NV_SUPER_BITS)
-#define SCALES_ROW (USED | 1)
-#define SCALES_LANES (USED <= 16 ? 16 : 32) /* that fetch a row of level weights */
+#define SCALES_ROW ((USED + 6) / 4 * 4)
 #define HALF_LEVEL 8 /* of the first half, seen from the second; then come the blocks of segments */
 
 /* States are stored divided by this, for half's range. */
 #define STATE_UNIT (STORAGE == 1 ? 64.0f : 1.0f)
 
-/* A half's gates: sums from its start (and what their rounding has lost), decays of tokens to the end of their tile, chunk
- * and half in storage. */
+/* A half's gates. */
 typedef struct half_gates {
-    float2 sums[NV_HALF];
-    uint to_tile[NV_HALF / 2], to_chunk[NV_HALF / 2], to_half[NV_HALF / 2];
+    float sums[NV_HALF];                                                      /* from the start of the token's tile */
+    uint to_tile[NV_HALF / 2], to_chunk[NV_HALF / 2], to_half[NV_HALF / 2]; /* decays to the ends, in storage */
+    float4 tiles[NV_HALF / 16]; /* decays to the tile's start, from that of the half, that of the chunk, and the ends of the
+                                 * tiles two and three before */
+    float4 whole;               /* the sum, and its decay */
 } half_gates;
 
 float decay(float x) { return native_exp2(x * 1.44269504f); }
-
-float difference(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
-
-float total(float2 sum) { return sum.x + sum.y; }
 
 __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
@@ -108,45 +105,56 @@ void normalize_row(__local uint4 *rows, uint row) {
     }
 }
 
-/* The sum of two sums with remainders. */
-float2 add_sums(float2 a, float2 b) {
-    const float sum = a.x + b.x, seen = sum - a.x;
-    return (float2)(sum, a.y + b.y + ((a.x - (sum - seen)) + (b.x - seen)));
-}
-
-float2 sum_of_lane(float2 x, uint lane) { return (float2)(shuffle_from(x.x, lane), shuffle_from(x.y, lane)); }
-
-/* Four decays to the end `end`, in storage. */
-uint2 pack_decays(const float2 sums[4], float2 end) {
-    return (uint2)(pack(decay(difference(end, sums[0])), decay(difference(end, sums[1]))),
-                   pack(decay(difference(end, sums[2])), decay(difference(end, sums[3]))));
-}
-
-/* A warp makes a half's gates of one head; a lane has four tokens. */
+/* A warp makes a half's gates of one head; a lane has four tokens, four lanes a tile. */
 void make_gates(__global half_gates *to, const __local float *g, uint stride) {
-    const uint lane = warp_lane();
-    float2 sums[4];
-    sums[0] = (float2)(g[4 * lane * stride], 0.0f);
+    const uint lane = warp_lane(), tile = lane / 4;
+    float sums[4];
+    sums[0] = g[4 * lane * stride];
 #pragma unroll
     for (int i = 1; i < 4; i++) {
-        sums[i] = add_sums(sums[i - 1], (float2)(g[(4 * lane + i) * stride], 0.0f));
+        sums[i] = sums[i - 1] + g[(4 * lane + i) * stride];
     }
-    float2 sum = sums[3];
-    for (uint distance = 1; distance < 32; distance *= 2) {
-        const float2 left = (float2)(shuffle_up(sum.x, distance), shuffle_up(sum.y, distance));
-        sum = lane >= distance ? add_sums(left, sum) : sum;
+    float sum = sums[3];
+#pragma unroll
+    for (uint distance = 1; distance < 4; distance *= 2) {
+        const float left = shuffle_up(sum, distance);
+        sum += lane % 4 >= distance ? left : 0.0f;
     }
-    const float2 before = sum_of_lane(sum, lane > 0 ? lane - 1 : 0);
+    const float left = shuffle_up(sum, 1), before = lane % 4 > 0 ? left : 0.0f;
+    float half_before = 0.0f, chunk_before = 0.0f, chunk_after = 0.0f, half_after = 0.0f, all = 0.0f;
+    float one_before = 0.0f, two_before = 0.0f; /* the tiles' sums */
+#pragma unroll
+    for (uint i = 0; i < 8; i++) {
+        const float x = shuffle_from(sum, 4 * i + 3);
+        const int same_chunk = i / 4 == tile / 4;
+        all += x;
+        half_before += i < tile ? x : 0.0f;
+        half_after += i > tile ? x : 0.0f;
+        chunk_before += i < tile && same_chunk ? x : 0.0f;
+        chunk_after += i > tile && same_chunk ? x : 0.0f;
+        one_before = i + 1 == tile ? x : one_before;
+        two_before = i + 2 == tile ? x : two_before;
+    }
+    const float end = shuffle_from(sum, lane | 3u), to_chunk = decay(chunk_after), to_half = decay(half_after);
+    float to_tile[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        sums[i] = lane > 0 ? add_sums(before, sums[i]) : sums[i];
+        sums[i] += before;
+        to_tile[i] = decay(end - sums[i]);
     }
-    __global float4 *pairs = (__global float4 *)to->sums + 2 * lane;
-    pairs[0] = (float4)(sums[0], sums[1]);
-    pairs[1] = (float4)(sums[2], sums[3]);
-    ((__global uint2 *)to->to_tile)[lane] = pack_decays(sums, sum_of_lane(sums[3], lane | 3u));
-    ((__global uint2 *)to->to_chunk)[lane] = pack_decays(sums, sum_of_lane(sums[3], lane | 15u));
-    ((__global uint2 *)to->to_half)[lane] = pack_decays(sums, sum_of_lane(sums[3], 31));
+    ((__global float4 *)to->sums)[lane] = (float4)(sums[0], sums[1], sums[2], sums[3]);
+    ((__global uint2 *)to->to_tile)[lane] = (uint2)(pack(to_tile[0], to_tile[1]), pack(to_tile[2], to_tile[3]));
+    ((__global uint2 *)to->to_chunk)[lane] = (uint2)(pack(to_tile[0] * to_chunk, to_tile[1] * to_chunk),
+                                                     pack(to_tile[2] * to_chunk, to_tile[3] * to_chunk));
+    ((__global uint2 *)to->to_half)[lane] = (uint2)(pack(to_tile[0] * to_half, to_tile[1] * to_half),
+                                                    pack(to_tile[2] * to_half, to_tile[3] * to_half));
+    if (lane % 4 == 0) {
+        to->tiles[tile] =
+            (float4)(decay(half_before), decay(chunk_before), decay(one_before), decay(one_before + two_before));
+    }
+    if (lane == 0) {
+        to->whole = (float4)(all, decay(all), 0.0f, 0.0f);
+    }
 }
 
 /* A work-group makes a half's gates of NV_GATE_HEADS heads; they come through local memory, [token][head]. */
@@ -175,13 +183,19 @@ const __local uint4 *matrix_row(const __local uint4 *rows, uint tile, uint step)
     return &rows[row * (NV_K / 8) + (piece ^ (row & 7u))];
 }
 
+/* Adds a tile of q times one of k, transposed, as two of 8 columns. */
+void add_product(float4 c[2], uint4 a, uint4 k) {
+    mma(&c[0], a, k.x, k.z);
+    mma(&c[1], a, k.y, k.w);
+}
+
 /* A work-group makes the record of a half, a warp 16 of its rows; those behind the last half make gates. */
 __kernel __attribute__((reqd_work_group_size(NV_PREPARE_ITEMS, 1, 1))) void
 nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *q,
                ulong q_offset, const __global ushort *k, ulong k_offset, const __global float *g, ulong g_offset,
                uint aligned) {
     __local uint4 queries[NV_HALF * NV_K / 8], keys[NV_HALF * NV_K / 8];
-    const uint item = get_local_id(0), lane = warp_lane(), warp = item / 32;
+    const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32);
     const uint halves = 2 * call.segments;
     const ulong id = get_group_id(0), records = (ulong)call.batch * GROUPS * halves;
     if (id >= records) {
@@ -217,11 +231,13 @@ nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         record[K_TILES + ((warp / 4 * K_STEPS + step) * 4 + warp % 4) * 32 + lane] =
             load_transposed(matrix_row(keys, warp, step)).xzyw;
 #pragma unroll
-        for (uint j = 0; j < 8; j++) {
-            if (j <= warp) {
-                const uint4 b_tiles = load_matrices(matrix_row(keys, j, step));
-                mma(&product[j][0], a, b_tiles.x, b_tiles.z);
-                mma(&product[j][1], a, b_tiles.y, b_tiles.w);
+        for (uint j = 0; j < 4; j++) {
+            add_product(product[j], a, load_matrices(matrix_row(keys, j, step)));
+        }
+        if (warp >= 4) {
+#pragma unroll
+            for (uint j = 4; j < 8; j++) {
+                add_product(product[j], a, load_matrices(matrix_row(keys, j, step)));
             }
         }
     }
@@ -307,9 +323,10 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
               ulong v_offset, uint aligned) {
     __local uint4 values[STATE_STAGES][NV_STATE_COUNT][NV_CHUNK * 8] __attribute__((aligned(1024)));
     __local uint4 keys[STATE_STAGES][4 * K_STEPS * 32];
-    __local uint4 decays[STATE_STAGES][NV_STATE_COUNT][NV_CHUNK / 8];
+    __local uint4 decays[STATE_STAGES][NV_STATE_COUNT][NV_CHUNK / 8 + 1]; /* of the keys, and the half's `whole` */
     __local float blocks[NV_STATE_COUNT][NV_SUPER];
-    const uint lane = warp_lane(), own = get_local_id(0) / 128, warp = get_local_id(0) % 128 / 32;
+    const uint lane = warp_lane(), own = same_in_warp(get_local_id(0) / 128);
+    const uint warp = same_in_warp(get_local_id(0) % 128 / 32);
     const ulong id = get_group_id(0);
     const uint bundles = (ITEMS + NV_STATE_COUNT - 1) / NV_STATE_COUNT;
     const uint group = id / bundles % GROUPS, b = id / (bundles * GROUPS) % call.batch;
@@ -351,6 +368,8 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
                   get_local_id(0), STATE_ITEMS);
             fetch(decays[stage][own], (const __global uint4 *)gates[n / 2].to_half + n % 2 * (NV_CHUNK / 8), NV_CHUNK / 8,
                   get_local_id(0) % 128, 128);
+            fetch(&decays[stage][own][NV_CHUNK / 8], (const __global uint4 *)&gates[n / 2].whole, 1,
+                  get_local_id(0) % 128, 128);
         }
         end_copies();
         if (n < STATE_STAGES - 1) {
@@ -358,8 +377,8 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
         }
         const uint chunk = n - (STATE_STAGES - 1), stage = chunk % STATE_STAGES, segment = chunk / 4;
         if (chunk % 2 == 0) {
-            const float sum = total(gates[chunk / 2].sums[NV_HALF - 1]);
-            const float kept = chunk % 8 == 0 ? 0.0f : decay(sum);
+            const uint4 whole = decays[stage][own][NV_CHUNK / 8];
+            const float sum = as_float(whole.x), kept = chunk % 8 == 0 ? 0.0f : as_float(whole.y);
 #pragma unroll
             for (int m = 0; m < NV_K / 64; m++) {
 #pragma unroll
@@ -370,24 +389,16 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
             since = chunk % 4 == 0 ? sum : since + sum;
         }
         const tile_rows rows = tile_at(values[stage][own]);
-        uint4 a[4][NV_K / 64];
 #pragma unroll
-        for (uint step = 0; step < 4; step++) {
+        for (uint m = 0; m < NV_K / 64; m++) {
+            uint4 a[4];
 #pragma unroll
-            for (uint m = 0; m < NV_K / 64; m++) {
-                a[step][m] = decay_keys(keys[stage][((4 * m + warp) * 4 + step) * 32 + lane],
-                                        (const __local uint *)decays[stage][own] + 8 * step);
+            for (uint step = 0; step < 4; step++) {
+                a[step] = decay_keys(keys[stage][((4 * m + warp) * 4 + step) * 32 + lane],
+                                     (const __local uint *)decays[stage][own] + 8 * step);
             }
+            tile_multiply(state[m], a, rows);
         }
-        tile_begin();
-#pragma unroll
-        for (uint step = 0; step < 4; step++) {
-#pragma unroll
-            for (uint m = 0; m < NV_K / 64; m++) {
-                tile_multiply(state[m], a[step][m], tile_step(rows, step));
-            }
-        }
-        tile_end();
 #pragma unroll
         for (int m = 0; m < NV_K / 64; m++) {
             tile_wait(state[m]);
@@ -458,51 +469,63 @@ nvidia_tree(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
-/* Starts copying the level weights of a segment's rows to local memory. */
+/*
+ * Starts copying the level weights of a segment's rows.  Floats come in whole 16 bytes, so a row starts with as many floats
+ * as stand before its own in their 16 bytes: scales_shift.
+ */
 void fetch_scales(__local float *scales, const __global weight *level_scales, int rows) {
-    const uint level = get_local_id(0) % SCALES_LANES, first = get_local_id(0) / SCALES_LANES;
-    const __global weight *from = level_scales + (ulong)first * (HEADS * LEVELS) + level;
-#pragma unroll
-    for (int row = (int)first; row < NV_SEGMENT; row += NV_WALK_ITEMS / SCALES_LANES) {
-        if (level < USED && row < rows) {
 #if WEIGHT_STORAGE == 0
-            copy_4(&scales[row * SCALES_ROW + level], from);
-#else
-            scales[row * SCALES_ROW + level] = load_weight(from, 0);
-#endif
+    const uint piece = get_local_id(0) % 8, first = get_local_id(0) / 8;
+#pragma unroll
+    for (int row = (int)first; row < NV_SEGMENT; row += NV_OUTPUT_ITEMS / 8) {
+        const ulong from = (ulong)(level_scales + (ulong)row * (HEADS * LEVELS));
+        const int bytes = USED * 4 + (int)(from & 15) - 16 * (int)piece;
+        if (bytes > 0 && row < rows) {
+            copy_some_of_16(&scales[row * SCALES_ROW + 4 * piece],
+                            (const __global void *)((from & ~(ulong)15) + 16 * piece), (uint)min(bytes, 16));
         }
-        from += NV_WALK_ITEMS / SCALES_LANES * (HEADS * LEVELS);
     }
+#else
+    for (uint i = get_local_id(0); i < NV_SEGMENT * USED; i += NV_OUTPUT_ITEMS) {
+        const uint row = i / USED, level = i % USED;
+        if ((int)row < rows) {
+            scales[row * SCALES_ROW + level] = load_weight(level_scales, (ulong)row * (HEADS * LEVELS) + level);
+        }
+    }
+#endif
 }
 
-/* What weighs the rows r and r + 8 of a warp's 16: their level weights and gates. */
+uint scales_shift(const __global weight *level_scales, uint row) {
+    return WEIGHT_STORAGE == 0 ? ((uint)(ulong)level_scales / 4 + row * (uint)(HEADS * LEVELS)) % 4 : 0;
+}
+
+/* What weighs the rows r and r + 8 of a warp's 16. */
 typedef struct warp_rows {
-    const __local float *upper_scales, *lower_scales;
-    const __local float2 *sums; /* of the warp's half */
-    uint row;                   /* r, in the half */
+    const __local float *upper_scales, *lower_scales; /* their level weights */
+    float upper, lower;                               /* their decays from the tile's start */
 } warp_rows;
 
-/* Pairs of the weights of one level, decayed since `from` and by `kept`. */
-uint2 row_weights(warp_rows rows, uint level, float2 from, float kept) {
-    const float upper = rows.upper_scales[level] * (kept * decay(difference(rows.sums[rows.row], from)));
-    const float lower = rows.lower_scales[level] * (kept * decay(difference(rows.sums[rows.row + 8], from)));
+/* Pairs of the weights of one level, decayed by `kept` before the tile. */
+uint2 row_weights(warp_rows rows, uint level, float kept) {
+    const float upper = rows.upper_scales[level] * (kept * rows.upper);
+    const float lower = rows.lower_scales[level] * (kept * rows.lower);
     return (uint2)(pack(upper, upper), pack(lower, lower));
 }
 
-/* A tile of q k^T on the diagonal. */
-uint4 weigh_diagonal(uint4 product, warp_rows rows) {
-    const uint r = warp_lane() / 4, p = warp_lane() % 4, s = rows.row - r + 2 * p;
+/* A tile of q k^T on the diagonal; sums: of the gates in the tile. */
+uint4 weigh_diagonal(uint4 product, warp_rows rows, const __local float *sums) {
+    const uint r = warp_lane() / 4, p = warp_lane() % 4;
     const float2 a = unpack(product.x), b = unpack(product.y), d = unpack(product.w);
-    const float2 early = rows.sums[rows.row], late = rows.sums[rows.row + 8];
+    const float early = sums[r], late = sums[r + 8];
+    const float left[2] = {sums[2 * p], sums[2 * p + 1]}, right[2] = {sums[2 * p + 8], sums[2 * p + 9]};
     const int is_past[2] = {2 * p <= r, 2 * p + 1 <= r};
     float weight[6];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int level = bit_length(r ^ (2 * p + e));
-        const float2 left = rows.sums[s + e], right = rows.sums[s + 8 + e];
-        weight[e] = rows.upper_scales[level] * decay(difference(early, left));
-        weight[2 + e] = rows.lower_scales[4] * decay(difference(late, left));
-        weight[4 + e] = rows.lower_scales[level] * decay(difference(late, right));
+        weight[e] = rows.upper_scales[level] * decay(early - left[e]);
+        weight[2 + e] = rows.lower_scales[4] * decay(late - left[e]);
+        weight[4 + e] = rows.lower_scales[level] * decay(late - right[e]);
     }
     return (uint4)(pack(is_past[0] ? a.x * weight[0] : 0.0f, is_past[1] ? a.y * weight[1] : 0.0f),
                    pack(b.x * weight[2], b.y * weight[3]), 0u,
@@ -518,56 +541,46 @@ void add_level(float4 c[8], const uint4 q[BLOCK_STEPS], uint2 weights, tile_rows
         for (uint step = 0; step < 4; step++) {
             a[step] = scale_rows(q[4 * part + step], weights.x, weights.y);
         }
-        tile_begin();
-#pragma unroll
-        for (uint step = 0; step < 4; step++) {
-            tile_multiply(c, a[step], tile_step(state, 4 * part + step));
-        }
-        tile_end();
+        tile_multiply(c, a, tile_step(state, 4 * part));
         tile_wait_but_one();
     }
 }
 
-/* Adds the chunk's own q k^T times its values, and that of the chunk before it in its half. */
+/*
+ * Adds the chunk's own q k^T times its values, and that of the chunk before it in its half.  own: the warp's tile of rows in
+ * the chunk.
+ */
 void add_near(float4 c[8], const __local uint4 *products, const __local half_gates *gates, warp_rows rows, uint odd,
-              tile_rows values) {
-    const uint lane = warp_lane(), p = lane % 4, own = get_local_id(0) % 128 / 32, i = 4 * odd + own;
+              uint own, tile_rows values) {
+    const uint lane = warp_lane(), p = lane % 4, i = 4 * odd + own;
     const __local uint4 *tiles = products + i * (i + 1) / 2 * 32 + lane;
+    const float4 before = gates->tiles[i];
     if (odd) {
+        const uint2 weights = row_weights(rows, 7, before.y);
         uint4 a[4];
-        const uint2 weights = row_weights(rows, 7, rows.sums[NV_CHUNK - 1], 1.0f);
 #pragma unroll
         for (uint j = 0; j < 4; j++) {
             a[j] = scale_columns(scale_rows(tiles[32 * j], weights.x, weights.y), gates->to_chunk[8 * j + p],
                                  gates->to_chunk[8 * j + p + 4]);
         }
-        tile_begin();
-#pragma unroll
-        for (uint j = 0; j < 4; j++) {
-            tile_multiply(c, a[j], tile_step(values, j));
-        }
-        tile_end();
+        tile_multiply(c, a, values);
         tile_wait(c);
     }
-    uint4 x[4];
+    uint4 a[4];
 #pragma unroll
     for (uint j = 0; j < 4; j++) {
         const uint tile = 4 * odd + j;
-        x[j] = (uint4)(0);
+        a[j] = (uint4)(0);
         if (j < own) {
-            const uint2 weights = row_weights(rows, (own ^ j) == 1 ? 5 : 6, rows.sums[16 * tile + 15], 1.0f);
-            x[j] = scale_columns(scale_rows(tiles[32 * tile], weights.x, weights.y), gates->to_tile[8 * tile + p],
+            const uint2 weights = row_weights(rows, (own ^ j) == 1 ? 5 : 6,
+                                              own - j == 1 ? 1.0f : own - j == 2 ? before.z : before.w);
+            a[j] = scale_columns(scale_rows(tiles[32 * tile], weights.x, weights.y), gates->to_tile[8 * tile + p],
                                  gates->to_tile[8 * tile + p + 4]);
         } else if (j == own) {
-            x[j] = weigh_diagonal(tiles[32 * tile], rows);
+            a[j] = weigh_diagonal(tiles[32 * tile], rows, gates->sums + 16 * tile);
         }
     }
-    tile_begin();
-#pragma unroll
-    for (uint j = 0; j < 4; j++) {
-        tile_multiply(c, x[j], tile_step(values, 4 * odd + j));
-    }
-    tile_end();
+    tile_multiply(c, a, tile_step(values, 4 * odd));
     tile_wait(c);
 }
 
@@ -579,11 +592,11 @@ void add_near(float4 c[8], const __local uint4 *products, const __local half_gat
 
 /* 64 rows of the state of a segment's first half, to local memory. */
 void make_half_state(__local uint4 *to, const KEYS_SPACE uint4 *keys, const __local half_gates *gates, tile_rows values,
-                     uint m) {
-    const uint lane = warp_lane(), warp = get_local_id(0) % 128 / 32, r = lane / 4, p = lane % 4;
+                     uint m, uint warp) {
+    const uint lane = warp_lane(), r = lane / 4, p = lane % 4;
     float4 state[8];
     tile_clear(state);
-#pragma unroll
+#pragma unroll 1
     for (uint chunk = 0; chunk < 2; chunk++) {
         uint4 a[4];
 #pragma unroll
@@ -591,12 +604,8 @@ void make_half_state(__local uint4 *to, const KEYS_SPACE uint4 *keys, const __lo
             a[step] = decay_keys(keys[((chunk * K_STEPS + 4 * m + warp) * 4 + step) * 32 + lane],
                                  gates->to_half + 8 * (4 * chunk + step));
         }
-        tile_begin();
-#pragma unroll
-        for (uint step = 0; step < 4; step++) {
-            tile_multiply(state, a[step], tile_step(values, 4 * chunk + step));
-        }
-        tile_end();
+        tile_multiply(state, a, tile_step(values, 4 * chunk));
+        tile_wait(state);
     }
     tile_wait(state);
     const uint row = 64 * m + 16 * warp + r;
@@ -657,9 +666,9 @@ void fetch_item(__local uint4 *values, __local half_gates *gates, __local float 
                 int aligned) {
     const uint head = item / TILES_V, tile = item % TILES_V;
     fetch_rows(values, at.v + head * DIM_V + tile * NV_TILE_V, HEADS * DIM_V, NV_SEGMENT, 8, at.tokens,
-               DIM_V - (int)tile * NV_TILE_V, get_local_id(0), NV_WALK_ITEMS, aligned);
+               DIM_V - (int)tile * NV_TILE_V, get_local_id(0), NV_OUTPUT_ITEMS, aligned);
     fetch((__local uint4 *)gates, (const __global uint4 *)(at.gates + (ulong)head * at.segments * 2), 2 * NV_GATES / 16,
-          get_local_id(0), NV_WALK_ITEMS);
+          get_local_id(0), NV_OUTPUT_ITEMS);
     fetch_scales(scales, at.level_scales + head * LEVELS, at.tokens);
 }
 
@@ -673,7 +682,7 @@ stage_cursor fetch_stage(__local uint4 *stages, stage_cursor next, uint items, u
     if (next.item < items && blocks > 0) {
         fetch(stages + next.count % NV_STAGES * STAGE,
               at.nodes + ((ulong)next.item * at.segments + ends[next.block]) * STATE + next.rows * STAGE, STAGE,
-              get_local_id(0), NV_WALK_ITEMS);
+              get_local_id(0), NV_OUTPUT_ITEMS);
         next.count++;
         next.block++;
         if (next.block == blocks) {
@@ -689,7 +698,7 @@ stage_cursor fetch_stage(__local uint4 *stages, stage_cursor next, uint items, u
     return next;
 }
 
-__kernel __attribute__((reqd_work_group_size(NV_WALK_ITEMS, 1, 1))) void
+__kernel __attribute__((reqd_work_group_size(NV_OUTPUT_ITEMS, 1, 1))) void
 nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
                ulong v_offset, const __global weight *level_scales, ulong level_scales_offset, __global ushort *o,
                ulong o_offset, uint aligned) {
@@ -701,11 +710,11 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local uint4 keys[P_TILES - K_TILES];
 #endif
     __local half_gates gates_at[2][2] __attribute__((aligned(16)));
-    __local float scales_at[2][NV_SEGMENT * SCALES_ROW];
+    __local float scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(16)));
     __local float kept[NV_OUTPUT_COUNT][NV_SEGMENTS_BITS]; /* decay from a block of segments to this one */
     __local uint ends[NV_SEGMENTS_BITS], levels[NV_SEGMENTS_BITS]; /* the blocks' last segments, and levels */
-    const uint item = get_local_id(0), lane = warp_lane(), chunk = item / 128, odd = chunk % 2, part = chunk / 2;
-    const uint row = 16 * (item / 32 % 4) + lane / 4; /* in the chunk */
+    const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32), own = warp % 4;
+    const uint chunk = warp / 4, odd = chunk % 2, part = chunk / 2, row = 16 * own + lane / 4; /* in the chunk */
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
     const ulong id = get_group_id(0);
     const uint first_item = id % bundles * NV_OUTPUT_COUNT, count = min((uint)NV_OUTPUT_COUNT, ITEMS - first_item);
@@ -715,7 +724,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     const ulong token = (ulong)b * call.length + (ulong)segment * NV_SEGMENT;
     const __global uint4 *record = (const __global uint4 *)place(ws, ws_offset, call.products) +
                                    (((ulong)b * GROUPS + group) * call.segments + segment) * 2 * RECORD;
-    const __global uint4 *tiles_of_q = record + part * RECORD + (4 * odd + item / 32 % 4) * K_STEPS * 32;
+    const __global uint4 *tiles_of_q = record + part * RECORD + (4 * odd + own) * K_STEPS * 32;
     const ulong first_column = (token * HEADS + group * (HEADS / GROUPS)) * DIM_V;
     const outputs_place at = {
         v + v_offset + first_column,
@@ -727,7 +736,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     o += o_offset + first_column + (ulong)(64 * chunk + row) * (HEADS * DIM_V) + 8 * (lane % 4);
 
     /* The blocks of segments before this one: ends, levels, decays. */
-    for (uint i = item; i < count * NV_SEGMENTS_BITS; i += NV_WALK_ITEMS) {
+    for (uint i = item; i < count * NV_SEGMENTS_BITS; i += NV_OUTPUT_ITEMS) {
         const uint n = i / NV_SEGMENTS_BITS, wanted = i % NV_SEGMENTS_BITS;
         const __global float *sums = (const __global float *)place(ws, ws_offset, call.blocks) +
                                      (bh + (first_item + n) / TILES_V) * call.segments;
@@ -748,10 +757,10 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     }
     barrier(CLK_LOCAL_MEM_FENCE);
 
-    fetch(products[0], record + P_TILES, 36 * 32, item, NV_WALK_ITEMS);
-    fetch(products[1], record + RECORD + P_TILES, 36 * 32, item, NV_WALK_ITEMS);
+    fetch(products[0], record + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
+    fetch(products[1], record + RECORD + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
 #if NV_KEYS_LOCAL
-    fetch(keys, record + K_TILES, P_TILES - K_TILES, item, NV_WALK_ITEMS);
+    fetch(keys, record + K_TILES, P_TILES - K_TILES, item, NV_OUTPUT_ITEMS);
 #else
     const __global uint4 *keys = record + K_TILES;
 #endif
@@ -767,31 +776,35 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     uint stage = 0;
     for (uint n = 0; n < count; n++) {
         const __local half_gates *gates = gates_at[n % 2];
-        const __local float *scales = scales_at[n % 2] + (64 * chunk + row) * SCALES_ROW;
-        const warp_rows rows = {scales, scales + 8 * SCALES_ROW, gates[part].sums, 64 * odd + row};
-        wait_for_copies();
+        const uint head = (first_item + n) / TILES_V, tile = (first_item + n) % TILES_V;
+        const __global weight *scales_from = at.level_scales + head * LEVELS;
+        /* What the first level reads is here, and so is what was started before it. */
+        if (blocks * (NV_K / K_BLOCK) > 2) {
+            WAIT_FOR_COPIES_BUT(1);
+        } else {
+            wait_for_copies();
+        }
         tile_publish();
         barrier(CLK_LOCAL_MEM_FENCE);
+        const __local float *scales = scales_at[n % 2] + (64 * chunk + row) * SCALES_ROW;
+        const warp_rows rows = {scales + scales_shift(scales_from, 64 * chunk + row),
+                                scales + 8 * SCALES_ROW + scales_shift(scales_from, 64 * chunk + row + 8),
+                                decay(gates[part].sums[64 * odd + row]), decay(gates[part].sums[64 * odd + row + 8])};
 
         /* Inside the halves. */
         if (!odd) {
             for (uint m = part; m < NV_K / 64; m += 2) {
-                make_half_state(half_state, keys, &gates[0], tile_at(values), m);
+                make_half_state(half_state, keys, &gates[0], tile_at(values), m, own);
             }
             tile_publish();
         }
         float4 c[8];
         tile_clear(c);
-        add_near(c, products[part], &gates[part], rows, odd, tile_at(values + part * (NV_HALF * 8)));
+        add_near(c, products[part], &gates[part], rows, odd, own, tile_at(values + part * (NV_HALF * 8)));
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (n + 1 < count) {
-            fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, aligned);
-        }
-        end_copies();
 
-        /* What comes before them. */
-        const float first_half = part == 0 ? 1.0f : decay(total(gates[0].sums[NV_HALF - 1]));
-        const float2 none = (float2)(0.0f);
+        /* What comes before them.  While the first level is added, what the next item needs is fetched. */
+        const float half_kept = gates[part].tiles[4 * odd + own].x, kept_before = part == 0 ? 1.0f : gates[0].whole.y;
         for (uint k_block = 0; k_block < NV_K / K_BLOCK; k_block++) {
 #if NV_K != K_BLOCK
             load_queries(q, tiles_of_q, k_block);
@@ -803,17 +816,22 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                     barrier(CLK_LOCAL_MEM_FENCE);
                 }
                 next = fetch_stage(stages, next, first_item + count, blocks, ends, at);
-                add_level(c, q, row_weights(rows, levels[block], none, kept[n][block] * first_half),
+                add_level(c, q, row_weights(rows, levels[block], half_kept * kept_before * kept[n][block]),
                           tile_at(stages + stage % NV_STAGES * STAGE));
                 stage++;
+                if (k_block + block == 0 && n + 1 < count) {
+                    fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, aligned);
+                }
             }
             if (part == 1) {
-                add_level(c, q, row_weights(rows, HALF_LEVEL, none, STATE_UNIT * call.scale),
+                add_level(c, q, row_weights(rows, HALF_LEVEL, half_kept * STATE_UNIT * call.scale),
                           tile_at(half_state + k_block * STAGE));
             }
         }
+        if (blocks == 0 && n + 1 < count) {
+            fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, aligned);
+        }
         tile_wait(c);
-        const uint head = (first_item + n) / TILES_V, tile = (first_item + n) % TILES_V;
         store_outputs(o + head * DIM_V + tile * NV_TILE_V, c, at.tokens - (int)(64 * chunk + row - lane / 4),
                       DIM_V - (int)tile * NV_TILE_V, aligned);
     }
@@ -855,18 +873,20 @@ nvidia_final(const loglin_nvidia_call call, __global float *ws, ulong ws_offset,
         (((ulong)b * GROUPS + head / (HEADS / GROUPS)) * call.segments + segment) * 2 * RECORD;
     const __global half_gates *gates =
         (const __global half_gates *)place(ws, ws_offset, call.gates) + (bh * call.segments + segment) * 2;
-    const float second_half = total(gates[1].sums[NV_HALF - 1]);
+    const float second_half = gates[1].whole.x;
     for (uint s = item; s <= last - first; s += NV_ITEMS) {
         const uint part = s / NV_HALF, at = s % NV_HALF;
-        const float sum =
-            difference(gates[part].sums[NV_HALF - 1], gates[part].sums[at]) + (part == 0 ? second_half : 0.0f);
+        float sum = gates[part].sums[at | 15u] - gates[part].sums[at] + (part == 0 ? second_half : 0.0f);
+        for (uint i = at / 16 + 1; i < NV_HALF / 16; i++) {
+            sum += gates[part].sums[16 * i + 15];
+        }
         weighted_keys[s] = decay(sum) * key_element(record + part * RECORD, at, row);
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     v += v_offset + (((ulong)b * call.length + first) * HEADS + head) * DIM_V;
     states += states_offset + bh * LEVELS * (DIM_K * DIM_V) + row * DIM_V;
     for (uint column = item; column < DIM_V; column += NV_ITEMS) {
-        float since = total(gates[0].sums[NV_HALF - 1]) + second_half;
+        float since = gates[0].whole.x + second_half;
         for (uint level = 0; level < LEVELS; level++) {
             float x = 0.0f;
             if (level <= HALF_LEVEL) {

@@ -9,7 +9,7 @@
 #error "wgmma is not wanted (NV_NO_WGMMA)"
 #endif
 
-/* a 64 x 16, b 16 x 64, both row-major; products 64 x 64 of every work-group.  faults counts what else is wrong. */
+/* a 64 x 64, b 64 x 64, both row-major; products 64 x 64 of every work-group.  faults counts what else is wrong. */
 __kernel __attribute__((reqd_work_group_size(NV_ITEMS, 1, 1))) void
 nvidia_probe(const __global uint4 *a, const __global uint4 *b, __global float *products, __global uint *faults) {
     __local uint4 area[PROBE_BYTES / 16] __attribute__((aligned(1024)));
@@ -24,28 +24,35 @@ nvidia_probe(const __global uint4 *a, const __global uint4 *b, __global float *p
         wrong += x.x != i || x.y != group || x.z != (i ^ group) || x.w != ~i;
     }
     barrier(CLK_LOCAL_MEM_FENCE);
-    __local uint4 *rows_of_a = area + 16 * 8;
-    copy_16(&area[item / 8 * 8 + (item % 8 ^ item / 8 % 8)], &b[item], 1);
-    copy_16(&rows_of_a[item], &a[item], 1);
+    __local uint4 *rows_of_a = area + 64 * 8;
+    for (uint i = item; i < 64 * 8; i += NV_ITEMS) {
+        copy_16(&area[i / 8 * 8 + (i % 8 ^ i / 8 % 8)], &b[i], 1);
+        copy_16(&rows_of_a[i], &a[i], 1);
+    }
     wait_for_copies();
     tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
-    const uint4 left = load_matrices(&rows_of_a[(item / 32 * 16 + lane % 16) * 2 + lane / 16]);
-    float4 c[8];
+    uint4 left[4];
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        left[step] = load_matrices(&rows_of_a[(item / 32 * 16 + lane % 16) * 8 + 2 * step + lane / 16]);
+    }
+    float4 sum = (float4)(0.0f), c[8];
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        const uint4 right = load_transposed(&area[(16 * step + lane % 16) * 8 + (lane / 16 ^ lane % 8)]);
+        mma(&sum, left[step], right.x, right.y);
+    }
     tile_clear(c);
-    tile_begin();
     tile_multiply(c, left, tile_at(area));
-    tile_end();
     tile_wait(c);
-    const uint4 right = load_transposed(&area[lane % 16 * 8 + (lane / 16 ^ lane % 8)]);
-    float4 sum = (float4)(0.0f);
-    mma(&sum, left, right.x, right.y);
     wrong += sum.x != c[0].x || sum.y != c[0].y || sum.z != c[0].z || sum.w != c[0].w;
     const uint4 quad = transpose_quad((uint4)(p * 4, p * 4 + 1, p * 4 + 2, p * 4 + 3));
     wrong += quad.x != p || quad.y != 4 + p || quad.z != 8 + p || quad.w != 12 + p;
     const float2 same = unpack(multiply_pairs(pack(3.0f, -5.0f), pack(0.5f, 2.0f)));
     wrong += same.x != 1.5f || same.y != -10.0f;
     wrong += shuffle_up((float)lane, 1) != (float)(lane > 0 ? lane - 1 : 0);
+    wrong += same_in_warp(lane) != 0;
     wrong += shuffle_from((float)lane, lane ^ 5u) != (float)(lane ^ 5u);
     products += group * 64 * 64 + (item / 32 * 16 + r) * 64 + 2 * p;
 #pragma unroll

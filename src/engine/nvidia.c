@@ -146,7 +146,7 @@ static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
         [KERNEL_PREPARE] = NV_PREPARE_ITEMS,
         [KERNEL_STATES] = 128 * schedule->state_count,
         [KERNEL_TREE] = NV_ITEMS,
-        [KERNEL_OUTPUTS] = NV_WALK_ITEMS,
+        [KERNEL_OUTPUTS] = NV_OUTPUT_ITEMS,
         [KERNEL_FINAL] = NV_ITEMS,
     };
     for (int i = 0; i < KERNEL_COUNT; i++) {
@@ -188,7 +188,7 @@ static void destroy(loglin_engine_state *state) {
 /* Bytes of local memory of a work-group of outputs, and of states and prepare, which take less unless K is large. */
 static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *schedule) {
     const size_t k = padded_k(problem), stage = (k % 128 == 0 ? 128 : 64) * NV_TILE_V * 2;
-    const size_t scales = (size_t)2 * NV_SEGMENT * (loglin_num_levels(problem->length) | 1) * sizeof(float);
+    const size_t scales = (size_t)2 * NV_SEGMENT * ((loglin_num_levels(problem->length) + 6) / 4 * 4) * sizeof(float);
     const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4, gates = (size_t)4 * NV_GATES;
     const size_t keys = schedule->keys_local ? k * NV_HALF * 2 : 0, products = (size_t)72 * 512;
     const size_t values = (size_t)NV_SEGMENT * NV_TILE_V * 2;

@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { ROWS = 64, INNER = 16, COLUMNS = 64, GROUPS = 256 };
+enum { ROWS = 64, INNER = 64, COLUMNS = 64, GROUPS = 256 };
 
 typedef struct probe_buffers {
     cl_mem a, b, products, faults;
