@@ -12,6 +12,11 @@
 /* Columns of V that a warpgroup makes: an item of work is a head's tile of so many columns. */
 #define NV_TILE_V 64
 
+/* States that are on their way to the matrix units. */
+#ifndef NV_STAGES
+#define NV_STAGES 3
+#endif
+
 /* Work-items of the groups: a warpgroup has 128. */
 #define NV_PREPARE_ITEMS 256
 #define NV_OUTPUT_ITEMS 512

@@ -18,7 +18,7 @@
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales), USED
  * (those that are read), NORMALIZE, STORAGE, WEIGHT_STORAGE, WGMMA, NV_SUPER_BITS, NV_STATE_COUNT (items of a work-group of
- * states), NV_OUTPUT_COUNT, NV_STAGES (states that are on their way to the matrix units, at least 3), NV_KEYS_LOCAL (keys
+ * states), NV_OUTPUT_COUNT, NV_KEYS_LOCAL (keys
  * of a segment's first half are kept in local memory).
  */
 
@@ -55,6 +55,11 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
+/* Eight columns, whatever their alignment. */
+uint4 load_piece(const __global ushort *x) {
+    return (uint4)(x[0] | (uint)x[1] << 16, x[2] | (uint)x[3] << 16, x[4] | (uint)x[5] << 16, x[6] | (uint)x[7] << 16);
+}
+
 /*
  * Starts copying rows of storage to local memory, `pieces` of 8 columns each, piece c at place c ^ row % 8 of its eight so
  * that rows and columns of 8 x 8 matrices lie in different banks.  Missing rows and columns become zeros.  `items` that are
@@ -65,16 +70,14 @@ void fetch_rows(__local uint4 *to, const __global ushort *from, ulong stride, in
     const uint piece = item % pieces;
     const int has_columns = (int)piece * 8 < columns_there;
     const __global ushort *x = from + item / pieces * stride + piece * 8;
-#pragma unroll 4
+#pragma unroll 1
     for (int row = (int)(item / pieces); row < rows; row += (int)(items / pieces)) {
         const int wanted = has_columns && row < rows_there;
         __local uint4 *place_of_piece = &to[row * pieces + (piece ^ ((uint)row & 7u))];
         if (aligned) {
             copy_16(place_of_piece, wanted ? x : from, wanted);
         } else {
-            *place_of_piece = wanted ? (uint4)(x[0] | (uint)x[1] << 16, x[2] | (uint)x[3] << 16, x[4] | (uint)x[5] << 16,
-                                               x[6] | (uint)x[7] << 16)
-                                     : (uint4)(0);
+            *place_of_piece = wanted ? load_piece(x) : (uint4)(0);
         }
         x += items / pieces * stride;
     }
@@ -82,6 +85,7 @@ void fetch_rows(__local uint4 *to, const __global ushort *from, ulong stride, in
 
 /* Starts copying uint4s to local memory. */
 void fetch(__local uint4 *to, const __global uint4 *from, uint count, uint item, uint items) {
+#pragma unroll 1
     for (uint i = item; i < count; i += items) {
         copy_16(&to[i], &from[i], 1);
     }
@@ -223,7 +227,7 @@ nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     for (int j = 0; j < 8; j++) {
         product[j][0] = product[j][1] = (float4)(0.0f);
     }
-#pragma unroll 2
+#pragma unroll 1
     for (uint step = 0; step < K_STEPS; step++) {
         const uint4 a = load_matrices(matrix_row(queries, warp, step));
         record[(warp * K_STEPS + step) * 32 + lane] = a;
@@ -264,25 +268,20 @@ uint4 decay_keys(uint4 keys, const __local uint *to) {
     return scale_columns(keys, to[warp_lane() % 4], to[warp_lane() % 4 + 4]);
 }
 
-/* Rows r and r + 8 of the warp's tile, pieces of 8 columns: item p of a row's four gets piece p, then piece p + 4. */
-typedef struct row_pieces {
-    uint4 upper[2], lower[2];
-} row_pieces;
+/* Rows r and r + 8 of a warp's 16, 32 columns, times unit: the item p of a row's four gets columns 8 p... */
+uint4 upper_piece(const float4 c[4], float unit) {
+    return transpose_quad((uint4)(pack(c[0].x * unit, c[0].y * unit), pack(c[1].x * unit, c[1].y * unit),
+                                  pack(c[2].x * unit, c[2].y * unit), pack(c[3].x * unit, c[3].y * unit)));
+}
 
-row_pieces rows_of(const float4 c[8], float unit) {
-    row_pieces x;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float4 a = c[4 * i] * unit, b = c[4 * i + 1] * unit, d = c[4 * i + 2] * unit, e = c[4 * i + 3] * unit;
-        x.upper[i] = transpose_quad((uint4)(pack(a.x, a.y), pack(b.x, b.y), pack(d.x, d.y), pack(e.x, e.y)));
-        x.lower[i] = transpose_quad((uint4)(pack(a.z, a.w), pack(b.z, b.w), pack(d.z, d.w), pack(e.z, e.w)));
-    }
-    return x;
+uint4 lower_piece(const float4 c[4], float unit) {
+    return transpose_quad((uint4)(pack(c[0].z * unit, c[0].w * unit), pack(c[1].z * unit, c[1].w * unit),
+                                  pack(c[2].z * unit, c[2].w * unit), pack(c[3].z * unit, c[3].w * unit)));
 }
 
 /* ---- states ------------------------------------------------------------------------------------------------------ */
 
-/* Places of a state's pieces that rows_of gives this item, of 64 rows. */
+/* The place of piece p (0) or p + 4 (1) of a state's row. */
 uint piece_at(uint row, uint i) { return row * 8 + ((warp_lane() % 4 + 4 * i) ^ (row & 7u)); }
 
 /* Adds a node of this work-group's, times weight. */
@@ -305,11 +304,10 @@ void store_node(__global uint4 *node, const float4 state[NV_K / 64][8]) {
 #pragma unroll
     for (uint m = 0; m < NV_K / 64; m++) {
         const uint row = 64 * m + get_local_id(0) % 128 / 32 * 16 + warp_lane() / 4;
-        const row_pieces x = rows_of(state[m], 1.0f / STATE_UNIT);
 #pragma unroll
         for (uint i = 0; i < 2; i++) {
-            node[piece_at(row, i)] = x.upper[i];
-            node[piece_at(row + 8, i)] = x.lower[i];
+            node[piece_at(row, i)] = upper_piece(state[m] + 4 * i, 1.0f / STATE_UNIT);
+            node[piece_at(row + 8, i)] = lower_piece(state[m] + 4 * i, 1.0f / STATE_UNIT);
         }
     }
 }
@@ -325,6 +323,15 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
     __local uint4 keys[STATE_STAGES][4 * K_STEPS * 32];
     __local uint4 decays[STATE_STAGES][NV_STATE_COUNT][NV_CHUNK / 8 + 1]; /* of the keys, and the half's `whole` */
     __local float blocks[NV_STATE_COUNT][NV_SUPER];
+#if WGMMA
+    __local arrivals keys_here[STATE_STAGES];
+    if (get_local_id(0) == 0) {
+        for (uint i = 0; i < STATE_STAGES; i++) {
+            arrivals_start(&keys_here[i], 1);
+        }
+        tile_publish();
+    }
+#endif
     const uint lane = warp_lane(), own = same_in_warp(get_local_id(0) / 128);
     const uint warp = same_in_warp(get_local_id(0) % 128 / 32);
     const ulong id = get_group_id(0);
@@ -364,8 +371,14 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
             const uint stage = n % STATE_STAGES;
             fetch_rows(values[stage][own], values_from + (ulong)n * (NV_CHUNK * HEADS * DIM_V), HEADS * DIM_V, NV_CHUNK, 8,
                        NV_CHUNK, DIM_V - (int)tile * NV_TILE_V, get_local_id(0) % 128, 128, aligned);
-            fetch(keys[stage], record + (ulong)(n / 2) * RECORD + K_TILES + n % 2 * (4 * K_STEPS * 32), 4 * K_STEPS * 32,
-                  get_local_id(0), STATE_ITEMS);
+            const __global uint4 *keys_from = record + (ulong)(n / 2) * RECORD + K_TILES + n % 2 * (4 * K_STEPS * 32);
+#if WGMMA
+            if (get_local_id(0) == 0) {
+                copy_bulk(keys[stage], keys_from, 4 * K_STEPS * 32 * 16, &keys_here[stage]);
+            }
+#else
+            fetch(keys[stage], keys_from, 4 * K_STEPS * 32, get_local_id(0), STATE_ITEMS);
+#endif
             fetch(decays[stage][own], (const __global uint4 *)gates[n / 2].to_half + n % 2 * (NV_CHUNK / 8), NV_CHUNK / 8,
                   get_local_id(0) % 128, 128);
             fetch(&decays[stage][own][NV_CHUNK / 8], (const __global uint4 *)&gates[n / 2].whole, 1,
@@ -389,6 +402,9 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
             since = chunk % 4 == 0 ? sum : since + sum;
         }
         const tile_rows rows = tile_at(values[stage][own]);
+#if WGMMA
+        arrivals_wait(&keys_here[stage], chunk / STATE_STAGES % 2);
+#endif
 #pragma unroll
         for (uint m = 0; m < NV_K / 64; m++) {
             uint4 a[4];
@@ -470,27 +486,22 @@ nvidia_tree(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
 /*
- * Starts copying the level weights of a segment's rows.  Floats come in whole 16 bytes, so a row starts with as many floats
+ * Starts copying the level weights of 64 of a segment's rows, from `row`.  Floats come in whole 16 bytes, so a row starts with as many floats
  * as stand before its own in their 16 bytes: scales_shift.
  */
-void fetch_scales(__local float *scales, const __global weight *level_scales, int rows) {
+void fetch_scales(__local float *scales, const __global weight *level_scales, int row, int rows) {
+    const uint piece = get_local_id(0) % 8;
+    row += (int)get_local_id(0) / 8;
 #if WEIGHT_STORAGE == 0
-    const uint piece = get_local_id(0) % 8, first = get_local_id(0) / 8;
-#pragma unroll
-    for (int row = (int)first; row < NV_SEGMENT; row += NV_OUTPUT_ITEMS / 8) {
-        const ulong from = (ulong)(level_scales + (ulong)row * (HEADS * LEVELS));
-        const int bytes = USED * 4 + (int)(from & 15) - 16 * (int)piece;
-        if (bytes > 0 && row < rows) {
-            copy_some_of_16(&scales[row * SCALES_ROW + 4 * piece],
-                            (const __global void *)((from & ~(ulong)15) + 16 * piece), (uint)min(bytes, 16));
-        }
+    const ulong from = (ulong)(level_scales + (ulong)row * (HEADS * LEVELS));
+    const int bytes = USED * 4 + (int)(from & 15) - 16 * (int)piece;
+    if (bytes > 0 && row < rows) {
+        copy_some_of_16(&scales[row * SCALES_ROW + 4 * piece],
+                        (const __global void *)((from & ~(ulong)15) + 16 * piece), (uint)min(bytes, 16));
     }
 #else
-    for (uint i = get_local_id(0); i < NV_SEGMENT * USED; i += NV_OUTPUT_ITEMS) {
-        const uint row = i / USED, level = i % USED;
-        if ((int)row < rows) {
-            scales[row * SCALES_ROW + level] = load_weight(level_scales, (ulong)row * (HEADS * LEVELS) + level);
-        }
+    for (uint level = piece; level < USED && row < rows; level += 8) {
+        scales[row * SCALES_ROW + level] = load_weight(level_scales, (ulong)row * (HEADS * LEVELS) + level);
     }
 #endif
 }
@@ -532,55 +543,46 @@ uint4 weigh_diagonal(uint4 product, warp_rows rows, const __local float *sums) {
                    pack(is_past[0] ? d.x * weight[4] : 0.0f, is_past[1] ? d.y * weight[5] : 0.0f));
 }
 
-/* Adds (weights q) S for K_BLOCK columns of K. */
-void add_level(float4 c[8], const uint4 q[BLOCK_STEPS], uint2 weights, tile_rows state) {
-#pragma unroll
-    for (uint part = 0; part < BLOCK_STEPS / 4; part++) {
-        uint4 a[4];
-#pragma unroll
-        for (uint step = 0; step < 4; step++) {
-            a[step] = scale_rows(q[4 * part + step], weights.x, weights.y);
-        }
-        tile_multiply(c, a, tile_step(state, 4 * part));
-        tile_wait_but_one();
-    }
-}
-
 /*
- * Adds the chunk's own q k^T times its values, and that of the chunk before it in its half.  own: the warp's tile of rows in
- * the chunk.
+ * c = the chunk's own weighed q k^T times its values, and that of the chunk before it in its half.  own: the warp's tile of
+ * rows in the chunk.
  */
-void add_near(float4 c[8], const __local uint4 *products, const __local half_gates *gates, warp_rows rows, uint odd,
-              uint own, tile_rows values) {
+void make_near(float4 c[8], const __local uint4 *products, const __local half_gates *gates, warp_rows rows, uint odd,
+               uint own, tile_rows values) {
     const uint lane = warp_lane(), p = lane % 4, i = 4 * odd + own;
     const __local uint4 *tiles = products + i * (i + 1) / 2 * 32 + lane;
     const float4 before = gates->tiles[i];
-    if (odd) {
-        const uint2 weights = row_weights(rows, 7, before.y);
-        uint4 a[4];
-#pragma unroll
-        for (uint j = 0; j < 4; j++) {
-            a[j] = scale_columns(scale_rows(tiles[32 * j], weights.x, weights.y), gates->to_chunk[8 * j + p],
-                                 gates->to_chunk[8 * j + p + 4]);
-        }
-        tile_multiply(c, a, values);
-        tile_wait(c);
-    }
-    uint4 a[4];
+    uint4 near[4], far[4];
 #pragma unroll
     for (uint j = 0; j < 4; j++) {
         const uint tile = 4 * odd + j;
-        a[j] = (uint4)(0);
+        near[j] = (uint4)(0);
         if (j < own) {
             const uint2 weights = row_weights(rows, (own ^ j) == 1 ? 5 : 6,
                                               own - j == 1 ? 1.0f : own - j == 2 ? before.z : before.w);
-            a[j] = scale_columns(scale_rows(tiles[32 * tile], weights.x, weights.y), gates->to_tile[8 * tile + p],
-                                 gates->to_tile[8 * tile + p + 4]);
-        } else if (j == own) {
-            a[j] = weigh_diagonal(tiles[32 * tile], rows, gates->sums + 16 * tile);
+            near[j] = scale_columns(scale_rows(tiles[32 * tile], weights.x, weights.y), gates->to_tile[8 * tile + p],
+                                    gates->to_tile[8 * tile + p + 4]);
         }
     }
-    tile_multiply(c, a, tile_step(values, 4 * odd));
+    const uint4 diagonal = weigh_diagonal(tiles[32 * i], rows, gates->sums + 16 * i);
+#pragma unroll
+    for (uint j = 0; j < 4; j++) {
+        near[j] = j == own ? diagonal : near[j];
+        far[j] = (uint4)(0);
+    }
+    if (odd) {
+        const uint2 weights = row_weights(rows, 7, before.y);
+#pragma unroll
+        for (uint j = 0; j < 4; j++) {
+            far[j] = scale_columns(scale_rows(tiles[32 * j], weights.x, weights.y), gates->to_chunk[8 * j + p],
+                                   gates->to_chunk[8 * j + p + 4]);
+        }
+    }
+    tile_clear(c);
+    if (odd) {
+        tile_multiply(c, far, values);
+    }
+    tile_multiply(c, near, tile_step(values, 4 * odd));
     tile_wait(c);
 }
 
@@ -619,29 +621,25 @@ void make_half_state(__local uint4 *to, const KEYS_SPACE uint4 *keys, const __lo
     }
 }
 
-void store_pieces(__global ushort *o, uint4 x, int wanted, int aligned) {
+void store_piece(__global ushort *o, uint4 x, int wanted, int aligned) {
     if (wanted && aligned) {
         *(__global uint4 *)o = x;
     } else if (wanted) {
-        const uint pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < 4; i++) {
-            o[2 * i] = (ushort)pairs[i];
-            o[2 * i + 1] = (ushort)(pairs[i] >> 16);
+            o[2 * i] = (ushort)x.x;
+            o[2 * i + 1] = (ushort)(x.x >> 16);
+            x = x.yzwx;
         }
     }
 }
 
-/* The warp's 16 rows; o: row r, columns 8 p... */
-void store_outputs(__global ushort *o, const float4 c[8], int rows, int columns, int aligned) {
-    const row_pieces x = rows_of(c, 1.0f);
+/* 32 columns of the warp's 16 rows; o: row r, columns 8 p... */
+void store_columns(__global ushort *o, const float4 c[4], int rows, int columns, int aligned) {
     const int r = (int)warp_lane() / 4, p = (int)warp_lane() % 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int has_columns = 8 * (p + 4 * i) < columns;
-        store_pieces(o + 32 * i, x.upper[i], has_columns && r < rows, aligned);
-        store_pieces(o + 32 * i + (ulong)8 * (HEADS * DIM_V), x.lower[i], has_columns && r + 8 < rows, aligned);
-    }
+    const uint4 upper = upper_piece(c, 1.0f), lower = lower_piece(c, 1.0f);
+    store_piece(o, upper, 8 * p < columns && r < rows, aligned);
+    store_piece(o + (ulong)8 * (HEADS * DIM_V), lower, 8 * p < columns && r + 8 < rows, aligned);
 }
 
 void load_queries(uint4 q[BLOCK_STEPS], const __global uint4 *tiles, uint block) {
@@ -661,41 +659,78 @@ typedef struct outputs_place {
     int tokens;    /* of the segment */
 } outputs_place;
 
-/* Starts to copy what an item has of its own. */
+/* Starts to copy what an item has of its own: the chunk `quarter` of its values and level weights; its gates. */
 void fetch_item(__local uint4 *values, __local half_gates *gates, __local float *scales, outputs_place at, uint item,
-                int aligned) {
+                uint quarter, int aligned) {
     const uint head = item / TILES_V, tile = item % TILES_V;
-    fetch_rows(values, at.v + head * DIM_V + tile * NV_TILE_V, HEADS * DIM_V, NV_SEGMENT, 8, at.tokens,
-               DIM_V - (int)tile * NV_TILE_V, get_local_id(0), NV_OUTPUT_ITEMS, aligned);
-    fetch((__local uint4 *)gates, (const __global uint4 *)(at.gates + (ulong)head * at.segments * 2), 2 * NV_GATES / 16,
-          get_local_id(0), NV_OUTPUT_ITEMS);
-    fetch_scales(scales, at.level_scales + head * LEVELS, at.tokens);
+    fetch_rows(values + quarter * (NV_CHUNK * 8),
+               at.v + (ulong)(quarter * NV_CHUNK) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V, HEADS * DIM_V,
+               NV_CHUNK, 8, at.tokens - (int)(quarter * NV_CHUNK), DIM_V - (int)tile * NV_TILE_V, get_local_id(0),
+               NV_OUTPUT_ITEMS, aligned);
+    fetch_scales(scales, at.level_scales + head * LEVELS, (int)(quarter * NV_CHUNK), at.tokens);
+    if (quarter == 0) {
+        fetch((__local uint4 *)gates, (const __global uint4 *)(at.gates + (ulong)head * at.segments * 2),
+              2 * NV_GATES / 16, get_local_id(0), NV_OUTPUT_ITEMS);
+    }
 }
 
-/* The next state that is copied: of which item, which block of K_BLOCK rows, which block of segments. */
-typedef struct stage_cursor {
-    uint item, rows, block, count; /* count: how many came before */
-} stage_cursor;
+/*
+ * States on their way to the matrix units, a ring of NV_STAGES.  With wgmma they come in bulk: `full` counts their arrival,
+ * `empty` the warps that are done with them; an item of the last warp, which is late as a rule, starts the copies.  Else all
+ * items copy, and the whole work-group meets at a barrier for each state.
+ */
+typedef struct stage_ring {
+    __local uint4 *stages;
+#if WGMMA
+    __local arrivals *full, *empty;
+#endif
+    const __local uint *ends; /* last segments of the blocks of segments before this one */
+    uint first_item, count, blocks;
+} stage_ring;
 
-stage_cursor fetch_stage(__local uint4 *stages, stage_cursor next, uint items, uint blocks, const __local uint *ends,
-                         outputs_place at) {
-    if (next.item < items && blocks > 0) {
-        fetch(stages + next.count % NV_STAGES * STAGE,
-              at.nodes + ((ulong)next.item * at.segments + ends[next.block]) * STATE + next.rows * STAGE, STAGE,
-              get_local_id(0), NV_OUTPUT_ITEMS);
-        next.count++;
-        next.block++;
-        if (next.block == blocks) {
-            next.block = 0;
-            next.rows++;
+/* Starts to copy the state that is multiplied as number `n`; of an item come K_BLOCK rows of all blocks, then the next. */
+void fetch_stage(stage_ring ring, uint n, outputs_place at) {
+    const uint per_item = ring.blocks * (NV_K / K_BLOCK);
+    const int starts = n < ring.count * per_item && (!WGMMA || get_local_id(0) == NV_OUTPUT_ITEMS - 32);
+    if (starts) {
+        const uint item = ring.first_item + n / per_item, block = n % ring.blocks, k_block = n % per_item / ring.blocks;
+        const __global uint4 *from =
+            at.nodes + ((ulong)item * at.segments + ring.ends[block]) * STATE + k_block * STAGE;
+        __local uint4 *to = ring.stages + n % NV_STAGES * STAGE;
+#if WGMMA
+        if (n >= NV_STAGES) {
+            arrivals_wait(&ring.empty[n % NV_STAGES], (n / NV_STAGES - 1) % 2);
         }
-        if (next.rows == NV_K / K_BLOCK) {
-            next.rows = 0;
-            next.item++;
-        }
+        copy_bulk(to, from, STAGE * 16, &ring.full[n % NV_STAGES]);
+#else
+        fetch(to, from, STAGE, get_local_id(0), NV_OUTPUT_ITEMS);
+#endif
     }
     end_copies();
-    return next;
+}
+
+/* Waits for state n; all warps are behind their products with state n - 2 or, without wgmma, n - 1. */
+void wait_for_stage(stage_ring ring, uint n) {
+#if WGMMA
+    arrivals_wait(&ring.full[n % NV_STAGES], n / NV_STAGES % 2);
+#else
+    (void)ring;
+    (void)n;
+    WAIT_FOR_COPIES_BUT(NV_STAGES - 2);
+    barrier(CLK_LOCAL_MEM_FENCE);
+#endif
+}
+
+/* This warp is done with state n. */
+void release_stage(stage_ring ring, uint n) {
+#if WGMMA
+    if (warp_lane() == 0) {
+        arrive(&ring.empty[n % NV_STAGES]);
+    }
+#else
+    (void)ring;
+    (void)n;
+#endif
 }
 
 __kernel __attribute__((reqd_work_group_size(NV_OUTPUT_ITEMS, 1, 1))) void
@@ -713,6 +748,9 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local float scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(16)));
     __local float kept[NV_OUTPUT_COUNT][NV_SEGMENTS_BITS]; /* decay from a block of segments to this one */
     __local uint ends[NV_SEGMENTS_BITS], levels[NV_SEGMENTS_BITS]; /* the blocks' last segments, and levels */
+#if WGMMA
+    __local arrivals full[NV_STAGES], empty[NV_STAGES];
+#endif
     const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32), own = warp % 4;
     const uint chunk = warp / 4, odd = chunk % 2, part = chunk / 2, row = 16 * own + lane / 4; /* in the chunk */
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
@@ -755,6 +793,18 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             }
         }
     }
+    const stage_ring ring = {stages,
+#if WGMMA
+                             full, empty,
+#endif
+                             ends, first_item, count, blocks};
+#if WGMMA
+    if (item < NV_STAGES) {
+        arrivals_start(&full[item], 1);
+        arrivals_start(&empty[item], NV_OUTPUT_ITEMS / 32);
+        tile_publish();
+    }
+#endif
     barrier(CLK_LOCAL_MEM_FENCE);
 
     fetch(products[0], record + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
@@ -764,10 +814,11 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
 #else
     const __global uint4 *keys = record + K_TILES;
 #endif
-    fetch_item(values, gates_at[0], scales_at[0], at, first_item, aligned);
-    stage_cursor next = {first_item, 0, 0, 0};
-    for (uint i = 0; i < NV_STAGES - 2; i++) {
-        next = fetch_stage(stages, next, first_item + count, blocks, ends, at);
+    for (uint quarter = 0; quarter < 4; quarter++) {
+        fetch_item(values, gates_at[0], scales_at[0], at, first_item, quarter, aligned);
+    }
+    for (uint i = 0; i < NV_STAGES - 1; i++) {
+        fetch_stage(ring, i, at);
     }
     uint4 q[BLOCK_STEPS];
 #if NV_K == K_BLOCK
@@ -778,12 +829,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         const __local half_gates *gates = gates_at[n % 2];
         const uint head = (first_item + n) / TILES_V, tile = (first_item + n) % TILES_V;
         const __global weight *scales_from = at.level_scales + head * LEVELS;
-        /* What the first level reads is here, and so is what was started before it. */
-        if (blocks * (NV_K / K_BLOCK) > 2) {
-            WAIT_FOR_COPIES_BUT(1);
-        } else {
-            wait_for_copies();
-        }
+        wait_for_copies();
         tile_publish();
         barrier(CLK_LOCAL_MEM_FENCE);
         const __local float *scales = scales_at[n % 2] + (64 * chunk + row) * SCALES_ROW;
@@ -799,41 +845,62 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             tile_publish();
         }
         float4 c[8];
-        tile_clear(c);
-        add_near(c, products[part], &gates[part], rows, odd, own, tile_at(values + part * (NV_HALF * 8)));
+        make_near(c, products[part], &gates[part], rows, odd, own, tile_at(values + part * (NV_HALF * 8)));
         barrier(CLK_LOCAL_MEM_FENCE);
 
-        /* What comes before them.  While the first level is added, what the next item needs is fetched. */
-        const float half_kept = gates[part].tiles[4 * odd + own].x, kept_before = part == 0 ? 1.0f : gates[0].whole.y;
+        /* What comes before them: blocks of segments, then the first half.  Meanwhile the next item is fetched. */
+        const float half_kept = gates[part].tiles[4 * odd + own].x;
+        const float block_kept = part == 0 ? half_kept : half_kept * gates[0].whole.y;
+        uint quarter = n + 1 < count ? 0 : 4;
         for (uint k_block = 0; k_block < NV_K / K_BLOCK; k_block++) {
 #if NV_K != K_BLOCK
             load_queries(q, tiles_of_q, k_block);
 #endif
-            for (uint block = 0; block < blocks; block++) {
-                if (k_block + block > 0) {
-                    WAIT_FOR_COPIES_BUT(NV_STAGES - 3);
-                    tile_publish();
-                    barrier(CLK_LOCAL_MEM_FENCE);
+#pragma unroll 1
+            for (uint block = 0; block < blocks + part; block++) {
+                const int is_half = block == blocks;
+                uint2 weights;
+                tile_rows state;
+                if (is_half) {
+                    weights = row_weights(rows, HALF_LEVEL, half_kept * STATE_UNIT * call.scale);
+                    state = tile_at(half_state + k_block * STAGE);
+                } else {
+                    weights = row_weights(rows, levels[block], block_kept * kept[n][block]);
+                    state = tile_at(stages + stage % NV_STAGES * STAGE);
+                    wait_for_stage(ring, stage);
                 }
-                next = fetch_stage(stages, next, first_item + count, blocks, ends, at);
-                add_level(c, q, row_weights(rows, levels[block], half_kept * kept_before * kept[n][block]),
-                          tile_at(stages + stage % NV_STAGES * STAGE));
-                stage++;
-                if (k_block + block == 0 && n + 1 < count) {
-                    fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, aligned);
+#pragma unroll
+                for (uint step = 0; step < BLOCK_STEPS; step += 4) {
+                    uint4 a[4];
+#pragma unroll
+                    for (uint i = 0; i < 4; i++) {
+                        a[i] = scale_rows(q[step + i], weights.x, weights.y);
+                    }
+                    tile_multiply(c, a, tile_step(state, step));
+                    tile_wait_but_one();
+                    if (step == 0 && !is_half) {
+                        /* The product before this one is done. */
+                        if (stage > 0) {
+                            release_stage(ring, stage - 1);
+                        }
+                        fetch_stage(ring, stage + NV_STAGES - 1, at);
+                    }
+                    if (quarter < 4) {
+                        fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1,
+                                   quarter++, aligned);
+                    }
                 }
-            }
-            if (part == 1) {
-                add_level(c, q, row_weights(rows, HALF_LEVEL, half_kept * STATE_UNIT * call.scale),
-                          tile_at(half_state + k_block * STAGE));
+                stage += !is_half;
             }
         }
-        if (blocks == 0 && n + 1 < count) {
-            fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, aligned);
+        while (quarter < 4) {
+            fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, quarter++, aligned);
         }
         tile_wait(c);
-        store_outputs(o + head * DIM_V + tile * NV_TILE_V, c, at.tokens - (int)(64 * chunk + row - lane / 4),
-                      DIM_V - (int)tile * NV_TILE_V, aligned);
+        __global ushort *to = o + head * DIM_V + tile * NV_TILE_V;
+        const int rows_there = at.tokens - (int)(64 * chunk + 16 * own), columns_there = DIM_V - (int)tile * NV_TILE_V;
+        store_columns(to, c, rows_there, columns_there, aligned);
+        store_columns(to + 32, c + 4, rows_there, columns_there - 32, aligned);
     }
 }
 

@@ -29,9 +29,8 @@ typedef enum nvidia_kernel {
 
 /* How the work is cut; the names are those of cl/nvidia_mamba2.cl. */
 typedef struct nvidia_schedule {
-    bool wgmma;
-    size_t super_bits, state_count, output_count, stages;
-    bool keys_local;
+    size_t super_bits, state_count, output_count;
+    bool keys_local, wgmma;
 } nvidia_schedule;
 
 struct loglin_engine_state {
@@ -160,15 +159,16 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                                     "nvidia_final"};
     static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_layout.cl", "nvidia_mamba2.cl", NULL};
     const nvidia_schedule *schedule = &state->schedule;
-    char options[640]; /* 15 numbers of at most 20 digits and their names */
+    char options[640]; /* 14 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DUSED=%zu -DNORMALIZE=%d"
                    " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DNV_SUPER_BITS=%zu -DNV_STATE_COUNT=%zu -DNV_OUTPUT_COUNT=%zu"
-                   " -DNV_STAGES=%zu -DNV_KEYS_LOCAL=%d %s",
+                   " -DNV_KEYS_LOCAL=%d %s %s",
                    padded_k(problem), problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    loglin_num_levels(problem->length), problem->normalize_qk != 0, (int)problem->dtype,
                    (int)problem->weight_dtype, schedule->super_bits, schedule->state_count, schedule->output_count,
-                   schedule->stages, (int)schedule->keys_local, schedule->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
+                   (int)schedule->keys_local, padded_k(problem) <= 128 ? "-cl-nv-maxrregcount=128" : "",
+                   schedule->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_kernels_get(device, files, options, names, KERNEL_COUNT, state->kernels);
 }
 
@@ -185,54 +185,45 @@ static void destroy(loglin_engine_state *state) {
     free(state);
 }
 
-/* Bytes of local memory of a work-group of outputs, and of states and prepare, which take less unless K is large. */
+/* Bytes of local memory of a work-group of outputs, which takes the most. */
 static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *schedule) {
-    const size_t k = padded_k(problem), stage = (k % 128 == 0 ? 128 : 64) * NV_TILE_V * 2;
-    const size_t scales = (size_t)2 * NV_SEGMENT * ((loglin_num_levels(problem->length) + 6) / 4 * 4) * sizeof(float);
-    const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4, gates = (size_t)4 * NV_GATES;
-    const size_t keys = schedule->keys_local ? k * NV_HALF * 2 : 0, products = (size_t)72 * 512;
-    const size_t values = (size_t)NV_SEGMENT * NV_TILE_V * 2;
-    return values + schedule->stages * stage + state_bytes(problem) + products + keys + gates + scales + tables;
+    const size_t k = padded_k(problem), row = NV_TILE_V * 2;
+    const size_t values = NV_SEGMENT * row, states = (NV_STAGES * (size_t)(k % 128 == 0 ? 128 : 64) + k) * row;
+    const size_t tiles = (size_t)72 * 512, keys = schedule->keys_local ? k * NV_HALF * 2 : 0;
+    const size_t scales = NV_SEGMENT * ((loglin_num_levels(problem->length) + 6) / 4 * 4) * sizeof(float);
+    const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + (size_t)2 * NV_STAGES * 8;
+    return values + states + tiles + keys + 2 * scales + (size_t)4 * NV_GATES + tables;
 }
 
-/* The most that is tried; the trial run says whether the device has it. */
-static const size_t most_local_bytes = (size_t)227 << 10;
+/* The most that is asked for; the trial run says whether the device has it. */
+static const size_t most_local_bytes = (size_t)226 << 10;
 
-/* The largest power of two up to `most` that leaves at least `least` of `work`. */
-static size_t bits_that_leave(size_t work, size_t least, size_t most) {
-    size_t bits = 0;
-    while (bits < most && work >> (bits + 1) >= least) {
-        bits++;
+/* The largest number up to `most` that leaves at least `least` work-groups of so many of `items`, for each of `times`. */
+static size_t items_of_work_group(size_t items, size_t times, size_t least, size_t most) {
+    size_t count = most < items ? most : items;
+    while (count > 1 && times * ceil_div(items, count) < least) {
+        count--;
     }
-    return bits;
+    return count;
 }
 
-static nvidia_schedule choose_schedule(const loglin_device *device, const loglin_problem *problem, bool wgmma) {
+static nvidia_schedule choose_schedule(const loglin_device *device, const loglin_problem *problem) {
     const size_t items = items_of_group(problem), units = device->info.compute_units;
-    const size_t segments = segments_of(problem) * problem->batch * problem->groups;
-    nvidia_schedule schedule = {.wgmma = wgmma, .stages = 4, .keys_local = true};
+    const size_t groups = problem->batch * problem->groups, segments = segments_of(problem);
+    nvidia_schedule schedule = {.keys_local = true};
+    schedule.output_count = items_of_work_group(items, segments * groups, units, 6);
     schedule.state_count = items > 1 ? 2 : 1;
-    schedule.super_bits = bits_that_leave(segments * ceil_div(items, schedule.state_count), 2 * units, 2);
-    schedule.output_count = 1;
-    for (size_t count = 2; count <= 6; count++) {
-        if (count <= items && segments * ceil_div(items, count) >= units) {
-            schedule.output_count = count;
-        }
+    const size_t work_groups = groups * ceil_div(items, schedule.state_count);
+    while (schedule.super_bits < 2 && work_groups * (segments >> (schedule.super_bits + 1)) >= 2 * units) {
+        schedule.super_bits++;
     }
-    while (local_bytes(problem, &schedule) > most_local_bytes && (schedule.stages > 3 || schedule.keys_local)) {
-        if (schedule.keys_local && schedule.stages == 3) {
-            schedule.keys_local = false;
-            schedule.stages = 4;
-        } else {
-            schedule.stages--;
-        }
-    }
+    schedule.keys_local = local_bytes(problem, &schedule) <= most_local_bytes;
     return schedule;
 }
 
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
-    state->schedule = choose_schedule(device, problem, true);
+    state->schedule = choose_schedule(device, problem);
     const size_t bytes = local_bytes(problem, &state->schedule);
     state->schedule.wgmma = loglin_nvidia_probe(device, problem->dtype, true, bytes) == LOGLIN_OK;
     if (!state->schedule.wgmma) {
