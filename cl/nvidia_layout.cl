@@ -22,8 +22,8 @@
 #define NV_OUTPUT_ITEMS 512
 #define NV_ITEMS 128
 
-/* Heads whose gates a work-group of prepare makes. */
-#define NV_GATE_HEADS 16
+/* Heads whose gates a work-group of prepare makes; they and their tokens fit in the place of 128 rows of q and k. */
+#define NV_GATE_HEADS 48
 
 /* Bytes of a half's gates: sums and three tables of decays of its tokens, four decays of its tiles, and its own sum. */
 #define NV_GATES (NV_HALF * (4 + 3 * 2) + (NV_HALF / 16 + 1) * 16)
@@ -33,7 +33,7 @@ typedef struct loglin_nvidia_call {
     unsigned long products; /* of each sequence, group and half: q, k and q k^T as tiles */
     unsigned long gates;    /* of each sequence, head and half: NV_GATES bytes */
     unsigned long nodes;    /* of each sequence, head, tile of V and segment: a state */
-    unsigned long sums;     /* of each sequence, head and segment: the sum of the gates of its node's block, made by states */
+    unsigned long sums;     /* of each sequence, head and segment: the sum of the gates of its node's block, by states */
     unsigned long blocks;   /* the same when the tree is done */
     unsigned int batch, length, segments;
     float scale;

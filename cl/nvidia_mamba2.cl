@@ -17,9 +17,8 @@
  * times B (local memory, rows of 64 columns of V): values, or a state.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales), USED
- * (those that are read), NORMALIZE, STORAGE, WEIGHT_STORAGE, WGMMA, NV_SUPER_BITS, NV_STATE_COUNT (items of a work-group of
- * states), NV_OUTPUT_COUNT, NV_KEYS_LOCAL (keys
- * of a segment's first half are kept in local memory).
+ * (those that are read), NORMALIZE, STORAGE, WEIGHT_STORAGE, WGMMA, NV_SUPER_BITS, NV_STATE_COUNT (items of a work-group
+ * of states), NV_OUTPUT_COUNT, NV_KEYS_LOCAL (the keys of a segment's first half are kept in local memory).
  */
 
 #define K_STEPS (NV_K / 16)         /* products of 16 columns of K */
@@ -27,7 +26,8 @@
 #define P_TILES (16 * K_STEPS * 32) /* q k^T */
 #define RECORD (P_TILES + 36 * 32)
 #define STATE (NV_K * 8) /* uint4 of a state: rows of 64 columns, pieces placed as for the matrix units */
-#define K_BLOCK (NV_K % 128 == 0 ? 128 : 64) /* columns of q in registers */
+/* Columns of q in registers: beside mma.sync there is room for fewer. */
+#define K_BLOCK (WGMMA && NV_K % 128 == 0 ? 128 : 64)
 #define BLOCK_STEPS (K_BLOCK / 16)
 #define STAGE (K_BLOCK * 8)
 
@@ -166,14 +166,13 @@ void prepare_gates(loglin_nvidia_call call, __global half_gates *to, const __glo
                    __local float *tile) {
     const uint halves = 2 * call.segments, bundles = (HEADS + NV_GATE_HEADS - 1) / NV_GATE_HEADS;
     const uint first = id % bundles * NV_GATE_HEADS, part = id / bundles % halves, b = id / bundles / halves;
-    const uint item = get_local_id(0), head = item % NV_GATE_HEADS;
-    const int has_head = g && first + head < HEADS;
-    const ulong first_token = (ulong)part * NV_HALF;
-#pragma unroll
-    for (uint token = item / NV_GATE_HEADS; token < NV_HALF; token += NV_PREPARE_ITEMS / NV_GATE_HEADS) {
-        const int wanted = has_head && first_token + token < call.length;
-        tile[token * (NV_GATE_HEADS + 1) + head] =
-            wanted ? g[((ulong)b * call.length + first_token + token) * HEADS + first + head] : 0.0f;
+    const uint item = get_local_id(0);
+    const ulong first_token = (ulong)part * NV_HALF, from = ((ulong)b * call.length + first_token) * HEADS + first;
+#pragma unroll 8
+    for (uint i = item; i < NV_HALF * NV_GATE_HEADS; i += NV_PREPARE_ITEMS) {
+        const uint token = i / NV_GATE_HEADS, head = i % NV_GATE_HEADS;
+        const int wanted = g && first + head < HEADS && first_token + token < call.length;
+        tile[token * (NV_GATE_HEADS + 1) + head] = wanted ? g[from + (ulong)token * HEADS + head] : 0.0f;
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     for (uint i = item / 32; i < NV_GATE_HEADS && first + i < HEADS; i += NV_PREPARE_ITEMS / 32) {
@@ -198,13 +197,14 @@ __kernel __attribute__((reqd_work_group_size(NV_PREPARE_ITEMS, 1, 1))) void
 nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *q,
                ulong q_offset, const __global ushort *k, ulong k_offset, const __global float *g, ulong g_offset,
                uint aligned) {
-    __local uint4 queries[NV_HALF * NV_K / 8], keys[NV_HALF * NV_K / 8];
+    __local uint4 rows[2 * NV_HALF * NV_K / 8];
+    __local uint4 *queries = rows, *keys = rows + NV_HALF * NV_K / 8;
     const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32);
     const uint halves = 2 * call.segments;
     const ulong id = get_group_id(0), records = (ulong)call.batch * GROUPS * halves;
     if (id >= records) {
         prepare_gates(call, (__global half_gates *)place(ws, ws_offset, call.gates), g ? g + g_offset : g, id - records,
-                      (__local float *)queries);
+                      (__local float *)rows);
         return;
     }
     const uint part = id % halves, group = id / halves % GROUPS, b = id / halves / GROUPS;
@@ -486,8 +486,8 @@ nvidia_tree(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
 /*
- * Starts copying the level weights of 64 of a segment's rows, from `row`.  Floats come in whole 16 bytes, so a row starts with as many floats
- * as stand before its own in their 16 bytes: scales_shift.
+ * Starts copying the level weights of 64 of a segment's rows, from `row`.  Floats come in whole 16 bytes, so a row starts
+ * with as many floats as stand before its own in their 16 bytes: scales_shift.
  */
 void fetch_scales(__local float *scales, const __global weight *level_scales, int row, int rows) {
     const uint piece = get_local_id(0) % 8;
@@ -544,8 +544,8 @@ uint4 weigh_diagonal(uint4 product, warp_rows rows, const __local float *sums) {
 }
 
 /*
- * c = the chunk's own weighed q k^T times its values, and that of the chunk before it in its half.  own: the warp's tile of
- * rows in the chunk.
+ * c = the chunk's own weighed q k^T times its values, and that of the chunk before it in its half.  own: which 16 rows of
+ * the chunk are the warp's.
  */
 void make_near(float4 c[8], const __local uint4 *products, const __local half_gates *gates, warp_rows rows, uint odd,
                uint own, tile_rows values) {
@@ -609,7 +609,6 @@ void make_half_state(__local uint4 *to, const KEYS_SPACE uint4 *keys, const __lo
         tile_multiply(state, a, tile_step(values, 4 * chunk));
         tile_wait(state);
     }
-    tile_wait(state);
     const uint row = 64 * m + 16 * warp + r;
     __local uint *pairs = (__local uint *)to;
 #pragma unroll
@@ -660,16 +659,16 @@ typedef struct outputs_place {
 } outputs_place;
 
 /* Starts to copy what an item has of its own: the chunk `quarter` of its values and level weights; its gates. */
-void fetch_item(__local uint4 *values, __local half_gates *gates, __local float *scales, outputs_place at, uint item,
-                uint quarter, int aligned) {
+void fetch_item(__local uint4 *values, __local half_gates *gates, __local float *scales,
+                const __local outputs_place *at, uint item, uint quarter, int aligned) {
     const uint head = item / TILES_V, tile = item % TILES_V;
     fetch_rows(values + quarter * (NV_CHUNK * 8),
-               at.v + (ulong)(quarter * NV_CHUNK) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V, HEADS * DIM_V,
-               NV_CHUNK, 8, at.tokens - (int)(quarter * NV_CHUNK), DIM_V - (int)tile * NV_TILE_V, get_local_id(0),
+               at->v + (ulong)(quarter * NV_CHUNK) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V, HEADS * DIM_V,
+               NV_CHUNK, 8, at->tokens - (int)(quarter * NV_CHUNK), DIM_V - (int)tile * NV_TILE_V, get_local_id(0),
                NV_OUTPUT_ITEMS, aligned);
-    fetch_scales(scales, at.level_scales + head * LEVELS, (int)(quarter * NV_CHUNK), at.tokens);
+    fetch_scales(scales, at->level_scales + head * LEVELS, (int)(quarter * NV_CHUNK), at->tokens);
     if (quarter == 0) {
-        fetch((__local uint4 *)gates, (const __global uint4 *)(at.gates + (ulong)head * at.segments * 2),
+        fetch((__local uint4 *)gates, (const __global uint4 *)(at->gates + (ulong)head * at->segments * 2),
               2 * NV_GATES / 16, get_local_id(0), NV_OUTPUT_ITEMS);
     }
 }
@@ -689,13 +688,13 @@ typedef struct stage_ring {
 } stage_ring;
 
 /* Starts to copy the state that is multiplied as number `n`; of an item come K_BLOCK rows of all blocks, then the next. */
-void fetch_stage(stage_ring ring, uint n, outputs_place at) {
+void fetch_stage(stage_ring ring, uint n, const __local outputs_place *at) {
     const uint per_item = ring.blocks * (NV_K / K_BLOCK);
-    const int starts = n < ring.count * per_item && (!WGMMA || get_local_id(0) == NV_OUTPUT_ITEMS - 32);
-    if (starts) {
-        const uint item = ring.first_item + n / per_item, block = n % ring.blocks, k_block = n % per_item / ring.blocks;
-        const __global uint4 *from =
-            at.nodes + ((ulong)item * at.segments + ring.ends[block]) * STATE + k_block * STAGE;
+    const int is_wanted = n < ring.count * per_item;
+    if (is_wanted && (!WGMMA || get_local_id(0) == NV_OUTPUT_ITEMS - 32)) {
+        const uint item = ring.first_item + n / per_item, block = n % ring.blocks;
+        const __global uint4 *from = at->nodes + ((ulong)item * at->segments + ring.ends[block]) * STATE +
+                                     n % per_item / ring.blocks * STAGE;
         __local uint4 *to = ring.stages + n % NV_STAGES * STAGE;
 #if WGMMA
         if (n >= NV_STAGES) {
@@ -706,16 +705,16 @@ void fetch_stage(stage_ring ring, uint n, outputs_place at) {
         fetch(to, from, STAGE, get_local_id(0), NV_OUTPUT_ITEMS);
 #endif
     }
+#if !WGMMA
     end_copies();
+#endif
 }
 
-/* Waits for state n; all warps are behind their products with state n - 2 or, without wgmma, n - 1. */
+/* Waits for state n.  Without wgmma all warps are done with state n - 1 then. */
 void wait_for_stage(stage_ring ring, uint n) {
 #if WGMMA
     arrivals_wait(&ring.full[n % NV_STAGES], n / NV_STAGES % 2);
 #else
-    (void)ring;
-    (void)n;
     WAIT_FOR_COPIES_BUT(NV_STAGES - 2);
     barrier(CLK_LOCAL_MEM_FENCE);
 #endif
@@ -727,9 +726,6 @@ void release_stage(stage_ring ring, uint n) {
     if (warp_lane() == 0) {
         arrive(&ring.empty[n % NV_STAGES]);
     }
-#else
-    (void)ring;
-    (void)n;
 #endif
 }
 
@@ -746,10 +742,11 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
 #endif
     __local half_gates gates_at[2][2] __attribute__((aligned(16)));
     __local float scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(16)));
-    __local float kept[NV_OUTPUT_COUNT][NV_SEGMENTS_BITS]; /* decay from a block of segments to this one */
+    __local float kept[NV_OUTPUT_COUNT][NV_SEGMENTS_BITS]; /* decay from a block of segments to this one, times scale */
     __local uint ends[NV_SEGMENTS_BITS], levels[NV_SEGMENTS_BITS]; /* the blocks' last segments, and levels */
 #if WGMMA
     __local arrivals full[NV_STAGES], empty[NV_STAGES];
+    __local arrivals values_free, half_here; /* of each item: the values are used up; the half's state is made */
 #endif
     const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32), own = warp % 4;
     const uint chunk = warp / 4, odd = chunk % 2, part = chunk / 2, row = 16 * own + lane / 4; /* in the chunk */
@@ -764,13 +761,18 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                                    (((ulong)b * GROUPS + group) * call.segments + segment) * 2 * RECORD;
     const __global uint4 *tiles_of_q = record + part * RECORD + (4 * odd + own) * K_STEPS * 32;
     const ulong first_column = (token * HEADS + group * (HEADS / GROUPS)) * DIM_V;
-    const outputs_place at = {
-        v + v_offset + first_column,
-        level_scales + level_scales_offset + (token * HEADS + group * (HEADS / GROUPS)) * LEVELS,
-        (const __global half_gates *)place(ws, ws_offset, call.gates) + (bh * call.segments + segment) * 2,
-        (const __global uint4 *)place(ws, ws_offset, call.nodes) + bh * TILES_V * call.segments * STATE,
-        call.segments,
-        (int)min(call.length - segment * NV_SEGMENT, (uint)NV_SEGMENT)};
+    __local outputs_place place_of_segment; /* not in registers, of which there are few */
+    const __local outputs_place *at = &place_of_segment;
+    if (item == 0) {
+        place_of_segment = (outputs_place){
+            v + v_offset + first_column,
+            level_scales + level_scales_offset + (token * HEADS + group * (HEADS / GROUPS)) * LEVELS,
+            (const __global half_gates *)place(ws, ws_offset, call.gates) + (bh * call.segments + segment) * 2,
+            (const __global uint4 *)place(ws, ws_offset, call.nodes) + bh * TILES_V * call.segments * STATE,
+            call.segments,
+            (int)min(call.length - segment * NV_SEGMENT, (uint)NV_SEGMENT),
+        };
+    }
     o += o_offset + first_column + (ulong)(64 * chunk + row) * (HEADS * DIM_V) + 8 * (lane % 4);
 
     /* The blocks of segments before this one: ends, levels, decays. */
@@ -802,8 +804,12 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     if (item < NV_STAGES) {
         arrivals_start(&full[item], 1);
         arrivals_start(&empty[item], NV_OUTPUT_ITEMS / 32);
-        tile_publish();
     }
+    if (item == 0) {
+        arrivals_start(&values_free, NV_OUTPUT_ITEMS / 32);
+        arrivals_start(&half_here, NV_OUTPUT_ITEMS / 2);
+    }
+    tile_publish();
 #endif
     barrier(CLK_LOCAL_MEM_FENCE);
 
@@ -828,7 +834,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     for (uint n = 0; n < count; n++) {
         const __local half_gates *gates = gates_at[n % 2];
         const uint head = (first_item + n) / TILES_V, tile = (first_item + n) % TILES_V;
-        const __global weight *scales_from = at.level_scales + head * LEVELS;
+        const __global weight *scales_from = at->level_scales + head * LEVELS;
         wait_for_copies();
         tile_publish();
         barrier(CLK_LOCAL_MEM_FENCE);
@@ -843,10 +849,19 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                 make_half_state(half_state, keys, &gates[0], tile_at(values), m, own);
             }
             tile_publish();
+#if WGMMA
+            arrive(&half_here);
+#endif
         }
         float4 c[8];
         make_near(c, products[part], &gates[part], rows, odd, own, tile_at(values + part * (NV_HALF * 8)));
+#if WGMMA
+        if (lane == 0) {
+            arrive(&values_free);
+        }
+#else
         barrier(CLK_LOCAL_MEM_FENCE);
+#endif
 
         /* What comes before them: blocks of segments, then the first half.  Meanwhile the next item is fetched. */
         const float half_kept = gates[part].tiles[4 * odd + own].x;
@@ -857,48 +872,54 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             load_queries(q, tiles_of_q, k_block);
 #endif
 #pragma unroll 1
-            for (uint block = 0; block < blocks + part; block++) {
-                const int is_half = block == blocks;
-                uint2 weights;
-                tile_rows state;
-                if (is_half) {
-                    weights = row_weights(rows, HALF_LEVEL, half_kept * STATE_UNIT * call.scale);
-                    state = tile_at(half_state + k_block * STAGE);
-                } else {
-                    weights = row_weights(rows, levels[block], block_kept * kept[n][block]);
-                    state = tile_at(stages + stage % NV_STAGES * STAGE);
-                    wait_for_stage(ring, stage);
-                }
-#pragma unroll
-                for (uint step = 0; step < BLOCK_STEPS; step += 4) {
-                    uint4 a[4];
-#pragma unroll
-                    for (uint i = 0; i < 4; i++) {
-                        a[i] = scale_rows(q[step + i], weights.x, weights.y);
+            for (uint block = 0; block < blocks + part || quarter < 4; block++) {
+                if (block < blocks + part) {
+                    const int is_half = block == blocks;
+                    uint2 weights;
+                    tile_rows state;
+                    if (is_half) {
+#if WGMMA
+                        arrivals_wait(&half_here, n % 2);
+#endif
+                        weights = row_weights(rows, HALF_LEVEL, half_kept * STATE_UNIT * call.scale);
+                        state = tile_at(half_state + k_block * STAGE);
+                    } else {
+                        weights = row_weights(rows, levels[block], block_kept * kept[n][block]);
+                        state = tile_at(stages + stage % NV_STAGES * STAGE);
+                        wait_for_stage(ring, stage);
                     }
-                    tile_multiply(c, a, tile_step(state, step));
-                    tile_wait_but_one();
-                    if (step == 0 && !is_half) {
-                        /* The product before this one is done. */
-                        if (stage > 0) {
-                            release_stage(ring, stage - 1);
+#pragma unroll
+                    for (uint step = 0; step < BLOCK_STEPS; step += 4) {
+                        uint4 a[4];
+#pragma unroll
+                        for (uint i = 0; i < 4; i++) {
+                            a[i] = scale_rows(q[step + i], weights.x, weights.y);
                         }
-                        fetch_stage(ring, stage + NV_STAGES - 1, at);
+                        tile_multiply(c, a, tile_step(state, step));
+                        tile_wait_but_one();
+                        if (step == 0 && !is_half) {
+                            /* The product before this one is done. */
+                            if (stage > 0) {
+                                release_stage(ring, stage - 1);
+                            }
+                            fetch_stage(ring, stage + NV_STAGES - 1, at);
+                        }
                     }
-                    if (quarter < 4) {
-                        fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1,
-                                   quarter++, aligned);
-                    }
+                    stage += !is_half;
                 }
-                stage += !is_half;
+                /* Not beside the first one, when a warpgroup may still need this item's values. */
+                if (block > 0 && quarter < 4) {
+#if WGMMA
+                    arrivals_wait(&values_free, n % 2);
+#endif
+                    fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, quarter++,
+                               aligned);
+                }
             }
-        }
-        while (quarter < 4) {
-            fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, quarter++, aligned);
         }
         tile_wait(c);
         __global ushort *to = o + head * DIM_V + tile * NV_TILE_V;
-        const int rows_there = at.tokens - (int)(64 * chunk + 16 * own), columns_there = DIM_V - (int)tile * NV_TILE_V;
+        const int rows_there = at->tokens - (int)(64 * chunk + 16 * own), columns_there = DIM_V - (int)tile * NV_TILE_V;
         store_columns(to, c, rows_there, columns_there, aligned);
         store_columns(to + 32, c + 4, rows_there, columns_there - 32, aligned);
     }
