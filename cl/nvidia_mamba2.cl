@@ -651,6 +651,7 @@ void load_queries(uint4 q[BLOCK_STEPS], const __global uint4 *tiles, uint block)
 /* A work-group's segment: where its parts start, of the first item of its group. */
 typedef struct outputs_place {
     const __global ushort *v;
+    __global ushort *o;
     const __global weight *level_scales;
     const __global half_gates *gates;
     const __global uint4 *nodes;
@@ -766,6 +767,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     if (item == 0) {
         place_of_segment = (outputs_place){
             v + v_offset + first_column,
+            o + o_offset + first_column,
             level_scales + level_scales_offset + (token * HEADS + group * (HEADS / GROUPS)) * LEVELS,
             (const __global half_gates *)place(ws, ws_offset, call.gates) + (bh * call.segments + segment) * 2,
             (const __global uint4 *)place(ws, ws_offset, call.nodes) + bh * TILES_V * call.segments * STATE,
@@ -773,7 +775,6 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             (int)min(call.length - segment * NV_SEGMENT, (uint)NV_SEGMENT),
         };
     }
-    o += o_offset + first_column + (ulong)(64 * chunk + row) * (HEADS * DIM_V) + 8 * (lane % 4);
 
     /* The blocks of segments before this one: ends, levels, decays. */
     for (uint i = item; i < count * NV_SEGMENTS_BITS; i += NV_OUTPUT_ITEMS) {
@@ -896,7 +897,11 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                             a[i] = scale_rows(q[step + i], weights.x, weights.y);
                         }
                         tile_multiply(c, a, tile_step(state, step));
-                        tile_wait_but_one();
+                        if (BLOCK_STEPS > 4) {
+                            tile_wait_but_one();
+                        } else {
+                            tile_wait(c); /* `a` is the next one's */
+                        }
                         if (step == 0 && !is_half) {
                             /* The product before this one is done. */
                             if (stage > 0) {
@@ -918,7 +923,8 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             }
         }
         tile_wait(c);
-        __global ushort *to = o + head * DIM_V + tile * NV_TILE_V;
+        __global ushort *to = at->o + (ulong)(64 * chunk + row) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V +
+                              8 * (lane % 4);
         const int rows_there = at->tokens - (int)(64 * chunk + 16 * own), columns_there = DIM_V - (int)tile * NV_TILE_V;
         store_columns(to, c, rows_there, columns_there, aligned);
         store_columns(to + 32, c + 4, rows_there, columns_there - 32, aligned);

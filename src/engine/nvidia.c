@@ -163,12 +163,11 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DUSED=%zu -DNORMALIZE=%d"
                    " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DNV_SUPER_BITS=%zu -DNV_STATE_COUNT=%zu -DNV_OUTPUT_COUNT=%zu"
-                   " -DNV_KEYS_LOCAL=%d %s %s",
+                   " -DNV_KEYS_LOCAL=%d %s",
                    padded_k(problem), problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    loglin_num_levels(problem->length), problem->normalize_qk != 0, (int)problem->dtype,
                    (int)problem->weight_dtype, schedule->super_bits, schedule->state_count, schedule->output_count,
-                   (int)schedule->keys_local, padded_k(problem) <= 128 ? "-cl-nv-maxrregcount=128" : "",
-                   schedule->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
+                   (int)schedule->keys_local, schedule->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_kernels_get(device, files, options, names, KERNEL_COUNT, state->kernels);
 }
 
@@ -212,9 +211,8 @@ static nvidia_schedule choose_schedule(const loglin_device *device, const loglin
     const size_t groups = problem->batch * problem->groups, segments = segments_of(problem);
     nvidia_schedule schedule = {.keys_local = true};
     schedule.output_count = items_of_work_group(items, segments * groups, units, 6);
-    schedule.state_count = items > 1 ? 2 : 1;
-    const size_t work_groups = groups * ceil_div(items, schedule.state_count);
-    while (schedule.super_bits < 2 && work_groups * (segments >> (schedule.super_bits + 1)) >= 2 * units) {
+    schedule.state_count = 1;
+    while (schedule.super_bits < 3 && groups * items * (segments >> (schedule.super_bits + 1)) >= units) {
         schedule.super_bits++;
     }
     schedule.keys_local = local_bytes(problem, &schedule) <= most_local_bytes;
