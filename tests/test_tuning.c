@@ -707,6 +707,37 @@ Test(tuning, the_worker_measures) {
     }
 }
 
+/* Whatever the fused engine of a CPU is tuned to, its results are right; the odd shape meets the ends of segments. */
+Test(tuning, all_values_of_the_fused_engine_are_right) {
+    loglin_device_info info;
+    size_t count = 0;
+    cr_assert_eq(loglin_list_devices(&info, 1, &count), LOGLIN_OK);
+    for (size_t t = LOGLIN_TUNABLE_CHUNK + 1; t < LOGLIN_TUNABLE_COUNT && info.type == CL_DEVICE_TYPE_CPU; t++) {
+        const loglin_tunable *tunable = &loglin_tunables[t];
+        for (size_t i = 0; i < tunable->value_count && loglin_tunable_is_read(tunable, LOGLIN_ENGINE_FUSED); i++) {
+            loglin_request request = {.problem = {.op = i % 2 != 0 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2,
+                                                  .batch = 1,
+                                                  .length = 1085,
+                                                  .heads = 8,
+                                                  .groups = 1,
+                                                  .dim_k = 16,
+                                                  .dim_v = 24,
+                                                  .levels = 12,
+                                                  .phases = LOGLIN_BACKWARD},
+                                      .configuration = loglin_configuration_default(LOGLIN_ENGINE_FUSED),
+                                      .runs = 1};
+            snprintf(request.name, sizeof request.name, "%s", info.name);
+            request.configuration.values[LOGLIN_TUNABLE_CHUNK] = 16;
+            request.configuration.values[t] = tunable->values[i];
+            char *text = loglin_request_print(&request);
+            const loglin_reply reply = loglin_worker_ask(LOGLIN_COMMAND, text, 300, NULL, NULL);
+            cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_OK, "%s %u: %s: %s", tunable->name, tunable->values[i],
+                         reply.reason, reply.detail);
+            free(text);
+        }
+    }
+}
+
 /* ---- The tuner's reference -------------------------------------------------------------------------------------- */
 
 enum { T = 37, H = 2, G = 1, K = 5, V = 3, L = 8 };

@@ -6,16 +6,16 @@
 #include "loglin.h"
 
 #include <assert.h>
-#include <stdbool.h>
 
 #include "../../cl/nvidia_layout.cl"
 
 static_assert(sizeof(unsigned long) == 8 && sizeof(unsigned int) == 4, "a call is laid out as on the device");
 
 /*
- * Runs a small program on the device: LOGLIN_OK if its matrix units take this type, through wgmma or through mma.sync, and
+ * Runs a small program on the device: LOGLIN_OK if its matrix units take this type, through mma.sync or through wgmma, and
  * work-groups get so many bytes of local memory, else LOGLIN_UNSUPPORTED.  The device remembers.
  */
-loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, bool wgmma, size_t local_bytes);
+loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
+loglin_status loglin_nvidia_probe_wgmma(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
 
 #endif

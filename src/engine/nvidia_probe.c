@@ -126,7 +126,7 @@ static loglin_status try_out(loglin_device *device, loglin_dtype dtype, bool wgm
     return status;
 }
 
-loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, bool wgmma, size_t local_bytes) {
+static loglin_status probe(loglin_device *device, loglin_dtype dtype, bool wgmma, size_t local_bytes) {
     const size_t step = 1024, bytes = (local_bytes + step - 1) / step * step;
     mtx_lock(&device->lock);
     const struct loglin_nvidia_probe known = device->nvidia_probe[dtype == LOGLIN_F16][wgmma];
@@ -153,4 +153,12 @@ loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, boo
     }
     return loglin_fail(LOGLIN_UNSUPPORTED,
                        "the device did not pass the engine's trial run with %zu bytes of local memory", bytes);
+}
+
+loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
+    return probe(device, dtype, false, local_bytes);
+}
+
+loglin_status loglin_nvidia_probe_wgmma(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
+    return probe(device, dtype, true, local_bytes);
 }
