@@ -206,7 +206,7 @@ static size_t items_of_work_group(size_t items, size_t times, size_t least, size
     while (count > 1 && times * ceil_div(items, count) < least) {
         count--;
     }
-    return count;
+    return ceil_div(items, ceil_div(items, count)); /* alike for all of them */
 }
 
 static nvidia_schedule choose_schedule(const loglin_device *device, const loglin_problem *problem) {
