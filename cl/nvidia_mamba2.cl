@@ -26,8 +26,8 @@
 #define P_TILES (16 * K_STEPS * 32) /* q k^T */
 #define RECORD (P_TILES + 36 * 32)
 #define STATE (NV_K * 8) /* uint4 of a state: rows of 64 columns, pieces placed as for the matrix units */
-/* Columns of q in registers: beside mma.sync there is room for fewer. */
-#define K_BLOCK (WGMMA && NV_K % 128 == 0 ? 128 : 64)
+/* Columns of q in registers: beside mma.sync there is room for fewer.  With wgmma NV_K is a multiple of 128. */
+#define K_BLOCK (WGMMA ? 128 : 64)
 #define BLOCK_STEPS (K_BLOCK / 16)
 #define STAGE (K_BLOCK * 8)
 
@@ -897,11 +897,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                             a[i] = scale_rows(q[step + i], weights.x, weights.y);
                         }
                         tile_multiply(c, a, tile_step(state, step));
-                        if (BLOCK_STEPS > 4) {
-                            tile_wait_but_one();
-                        } else {
-                            tile_wait(c); /* `a` is the next one's */
-                        }
+                        tile_wait_but_one();
                         if (step == 0 && !is_half) {
                             /* The product before this one is done. */
                             if (stage > 0) {

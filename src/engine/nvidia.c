@@ -189,7 +189,7 @@ static void destroy(loglin_engine_state *state) {
 
 /* Bytes of local memory of a work-group of outputs, which takes the most. */
 static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *schedule) {
-    const size_t k = padded_k(problem), row = NV_TILE_V * 2;
+    const size_t k = padded_k(problem), row = (size_t)NV_TILE_V * 2;
     const size_t values = NV_SEGMENT * row, states = (NV_STAGES * (size_t)(k % 128 == 0 ? 128 : 64) + k) * row;
     const size_t tiles = (size_t)72 * 512, keys = schedule->keys_local ? k * NV_HALF * 2 : 0;
     const size_t scales = NV_SEGMENT * ((loglin_num_levels(problem->length) + 6) / 4 * 4) * sizeof(float);
@@ -226,7 +226,8 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     state->schedule = choose_schedule(device, problem);
     const size_t bytes = local_bytes(problem, &state->schedule);
-    state->schedule.wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
+    state->schedule.wgmma =
+        padded_k(problem) % 128 == 0 && loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
     if (!state->schedule.wgmma) {
         RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, bytes));
     }
