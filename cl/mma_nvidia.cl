@@ -64,7 +64,17 @@ uint4 scale_rows(uint4 a, uint upper, uint lower) {
 
 uint local_address(const __local void *p) { return (uint)(size_t)p; }
 
-/* Four 8 x 8 matrices, transposed; item i gives the address of row i % 8 of matrix i / 8. */
+/* Four 8 x 8 matrices; item i gives the address of row i % 8 of matrix i / 8. */
+uint4 load_matrices(const __local void *row) {
+    uint4 x;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(local_address(row))
+                 : "memory");
+    return x;
+}
+
+/* The same, each transposed. */
 uint4 load_transposed(const __local void *row) {
     uint4 x;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -74,12 +84,17 @@ uint4 load_transposed(const __local void *row) {
     return x;
 }
 
-/* Starts copying 16 bytes, or clears them. */
-void copy_16(__local void *to, const __global void *from, int wanted) {
+/* Starts copying the first `bytes` of 16, and clears the others. */
+void copy_some_of_16(__local void *to, const __global void *from, uint bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
-                 : "r"(local_address(to)), "l"(from), "r"(wanted ? 16 : 0)
+                 : "r"(local_address(to)), "l"(from), "r"(bytes)
                  : "memory");
+}
+
+/* Starts copying 16 bytes, or clears them. */
+void copy_16(__local void *to, const __global void *from, int wanted) {
+    copy_some_of_16(to, from, wanted ? 16 : 0);
 }
 
 void copy_4(__local void *to, const __global void *from) {
@@ -88,6 +103,10 @@ void copy_4(__local void *to, const __global void *from) {
 
 /* Waits for the copies that this item has started. */
 void wait_for_copies(void) { asm volatile("cp.async.wait_all;" : : : "memory"); }
+
+/* Ends a group of copies; waits for all groups but the `n` last ones. */
+void end_copies(void) { asm volatile("cp.async.commit_group;" : : : "memory"); }
+#define WAIT_FOR_COPIES_BUT(n) asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory")
 
 uint shuffle_xor(uint x, uint mask) {
     uint y;
@@ -102,6 +121,20 @@ float shuffle_up(float x, uint distance) {
     return y;
 }
 
+/* From lane `lane`. */
+float shuffle_from(float x, uint lane) {
+    float y;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(y) : "f"(x), "r"(lane));
+    return y;
+}
+
+/* A number that all lanes of a warp have, so that the compiler knows it. */
+uint same_in_warp(uint x) {
+    uint y;
+    asm volatile("shfl.sync.idx.b32 %0, %1, 0, 31, 0xffffffff;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 /* Transposes 4 x 4 numbers among the four items that share lane / 4: number i of item j becomes number j of item i. */
 uint4 transpose_quad(uint4 x) {
     const int odd = (warp_lane() & 1u) != 0, high = (warp_lane() & 2u) != 0;
@@ -111,14 +144,128 @@ uint4 transpose_quad(uint4 x) {
     return high ? (uint4)(c, d, x.z, x.w) : (uint4)(x.x, x.y, c, d);
 }
 
-/* Four 8 x 8 matrices as they lie; item i gives the address of row i % 8 of matrix i / 8. */
-uint4 load_matrices(const __local void *row) {
-    uint4 x;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(local_address(row))
+/*
+ * Products of a warpgroup, four warps: C (64 x 64) += A (64 x 64) B (64 x 64), in four steps of 16.  A warp has 16 rows of A
+ * and C, as above; C has its eight tiles of 8 columns one behind the other.  B lies in local memory for all warps, rows of
+ * 128 bytes, the piece of 16 bytes c of row r at place c ^ r % 8; row 0 at a multiple of 1024 bytes.
+ *
+ * WGMMA 0: mma.sync, each warp by itself.  1: wgmma, which the driver's assembler does not take, so it stands in comments
+ * that the host uncovers (runtime/program.h).  A product then runs beside what follows: A and C are in use until it is
+ * waited for.  B is read through the asynchronous proxy.
+ */
+#ifndef WGMMA
+#define WGMMA 0
+#endif
+
+#if WGMMA
+#if STORAGE == 2
+#define WGMMA_OP "//WG wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+#else
+#define WGMMA_OP "//WG wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+#endif
+#define TILE_C(j) "+f"(c[j].x), "+f"(c[j].y), "+f"(c[j].z), "+f"(c[j].w)
+#define TILE_ALL_C TILE_C(0), TILE_C(1), TILE_C(2), TILE_C(3), TILE_C(4), TILE_C(5), TILE_C(6), TILE_C(7)
+#define TILE_A(i) "+r"(a[i].x), "+r"(a[i].y), "+r"(a[i].z), "+r"(a[i].w)
+
+/* What names B: its address, the step from 8 rows to the next 8, and how pieces are placed. */
+typedef ulong tile_rows;
+tile_rows tile_at(const __local void *rows) {
+    return (ulong)((local_address(rows) >> 4) & 0x3fffu) | 1ul << 16 | 64ul << 32 | 1ul << 62;
+}
+tile_rows tile_step(tile_rows rows, uint step) { return rows + step * 128u; }
+
+void tile_multiply_step(float4 c[8], uint4 a, tile_rows b) {
+    asm volatile(WGMMA_OP "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+                          "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, "
+                          "1, 1, 1, 1;"
+                 : TILE_ALL_C
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
+}
+
+void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
+    /* The operands stand here so that A and C are set before. */
+    asm volatile("//WG wgmma.fence.sync.aligned;"
+                 : TILE_ALL_C, TILE_A(0), TILE_A(1), TILE_A(2), TILE_A(3)
+                 :
                  : "memory");
-    return x;
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_step(c, a[step], tile_step(b, step));
+    }
+    asm volatile("//WG wgmma.commit_group.sync.aligned;" : : : "memory");
+}
+
+/* Waits for all products but the last one; for all, which makes C usable. */
+void tile_wait_but_one(void) { asm volatile("//WG wgmma.wait_group.sync.aligned 1;" : : : "memory"); }
+void tile_wait(float4 c[8]) { asm volatile("//WG wgmma.wait_group.sync.aligned 0;" : TILE_ALL_C : : "memory"); }
+
+/* What this item has written to local memory becomes visible to tile_multiply, behind a barrier. */
+void tile_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+
+/*
+ * Where wgmma is, so are bulk copies, which one item starts for all, and what counts arrivals in local memory: a phase ends
+ * when `count` items and all expected bytes have arrived; phases have parity 0, 1, 0...
+ */
+typedef ulong arrivals;
+void arrivals_start(__local arrivals *at, uint count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(local_address(at)), "r"(count) : "memory");
+}
+void arrive(__local arrivals *at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(local_address(at)) : "memory");
+}
+void arrivals_wait(__local arrivals *at, uint parity) {
+    uint done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(local_address(at)), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
+
+/* Arrives, and starts a copy of `bytes`, a multiple of 16, that arrives too. */
+void copy_bulk(__local void *to, const __global void *from, uint bytes, __local arrivals *at) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :
+                 : "r"(local_address(at)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :
+                 : "r"(local_address(to)), "l"(from), "r"(bytes), "r"(local_address(at))
+                 : "memory");
+}
+#else
+typedef uint tile_rows;
+tile_rows tile_at(const __local void *rows) { return local_address(rows); }
+tile_rows tile_step(tile_rows rows, uint step) { return rows + step * 2048u; }
+
+void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
+    const uint row = warp_lane() & 15u, odd = warp_lane() / 16;
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+#pragma unroll
+        for (uint j = 0; j < 4; j++) {
+            uint4 x;
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                         : "r"(tile_step(b, step) + row * 128 + (((2 * j + odd) ^ (row & 7u)) * 16))
+                         : "memory");
+            mma(&c[2 * j], a[step], x.x, x.y);
+            mma(&c[2 * j + 1], a[step], x.z, x.w);
+        }
+    }
+}
+
+void tile_wait_but_one(void) {}
+void tile_wait(float4 c[8]) { (void)c; }
+void tile_publish(void) {}
+#endif
+
+void tile_clear(float4 c[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        c[j] = (float4)(0.0f);
+    }
 }
 
 /* An 8 x 8 matrix, transposed: item i holds elements 2 (i % 4) and the next of row i / 4. */

@@ -1,27 +1,40 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What the host tells the kernels of the NVIDIA engine: this file is C and OpenCL C alike, included by both. */
 
-/* Tokens of a chunk, and the largest number of chunks of a segment. */
+/* Tokens of a chunk; of a half of a segment, for which q, k and q k^T are prepared; and of a segment. */
 #define NV_CHUNK 64
-#define NV_SEGMENT_BITS 3
-#define NV_SEGMENT (1 << NV_SEGMENT_BITS)
+#define NV_HALF 128
+#define NV_SEGMENT 256
 
 /* Segments of a sequence: fewer than 2 to the power of this. */
 #define NV_SEGMENTS_BITS 14
 
-/* Columns of V that a work-group makes. */
+/* Columns of V that a warpgroup makes: an item of work is a head's tile of so many columns. */
 #define NV_TILE_V 64
 
-/* Work-items of a group: four warps. */
+/* States that are on their way to the matrix units. */
+#ifndef NV_STAGES
+#define NV_STAGES 3
+#endif
+
+/* Work-items of the groups: a warpgroup has 128. */
+#define NV_PREPARE_ITEMS 256
+#define NV_OUTPUT_ITEMS 512
 #define NV_ITEMS 128
+
+/* Heads whose gates a work-group of prepare makes; they and their tokens fit in the place of 128 rows of q and k. */
+#define NV_GATE_HEADS 48
+
+/* Bytes of a half's gates: sums and three tables of decays of its tokens, four decays of its tiles, and its own sum. */
+#define NV_GATES (NV_HALF * (4 + 3 * 2) + (NV_HALF / 16 + 1) * 16)
 
 /* A call.  Places in the workspace are bytes from its start. */
 typedef struct loglin_nvidia_call {
-    unsigned long products; /* of each sequence, group and chunk: q, k and q k^T as tiles */
-    unsigned long gates;    /* of each sequence, head and chunk: running sums of the gates, then their remainders */
+    unsigned long products; /* of each sequence, group and half: q, k and q k^T as tiles */
+    unsigned long gates;    /* of each sequence, head and half: NV_GATES bytes */
     unsigned long nodes;    /* of each sequence, head, tile of V and segment: a state */
-    unsigned long sums;     /* of each sequence, head and segment: the sum of its gates */
-    unsigned long blocks;   /* likewise: the sum of the gates of the block whose state the segment's node is */
-    unsigned int batch, length, chunks, segments;
+    unsigned long sums;     /* of each sequence, head and segment: the sum of the gates of its node's block, by states */
+    unsigned long blocks;   /* the same when the tree is done */
+    unsigned int batch, length, segments;
     float scale;
 } loglin_nvidia_call;

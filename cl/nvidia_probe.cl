@@ -1,42 +1,66 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Does the device do what the NVIDIA engine relies on?  Matrix units, copies into local memory, transposing loads and
- * shuffles through PTX, and PROBE_BYTES of local memory, whatever the driver says it has.
+ * Does the device do what the NVIDIA engine relies on?  Matrix units, one warp's and a warpgroup's, copies into local
+ * memory, loads of matrices and shuffles through PTX, and PROBE_BYTES of local memory, whatever the driver says it has.
+ *
+ * LOGLIN_BUILD_OPTIONS=-DNV_NO_WGMMA makes the trial of wgmma fail: so mma.sync is tried where the device has both.
  */
+#if WGMMA && defined(NV_NO_WGMMA)
+#error "wgmma is not wanted (NV_NO_WGMMA)"
+#endif
 
-/* a 16 x 16, b 16 x 8, both row-major; products 16 x 8 of every work-group.  faults counts wrong words of local memory. */
-__kernel __attribute__((reqd_work_group_size(32, 1, 1))) void
-nvidia_probe(const __global uint4 *a, const __global ushort *b, __global float *products, __global uint *faults) {
-    __local uint4 area[PROBE_BYTES / 16];
-    const uint lane = get_local_id(0), group = get_group_id(0), r = lane / 4, p = lane % 4;
-    for (uint i = lane; i < PROBE_BYTES / 16; i += 32) {
+/* a 64 x 64, b 64 x 64, both row-major; products 64 x 64 of every work-group.  faults counts what else is wrong. */
+__kernel __attribute__((reqd_work_group_size(NV_ITEMS, 1, 1))) void
+nvidia_probe(const __global uint4 *a, const __global uint4 *b, __global float *products, __global uint *faults) {
+    __local uint4 area[PROBE_BYTES / 16] __attribute__((aligned(1024)));
+    const uint item = get_local_id(0), lane = warp_lane(), group = get_group_id(0), r = lane / 4, p = lane % 4;
+    for (uint i = item; i < PROBE_BYTES / 16; i += NV_ITEMS) {
         area[i] = (uint4)(i, group, i ^ group, ~i);
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     uint wrong = 0;
-    for (uint i = 31 - lane; i < PROBE_BYTES / 16; i += 32) {
+    for (uint i = NV_ITEMS - 1 - item; i < PROBE_BYTES / 16; i += NV_ITEMS) {
         const uint4 x = area[i];
         wrong += x.x != i || x.y != group || x.z != (i ^ group) || x.w != ~i;
     }
     barrier(CLK_LOCAL_MEM_FENCE);
-    /* a is stored as its 8 x 8 quarters, columns as rows: a transposing load gives them right. */
-    copy_16(&area[lane], &a[lane], 1);
+    __local uint4 *rows_of_a = area + 64 * 8;
+    for (uint i = item; i < 64 * 8; i += NV_ITEMS) {
+        copy_16(&area[i / 8 * 8 + (i % 8 ^ i / 8 % 8)], &b[i], 1);
+        copy_16(&rows_of_a[i], &a[i], 1);
+    }
     wait_for_copies();
+    tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
-    const uint4 left = load_transposed(&area[lane]);
-    const uint first = (uint)b[2 * p * 8 + r] | (uint)b[(2 * p + 1) * 8 + r] << 16;
-    const uint second = (uint)b[(2 * p + 8) * 8 + r] | (uint)b[(2 * p + 9) * 8 + r] << 16;
-    float4 sum = (float4)(0.0f);
-    mma(&sum, left, first, second);
+    uint4 left[4];
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        left[step] = load_matrices(&rows_of_a[(item / 32 * 16 + lane % 16) * 8 + 2 * step + lane / 16]);
+    }
+    float4 sum = (float4)(0.0f), c[8];
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        const uint4 right = load_transposed(&area[(16 * step + lane % 16) * 8 + (lane / 16 ^ lane % 8)]);
+        mma(&sum, left[step], right.x, right.y);
+    }
+    tile_clear(c);
+    tile_multiply(c, left, tile_at(area));
+    tile_wait(c);
+    wrong += sum.x != c[0].x || sum.y != c[0].y || sum.z != c[0].z || sum.w != c[0].w;
     const uint4 quad = transpose_quad((uint4)(p * 4, p * 4 + 1, p * 4 + 2, p * 4 + 3));
     wrong += quad.x != p || quad.y != 4 + p || quad.z != 8 + p || quad.w != 12 + p;
     const float2 same = unpack(multiply_pairs(pack(3.0f, -5.0f), pack(0.5f, 2.0f)));
     wrong += same.x != 1.5f || same.y != -10.0f;
     wrong += shuffle_up((float)lane, 1) != (float)(lane > 0 ? lane - 1 : 0);
-    products += group * 128;
-    products[r * 8 + 2 * p] = sum.x;
-    products[r * 8 + 2 * p + 1] = sum.y;
-    products[(r + 8) * 8 + 2 * p] = sum.z;
-    products[(r + 8) * 8 + 2 * p + 1] = sum.w;
-    faults[group * 32 + lane] = wrong;
+    wrong += same_in_warp(lane) != 0;
+    wrong += shuffle_from((float)lane, lane ^ 5u) != (float)(lane ^ 5u);
+    products += group * 64 * 64 + (item / 32 * 16 + r) * 64 + 2 * p;
+#pragma unroll
+    for (uint j = 0; j < 8; j++) {
+        products[8 * j] = c[j].x;
+        products[8 * j + 1] = c[j].y;
+        products[8 * j + 8 * 64] = c[j].z;
+        products[8 * j + 8 * 64 + 1] = c[j].w;
+    }
+    faults[group * NV_ITEMS + item] = wrong;
 }

@@ -21,17 +21,25 @@ static const size_t max_segments = 8192;
 
 typedef enum nvidia_kernel {
     KERNEL_PREPARE,
-    KERNEL_SEGMENTS,
+    KERNEL_STATES,
     KERNEL_TREE,
-    KERNEL_WALK,
+    KERNEL_OUTPUTS,
     KERNEL_FINAL,
     KERNEL_COUNT
 } nvidia_kernel;
 
+/* How the work is cut; the names are those of cl/nvidia_mamba2.cl. */
+typedef struct nvidia_schedule {
+    size_t super_bits, state_count, output_count;
+    bool keys_local, wgmma;
+} nvidia_schedule;
+
 struct loglin_engine_state {
     cl_kernel kernels[KERNEL_COUNT];
+    nvidia_schedule schedule;
     loglin_nvidia_call call;
     size_t items[KERNEL_COUNT];       /* of each launch */
+    size_t groups[KERNEL_COUNT];      /* work-items of a group */
     size_t workspace;                 /* bytes */
     loglin_nvidia_backward *backward; /* or NULL */
     loglin_engine_state *blas;        /* for other backward passes, or NULL */
@@ -53,16 +61,24 @@ static size_t ceil_div(size_t a, size_t b) {
 
 /* dim_k as the tiles hold it. */
 static size_t padded_k(const loglin_problem *problem) {
-    return ceil_div(problem->dim_k, 32) * 32;
+    return ceil_div(problem->dim_k, 64) * 64;
+}
+
+static size_t tiles_of_v(const loglin_problem *problem) {
+    return ceil_div(problem->dim_v, NV_TILE_V);
 }
 
 static size_t state_bytes(const loglin_problem *problem) {
     return padded_k(problem) * NV_TILE_V * 2;
 }
 
-/* Blocks of segments in local memory: worth it where most segments have some before them. */
-static size_t cached_blocks(const loglin_problem *problem) {
-    return problem->length > (size_t)8 * NV_SEGMENT * NV_CHUNK ? 2 : 0;
+static size_t segments_of(const loglin_problem *problem) {
+    return ceil_div(problem->length, NV_SEGMENT);
+}
+
+/* What the heads of a group and the tiles of V make together. */
+static size_t items_of_group(const loglin_problem *problem) {
+    return problem->heads / problem->groups * tiles_of_v(problem);
 }
 
 /* ---- Which problems ---------------------------------------------------------------------------------------------- */
@@ -86,8 +102,8 @@ static const char *refuses(const loglin_device *device, const loglin_problem *pr
     if (problem->chunk != NV_CHUNK) {
         return "its chunk is 64";
     }
-    if (problem->length > max_segments * NV_SEGMENT * NV_CHUNK) {
-        return "it takes up to 4194304 tokens";
+    if (problem->length > max_segments * NV_SEGMENT) {
+        return "it takes up to 2097152 tokens";
     }
     return NULL;
 }
@@ -101,52 +117,59 @@ static unsigned long reserve(size_t *end, size_t bytes) {
 }
 
 static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
-    const size_t chunks = ceil_div(problem->length, NV_CHUNK), segments = ceil_div(chunks, NV_SEGMENT);
-    const size_t matrices = problem->batch * problem->heads, tiles = ceil_div(problem->dim_v, NV_TILE_V);
-    const size_t records = problem->batch * problem->groups * chunks;
-    const size_t record_bytes = (padded_k(problem) / 16 * 8 + 10) * 512, gate_bytes = sizeof(float[2 * NV_CHUNK]);
+    const nvidia_schedule *schedule = &state->schedule;
+    const size_t segments = segments_of(problem), tiles = tiles_of_v(problem), items = items_of_group(problem);
+    const size_t matrices = problem->batch * problem->heads, groups = problem->batch * problem->groups;
+    const size_t record_bytes = (padded_k(problem) + 36) * 512;
     size_t end = 0;
     state->call = (loglin_nvidia_call){
-        .products = reserve(&end, records * record_bytes),
-        .gates = reserve(&end, matrices * chunks * gate_bytes),
+        .products = reserve(&end, groups * segments * 2 * record_bytes),
+        .gates = reserve(&end, matrices * segments * 2 * NV_GATES),
         .nodes = reserve(&end, matrices * tiles * segments * state_bytes(problem)),
         .sums = reserve(&end, matrices * segments * sizeof(float)),
         .blocks = reserve(&end, matrices * segments * sizeof(float)),
         .batch = (unsigned)problem->batch,
         .length = (unsigned)problem->length,
-        .chunks = (unsigned)chunks,
         .segments = (unsigned)segments,
         .scale = problem->scale,
     };
     state->workspace = end + 16; /* its start is rounded up */
-    state->items[KERNEL_PREPARE] = records * NV_ITEMS;
-    state->items[KERNEL_SEGMENTS] = matrices * tiles * segments * NV_ITEMS;
-    state->items[KERNEL_TREE] = segments > 1 ? matrices * tiles * (state_bytes(problem) / 512) * NV_ITEMS : 0;
-    state->items[KERNEL_WALK] = matrices * tiles * segments * NV_ITEMS;
-    state->items[KERNEL_FINAL] = matrices * problem->dim_k * NV_ITEMS;
-}
-
-/* The largest divisor of `steps` up to `most`. */
-static size_t block_of(size_t steps, size_t most) {
-    size_t block = most < steps ? most : steps;
-    while (steps % block != 0) {
-        block--;
+    const size_t supers = ceil_div(segments, (size_t)1 << schedule->super_bits);
+    const size_t counts[KERNEL_COUNT] = {
+        [KERNEL_PREPARE] = (groups + problem->batch * ceil_div(problem->heads, NV_GATE_HEADS)) * segments * 2,
+        [KERNEL_STATES] = supers * groups * ceil_div(items, schedule->state_count),
+        [KERNEL_TREE] =
+            segments > (size_t)2 << schedule->super_bits ? matrices * tiles * (state_bytes(problem) / 512) : 0,
+        [KERNEL_OUTPUTS] = segments * groups * ceil_div(items, schedule->output_count),
+        [KERNEL_FINAL] = matrices * problem->dim_k,
+    };
+    const size_t sizes[KERNEL_COUNT] = {
+        [KERNEL_PREPARE] = NV_PREPARE_ITEMS,
+        [KERNEL_STATES] = 128 * schedule->state_count,
+        [KERNEL_TREE] = NV_ITEMS,
+        [KERNEL_OUTPUTS] = NV_OUTPUT_ITEMS,
+        [KERNEL_FINAL] = NV_ITEMS,
+    };
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        state->groups[i] = sizes[i];
+        state->items[i] = counts[i] * sizes[i];
     }
-    return block;
 }
 
 static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
-    static const char *const names[KERNEL_COUNT] = {"nvidia_prepare", "nvidia_segments", "nvidia_tree", "nvidia_walk",
+    static const char *const names[KERNEL_COUNT] = {"nvidia_prepare", "nvidia_states", "nvidia_tree", "nvidia_outputs",
                                                     "nvidia_final"};
     static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_layout.cl", "nvidia_mamba2.cl", NULL};
-    const size_t steps = padded_k(problem) / 16;
-    char options[512]; /* 13 numbers of at most 20 digits and their names */
+    const nvidia_schedule *schedule = &state->schedule;
+    char options[640]; /* 14 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DUSED=%zu -DNORMALIZE=%d"
-                   " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DQ_STEPS=%zu -DU_STEPS=%zu -DNV_CACHED=%zu",
+                   " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DNV_SUPER_BITS=%zu -DNV_STATE_COUNT=%zu -DNV_OUTPUT_COUNT=%zu"
+                   " -DNV_KEYS_LOCAL=%d %s",
                    padded_k(problem), problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    loglin_num_levels(problem->length), problem->normalize_qk != 0, (int)problem->dtype,
-                   (int)problem->weight_dtype, block_of(steps, 8), block_of(steps / 2, 4), cached_blocks(problem));
+                   (int)problem->weight_dtype, schedule->super_bits, schedule->state_count, schedule->output_count,
+                   (int)schedule->keys_local, schedule->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_kernels_get(device, files, options, names, KERNEL_COUNT, state->kernels);
 }
 
@@ -164,13 +187,50 @@ static void destroy(loglin_engine_state *state) {
     free(state);
 }
 
+/* Bytes of local memory of a work-group of outputs, which takes the most. */
+static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *schedule) {
+    const size_t k = padded_k(problem), row = (size_t)NV_TILE_V * 2;
+    const size_t values = NV_SEGMENT * row, states = (NV_STAGES * (size_t)(k % 128 == 0 ? 128 : 64) + k) * row;
+    const size_t tiles = (size_t)72 * 512, keys = schedule->keys_local ? k * NV_HALF * 2 : 0;
+    const size_t scales = NV_SEGMENT * ((loglin_num_levels(problem->length) + 6) / 4 * 4) * sizeof(float);
+    const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + (size_t)2 * NV_STAGES * 8;
+    return values + states + tiles + keys + 2 * scales + (size_t)4 * NV_GATES + tables;
+}
+
+/* The most that is asked for; the trial run says whether the device has it. */
+static const size_t most_local_bytes = (size_t)226 << 10;
+
+/* The largest number up to `most` that leaves at least `least` work-groups of so many of `items`, for each of `times`. */
+static size_t items_of_work_group(size_t items, size_t times, size_t least, size_t most) {
+    size_t count = most < items ? most : items;
+    while (count > 1 && times * ceil_div(items, count) < least) {
+        count--;
+    }
+    return ceil_div(items, ceil_div(items, count)); /* alike for all of them */
+}
+
+static nvidia_schedule choose_schedule(const loglin_device *device, const loglin_problem *problem) {
+    const size_t items = items_of_group(problem), units = device->info.compute_units;
+    const size_t groups = problem->batch * problem->groups, segments = segments_of(problem);
+    nvidia_schedule schedule = {.keys_local = true};
+    schedule.output_count = items_of_work_group(items, segments * groups, units, 6);
+    schedule.state_count = 1;
+    while (schedule.super_bits < 3 && groups * items * (segments >> (schedule.super_bits + 1)) >= units) {
+        schedule.super_bits++;
+    }
+    schedule.keys_local = local_bytes(problem, &schedule) <= most_local_bytes;
+    return schedule;
+}
+
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
-    const size_t columns = loglin_num_levels(problem->length) | 1;
-    const size_t walk_bytes =
-        (NV_SEGMENT_BITS + cached_blocks(problem)) * state_bytes(problem) +
-        (size_t)2 * NV_CHUNK * ((size_t)NV_TILE_V * 2 + columns * sizeof(float) + sizeof(float[2]));
-    RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, walk_bytes));
+    state->schedule = choose_schedule(device, problem);
+    const size_t bytes = local_bytes(problem, &state->schedule);
+    state->schedule.wgmma =
+        padded_k(problem) % 128 == 0 && loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
+    if (!state->schedule.wgmma) {
+        RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, bytes));
+    }
     lay_out(problem, state);
     RETURN_IF_ERROR(create_kernels(device, problem, state));
     if ((problem->phases & LOGLIN_BACKWARD) == 0) {
@@ -250,9 +310,8 @@ static loglin_status launch(nvidia_run *run, nvidia_kernel id, const loglin_buff
         code = clEnqueueBarrierWithWaitList(run->queue, 0, NULL, NULL);
     }
     if (code == CL_SUCCESS) {
-        const size_t group = NV_ITEMS;
-        code = clEnqueueNDRangeKernel(run->queue, kernel, 1, NULL, &run->state->items[id], &group, run->num_wait,
-                                      run->num_wait > 0 ? run->wait : NULL, event);
+        code = clEnqueueNDRangeKernel(run->queue, kernel, 1, NULL, &run->state->items[id], &run->state->groups[id],
+                                      run->num_wait, run->num_wait > 0 ? run->wait : NULL, event);
     }
     run->num_wait = 0;
     return code == CL_SUCCESS ? LOGLIN_OK
@@ -265,19 +324,20 @@ static bool is_aligned(loglin_buffer buffer) {
 }
 
 static loglin_status enqueue(nvidia_run *run, const loglin_call *call, cl_event *event) {
-    const loglin_nvidia_call *layout = &run->state->call;
-    const cl_uint v_aligned = is_aligned(call->in.v), all_aligned = v_aligned && is_aligned(call->o);
+    const cl_uint qk_aligned = is_aligned(call->in.q) && is_aligned(call->in.k), v_aligned = is_aligned(call->in.v);
+    const cl_uint vo_aligned = v_aligned && is_aligned(call->o);
     const bool has_final = call->final.values.mem != NULL;
-    const loglin_buffer prepare_buffers[] = {call->in.q, call->in.k};
-    RETURN_IF_ERROR(launch(run, KERNEL_PREPARE, prepare_buffers, 2, 0, NULL, NULL));
-    const loglin_buffer segments_buffers[] = {call->in.v, call->in.g};
-    RETURN_IF_ERROR(launch(run, KERNEL_SEGMENTS, segments_buffers, 2, sizeof v_aligned, &v_aligned, NULL));
-    if (layout->segments > 1) {
-        RETURN_IF_ERROR(launch(run, KERNEL_TREE, NULL, 0, layout->segments * sizeof(float), NULL, NULL));
+    const loglin_buffer prepare_buffers[] = {call->in.q, call->in.k, call->in.g};
+    RETURN_IF_ERROR(launch(run, KERNEL_PREPARE, prepare_buffers, 3, sizeof qk_aligned, &qk_aligned, NULL));
+    const loglin_buffer states_buffers[] = {call->in.v};
+    RETURN_IF_ERROR(launch(run, KERNEL_STATES, states_buffers, 1, sizeof v_aligned, &v_aligned, NULL));
+    if (run->state->items[KERNEL_TREE] > 0) {
+        const size_t sums = run->state->call.segments * sizeof(float);
+        RETURN_IF_ERROR(launch(run, KERNEL_TREE, NULL, 0, sums, NULL, NULL));
     }
-    const loglin_buffer walk_buffers[] = {call->in.v, call->in.level_scales, call->o};
+    const loglin_buffer outputs_buffers[] = {call->in.v, call->in.level_scales, call->o};
     RETURN_IF_ERROR(
-        launch(run, KERNEL_WALK, walk_buffers, 3, sizeof all_aligned, &all_aligned, has_final ? NULL : event));
+        launch(run, KERNEL_OUTPUTS, outputs_buffers, 3, sizeof vo_aligned, &vo_aligned, has_final ? NULL : event));
     if (!has_final) {
         return LOGLIN_OK;
     }

@@ -12,9 +12,10 @@
 static_assert(sizeof(unsigned long) == 8 && sizeof(unsigned int) == 4, "a call is laid out as on the device");
 
 /*
- * Runs a small program on the device: LOGLIN_OK if its matrix units take this type and work-groups get so many bytes of
- * local memory, else LOGLIN_UNSUPPORTED.  The device remembers.
+ * Runs a small program on the device: LOGLIN_OK if its matrix units take this type, through mma.sync or through wgmma, and
+ * work-groups get so many bytes of local memory, else LOGLIN_UNSUPPORTED.  The device remembers.
  */
 loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
+loglin_status loglin_nvidia_probe_wgmma(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
 
 #endif

@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { ROWS = 16, INNER = 16, COLUMNS = 8, LANES = 32, GROUPS = 256 };
+enum { ROWS = 64, INNER = 64, COLUMNS = 64, GROUPS = 256 };
 
 typedef struct probe_buffers {
     cl_mem a, b, products, faults;
@@ -42,8 +42,7 @@ static loglin_status make_buffers(const loglin_device *device, loglin_dtype dtyp
     uint16_t a[ROWS * INNER], b[INNER * COLUMNS];
     for (int row = 0; row < ROWS; row++) {
         for (int column = 0; column < INNER; column++) {
-            const int quarter = row / 8 + column / 8 * 2;
-            a[(quarter * 8 + column % 8) * 8 + row % 8] = encode(a_at(row, column), dtype);
+            a[row * INNER + column] = encode(a_at(row, column), dtype);
         }
     }
     for (int row = 0; row < INNER; row++) {
@@ -54,13 +53,13 @@ static loglin_status make_buffers(const loglin_device *device, loglin_dtype dtyp
     RETURN_IF_ERROR(make_buffer(device, sizeof a, a, &buffers->a));
     RETURN_IF_ERROR(make_buffer(device, sizeof b, b, &buffers->b));
     RETURN_IF_ERROR(make_buffer(device, sizeof(float) * GROUPS * ROWS * COLUMNS, NULL, &buffers->products));
-    return make_buffer(device, sizeof(cl_uint) * GROUPS * LANES, NULL, &buffers->faults);
+    return make_buffer(device, sizeof(cl_uint) * GROUPS * NV_ITEMS, NULL, &buffers->faults);
 }
 
 static loglin_status compare(cl_command_queue queue, const probe_buffers *buffers) {
     static const size_t group_size = (size_t)ROWS * COLUMNS;
     float products[ROWS * COLUMNS];
-    cl_uint faults[LANES];
+    cl_uint faults[NV_ITEMS];
     for (size_t group = 0; group < GROUPS; group++) {
         RETURN_IF_CL_ERROR(clEnqueueReadBuffer(queue, buffers->products, CL_TRUE, group * group_size * sizeof(float),
                                                sizeof products, products, 0, NULL, NULL));
@@ -76,7 +75,7 @@ static loglin_status compare(cl_command_queue queue, const probe_buffers *buffer
                                    expected);
             }
         }
-        for (int i = 0; i < LANES; i++) {
+        for (int i = 0; i < NV_ITEMS; i++) {
             if (faults[i] != 0) {
                 return loglin_fail(LOGLIN_UNSUPPORTED, "local memory or PTX instructions give wrong numbers");
             }
@@ -86,7 +85,7 @@ static loglin_status compare(cl_command_queue queue, const probe_buffers *buffer
 }
 
 static loglin_status run(cl_command_queue queue, cl_kernel kernel, const probe_buffers *buffers) {
-    const size_t items = (size_t)GROUPS * LANES, group = LANES;
+    const size_t items = (size_t)GROUPS * NV_ITEMS, group = NV_ITEMS;
     const cl_mem arguments[] = {buffers->a, buffers->b, buffers->products, buffers->faults};
     for (cl_uint i = 0; i < sizeof arguments / sizeof arguments[0]; i++) {
         RETURN_IF_CL_ERROR(clSetKernelArg(kernel, i, sizeof arguments[i], &arguments[i]));
@@ -95,10 +94,11 @@ static loglin_status run(cl_command_queue queue, cl_kernel kernel, const probe_b
     return compare(queue, buffers);
 }
 
-static loglin_status try_out(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
-    static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_probe.cl", NULL};
-    char options[64];
-    (void)snprintf(options, sizeof options, "-DSTORAGE=%d -DPROBE_BYTES=%zu", (int)dtype, local_bytes);
+static loglin_status try_out(loglin_device *device, loglin_dtype dtype, bool wgmma, size_t local_bytes) {
+    static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_layout.cl", "nvidia_probe.cl", NULL};
+    char options[128];
+    (void)snprintf(options, sizeof options, "-DSTORAGE=%d -DPROBE_BYTES=%zu %s", (int)dtype, local_bytes,
+                   wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     cl_program program;
     RETURN_IF_ERROR(loglin_program_get(device, files, options, &program));
     cl_int code = CL_SUCCESS;
@@ -126,18 +126,18 @@ static loglin_status try_out(loglin_device *device, loglin_dtype dtype, size_t l
     return status;
 }
 
-loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
-    const size_t step = 16384, bytes = (local_bytes + step - 1) / step * step;
+static loglin_status probe(loglin_device *device, loglin_dtype dtype, bool wgmma, size_t local_bytes) {
+    const size_t step = 1024, bytes = (local_bytes + step - 1) / step * step;
     mtx_lock(&device->lock);
-    const struct loglin_nvidia_probe known = device->nvidia_probe[dtype == LOGLIN_F16];
+    const struct loglin_nvidia_probe known = device->nvidia_probe[dtype == LOGLIN_F16][wgmma];
     mtx_unlock(&device->lock);
     if (bytes <= known.passed) {
         return LOGLIN_OK;
     }
     if (known.failed == 0 || bytes < known.failed) {
-        const loglin_status status = try_out(device, dtype, bytes);
+        const loglin_status status = try_out(device, dtype, wgmma, bytes);
         mtx_lock(&device->lock);
-        struct loglin_nvidia_probe *now = &device->nvidia_probe[dtype == LOGLIN_F16];
+        struct loglin_nvidia_probe *now = &device->nvidia_probe[dtype == LOGLIN_F16][wgmma];
         if (status == LOGLIN_OK) {
             now->passed = bytes > now->passed ? bytes : now->passed;
         } else {
@@ -153,4 +153,12 @@ loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, siz
     }
     return loglin_fail(LOGLIN_UNSUPPORTED,
                        "the device did not pass the engine's trial run with %zu bytes of local memory", bytes);
+}
+
+loglin_status loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
+    return probe(device, dtype, false, local_bytes);
+}
+
+loglin_status loglin_nvidia_probe_wgmma(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
+    return probe(device, dtype, true, local_bytes);
 }

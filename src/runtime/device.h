@@ -26,8 +26,8 @@ struct loglin_device {
     mtx_t meetings;        /* held while groups of a kernel wait for each other: two such kernels may block each other */
     mtx_t lock;            /* of all below */
     struct loglin_program *programs;
-    struct loglin_nvidia_probe nvidia_probe[2]; /* of bfloat16, of half */
-    bool gemm_ready;                            /* engine/gemm.c has set CLBlast up for this device */
+    struct loglin_nvidia_probe nvidia_probe[2][2]; /* of bfloat16, of half; with mma.sync, with wgmma */
+    bool gemm_ready;                               /* engine/gemm.c has set CLBlast up for this device */
 };
 
 /* A plan keeps its device alive with these. */

@@ -84,6 +84,7 @@ typedef struct recipe {
     text files;   /* "cl/a.cl+b.cl", for messages */
     text source;  /* the files one behind the other */
     text options; /* all of them */
+    bool hides;   /* the source hides instructions in comments */
 } recipe;
 
 static text memory_key(const char *const *names, const char *options) {
@@ -223,18 +224,12 @@ static loglin_status build_source(const loglin_device *device, const recipe *wha
 
 /* ---- The cache directory ---- */
 
-/* NULL if there is no entry, or the driver does not take it. */
-static cl_program load_binary(const loglin_device *device, const char *key, const char *options) {
-    size_t size = 0;
-    unsigned char *binary = loglin_cache_load(device->cache_directory, key, &size);
-    if (binary == NULL) {
-        return NULL;
-    }
-    const unsigned char *bytes = binary;
+/* NULL if the driver does not take it. */
+static cl_program program_of_binary(const loglin_device *device, const unsigned char *bytes, size_t size,
+                                    const char *options) {
     cl_int code = CL_SUCCESS;
     cl_int loaded = CL_SUCCESS;
     cl_program program = clCreateProgramWithBinary(device->context, 1, &device->id, &size, &bytes, &loaded, &code);
-    free(binary);
     if (code == CL_SUCCESS && loaded == CL_SUCCESS) {
         code = clBuildProgram(program, 1, &device->id, options, NULL, NULL);
     }
@@ -247,6 +242,18 @@ static cl_program load_binary(const loglin_device *device, const char *key, cons
         clReleaseProgram(program);
     }
     return NULL;
+}
+
+/* NULL if there is no entry, or the driver does not take it. */
+static cl_program load_binary(const loglin_device *device, const char *key, const char *options) {
+    size_t size = 0;
+    unsigned char *binary = loglin_cache_load(device->cache_directory, key, &size);
+    if (binary == NULL) {
+        return NULL;
+    }
+    cl_program program = program_of_binary(device, binary, size, options);
+    free(binary);
+    return program;
 }
 
 /* The device's place in the arrays that OpenCL gives for a program, and their length; false if it fails. */
@@ -269,7 +276,7 @@ static bool find_in_program(cl_program program, cl_device_id id, size_t *place, 
     return *place < *count;
 }
 
-/* For the caller to free; NULL if the driver gives none. */
+/* For the caller to free, with a NUL behind it; NULL if the driver gives none. */
 static unsigned char *program_binary(cl_program program, cl_device_id id, size_t *size) {
     size_t place = 0;
     size_t count = 0;
@@ -283,7 +290,7 @@ static unsigned char *program_binary(cl_program program, cl_device_id id, size_t
         clGetProgramInfo(program, CL_PROGRAM_BINARY_SIZES, count * sizeof *sizes, sizes, NULL) == CL_SUCCESS &&
         sizes[place] > 0) {
         *size = sizes[place];
-        binary = calloc(*size, 1);
+        binary = calloc(*size + 1, 1);
         binaries[place] = binary;
     }
     if (binary != NULL &&
@@ -308,18 +315,66 @@ static void store_binary(const loglin_device *device, const char *key, cl_progra
     }
 }
 
+/* ---- Hidden instructions ---- */
+
+/* The PTX with its hidden instructions uncovered and its target set to what has them; it is empty if this is no such PTX. */
+static text uncover(const char *ptx) {
+    static const char mark[] = "//WG ", target[] = ".target sm_90,";
+    text uncovered = text_new();
+    const char *found = strstr(ptx, target);
+    if (found == NULL) {
+        return uncovered;
+    }
+    text_append(&uncovered, ptx, (size_t)(found - ptx));
+    text_append_string(&uncovered, ".target sm_90a,");
+    const char *rest = found + strlen(target);
+    while ((found = strstr(rest, mark)) != NULL) {
+        text_append(&uncovered, rest, (size_t)(found - rest));
+        rest = found + strlen(mark);
+    }
+    text_append_string(&uncovered, rest);
+    return uncovered;
+}
+
+static loglin_status build_hidden(const loglin_device *device, const recipe *what, cl_program *program) {
+    cl_program covered = NULL;
+    RETURN_IF_ERROR(build_source(device, what, &covered));
+    size_t size = 0;
+    char *ptx = (char *)program_binary(covered, device->id, &size); /* ends with a NUL */
+    clReleaseProgram(covered);
+    text uncovered = uncover(ptx != NULL ? ptx : "");
+    free(ptx);
+    loglin_status status = check_text(&uncovered);
+    if (status == LOGLIN_OK) {
+        *program = uncovered.length == 0 ? NULL
+                                         : program_of_binary(device, (const unsigned char *)uncovered.bytes,
+                                                             uncovered.length + 1, what->options.bytes);
+        status = *program != NULL ? LOGLIN_OK
+                                  : loglin_fail(LOGLIN_BUILD_FAILED, "%s (options %.200s): hidden instructions: %s",
+                                                what->files.bytes, what->options.bytes,
+                                                uncovered.length == 0 ? "the program binary is not PTX for sm_90"
+                                                                      : "the driver does not take the program");
+    }
+    free(uncovered.bytes);
+    return status;
+}
+
 /* ---- The program ---- */
+
+static loglin_status build(const loglin_device *device, const recipe *what, cl_program *program) {
+    return what->hides ? build_hidden(device, what, program) : build_source(device, what, program);
+}
 
 static loglin_status load_or_build(const loglin_device *device, const recipe *what, cl_program *program) {
     if (device->cache_directory == NULL) {
-        return build_source(device, what, program);
+        return build(device, what, program);
     }
     text key = cache_key(device, what->source.bytes, what->options.bytes);
     loglin_status status = check_text(&key);
     if (status == LOGLIN_OK) {
         *program = load_binary(device, key.bytes, what->options.bytes);
         if (*program == NULL) {
-            status = build_source(device, what, program);
+            status = build(device, what, program);
             if (status == LOGLIN_OK) {
                 store_binary(device, key.bytes, *program);
             }
@@ -333,6 +388,7 @@ static loglin_status write_recipe(const loglin_device *device, const char *const
                                   recipe *what) {
     what->files = describe_files(names);
     what->options = build_options(device, options);
+    what->hides = strstr(what->options.bytes != NULL ? what->options.bytes : "", LOGLIN_HIDDEN_INSTRUCTIONS) != NULL;
     what->source = text_new();
     RETURN_IF_ERROR(load_sources(names, &what->source));
     RETURN_IF_ERROR(check_text(&what->files));

@@ -8,6 +8,12 @@
 struct loglin_program;
 
 /*
+ * An option of programs that hide instructions from the driver's compiler, which would not take them, in comments
+ * `//WG instruction` of their PTX.  They are uncovered in the program's binary, whose target becomes sm_90a.
+ */
+#define LOGLIN_HIDDEN_INSTRUCTIONS "-DWGMMA=1"
+
+/*
  * The program of the embedded files `names` (file names in cl/, without folder, the list ended by NULL, concatenated in
  * this order) with these build options ("" for none; LOGLIN_BUILD_OPTIONS and what the device needs are added).  It
  * belongs to the device: do not release it.  Safe to call from several threads.
