@@ -7,7 +7,7 @@
 #include "runtime/status.h"
 #include <stdio.h>
 
-enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 12 };
+enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 12, GPU_TILE = 1 };
 
 static const char *const kernel_names[] = {
 #define LOGLIN_MODEL_KERNEL_NAME(name) #name,
@@ -36,6 +36,11 @@ static size_t group_items(const loglin_device *device) {
     return items;
 }
 
+/* Tokens of a tile of registers; a GPU has no use for the kernels that take one. */
+static int tile_tokens(const loglin_device *device) {
+    return !device->is_cpu ? GPU_TILE : vector_width(device) >= 16 ? TILE_OF_16 : TILE_OF_8;
+}
+
 loglin_status loglin_model_build(const loglin_model *model, loglin_model_program *program) {
     static const char *const files[] = {"common.cl", "model.cl", NULL};
     const loglin_lm *lm = &model->lm;
@@ -52,8 +57,8 @@ loglin_status loglin_model_build(const loglin_model *model, loglin_model_program
         "-DSTORAGE=%d -DMATRIX=%d -DLOCAL=%zu -DTILE=%d -DBLOCKS=%d -DHEADS=%zu -DDIM_V=%zu -DLEVELS=%zu -DTAPS=%zu "
         "-DCHANNELS=%zu -DQ_AT=%zu -DK_AT=%zu -DV_AT=%zu -DQK_CHANNELS=%zu -DZ_AT=%zu -DCONV_AT=%zu "
         "-DDT_AT=%zu -DBETA_AT=%zu -DLEVEL_AT=%zu -DSEGMENT=%zu -DDELTA=%d -DGATE_FIRST=%d",
-        (int)model->options.dtype, (int)model->matrix_dtype, program->local, wide ? TILE_OF_16 : TILE_OF_8,
-        wide ? 2 : 1, lm->heads, lm->dim_v, lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v,
+        (int)model->options.dtype, (int)model->matrix_dtype, program->local, tile_tokens(device), wide ? 2 : 1,
+        lm->heads, lm->dim_v, lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v,
         lm->groups * lm->dim_k, in->z, in->conv, in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA,
         lm->gate_first);
     return loglin_program_get(model->device, files, options, &program->program);
