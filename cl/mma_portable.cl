@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Tile products for processors with vector units and no matrix units: one work-item holds a tile of TILE_ROWS rows by two
- * vectors in registers and walks the inner dimension; an element of A is broadcast, a row of B is two vectors.  No
- * local memory, no barriers: a work-item is a core's thread, and the operands stay in its caches.
+ * Tile products without matrix units: a work-item holds a tile in registers and walks the inner dimension.
+ */
+#if LANE_ITEMS == 1
+/*
+ * For CPUs, product() itself: a tile of TILE_ROWS rows by two vectors; an element of A is broadcast, a row of B is two
+ * vectors.  No local memory, no barriers: a work-item is a core's thread, and the operands stay in its caches.
  *
  * VECTOR: floats of a vector, 16 (32 registers of 512 bits) or 8 (16 registers of 256 bits).
  */
@@ -18,29 +21,10 @@ typedef float8 vector;
 #define TILE_ROWS 4
 #endif
 
-typedef __global float *matrix;
-typedef const __global float *operand;
-
 /* vload and vstore take four elements at a time on some compilers; a vector of float's alignment is one access. */
 typedef vector loose_vector __attribute__((aligned(4)));
-typedef float16 loose_float16 __attribute__((aligned(4)));
 #define LOAD_VECTOR(p) (*(const __global loose_vector *)(p))
 #define STORE_VECTOR(x, p) (*(__global loose_vector *)(p) = (x))
-
-float16 get16(operand p) { return *(const __global loose_float16 *)p; }
-void put16(float16 x, matrix p) { *(__global loose_float16 *)p = x; }
-
-/* Element (r, c) of an operand lies at r * row + c * column: columns apart, A may be read transposed. */
-
-/* What is known of an operand's zeros, and what is wanted of C; bits. */
-enum {
-    A_LOWER = 1,  /* A is lower triangular: the inner index ends at the tile's last row */
-    A_UPPER = 2,  /* A is upper triangular: it begins at the tile's first row */
-    B_LOWER = 4,  /* B is lower triangular: it begins at the tile's first column */
-    C_LOWER = 8,  /* tiles of C above the diagonal are not wanted, and left as they are */
-    ADD = 16,     /* C = keep C + */
-    SUBTRACT = 32 /* C = keep C - */
-};
 
 /* A tile of two vectors a row: rows of A at a, B's columns at b, C's place at c.  weights: of C's rows, or NULL. */
 void wide_tile(uint begin, uint end, operand a, uint a_row, uint a_column, operand b, uint b_row, matrix c, uint c_row,
@@ -106,24 +90,79 @@ void narrow_tile(uint begin, uint end, operand a, uint a_row, uint a_column, ope
     }
 }
 
-/*
- * C = diag(weights) A B, or keep C plus or minus it.  rows: a multiple of 8; columns: a multiple of 16; all of B's and C's rows
- * lie at multiples of a vector.
- */
-void product(uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column, operand b, uint b_row, matrix c,
-             uint c_row, operand weights, int how, float keep) {
+/* The inner index begins at the tile's first row if A is upper triangular, at its first column if B is lower. */
+void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column, operand b,
+             uint b_row, matrix c, uint c_row, operand weights, int how, float keep) {
+    (void)at;
     for (uint n = 0; n < columns; n += 2 * VECTOR) {
         for (uint m = (how & C_LOWER) ? n / TILE_ROWS * TILE_ROWS : 0; m < rows; m += TILE_ROWS) {
             const uint begin = max((how & A_UPPER) ? m : 0, (how & B_LOWER) ? n : 0);
             const uint end = (how & A_LOWER) ? min(m + TILE_ROWS, depth) : depth;
-            operand at = a + m * a_row, of_rows = weights ? weights + m : 0;
+            operand of_a = a + m * a_row, of_rows = weights ? weights + m : 0;
             if (n + VECTOR < columns) {
-                wide_tile(begin, end, at, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row, of_rows, how,
+                wide_tile(begin, end, of_a, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row, of_rows, how,
                           keep);
             } else {
-                narrow_tile(begin, end, at, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row, of_rows, how,
+                narrow_tile(begin, end, of_a, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row, of_rows, how,
                           keep);
             }
         }
     }
 }
+
+#else
+/*
+ * For GPUs: the tile interface of cl/portable_product.cl with fused multiply-adds.  A team is 4 by 8 work-items, each
+ * with 4 by 4 elements of C, four rows and eight columns apart; slabs hold floats, their inner index contiguous, and lie
+ * in rows of 4 floats more than they have, so that the items of a row of a team read from different banks.
+ */
+#define MMA_TEAM 32
+#define MMA_ROWS 16
+#define MMA_COLUMNS 32
+#define MMA_DEPTH 4
+#define MMA_ELEMENTS 16
+#define MMA_KERNEL
+#define MMA_STRIDE (SLAB_DEPTH + 4)
+#define MMA_A_SIZE (SLAB_ROWS * MMA_STRIDE)
+#define MMA_B_SIZE (SLAB_COLUMNS * MMA_STRIDE)
+
+typedef float mma_element;
+typedef struct {
+    float4 x[4];
+} mma_a, mma_b;
+typedef struct {
+    float x[MMA_ELEMENTS];
+} mma_c;
+
+mma_element mma_round(float x) { return x; }
+uint mma_a_at(uint row, uint k) { return row * MMA_STRIDE + k; }
+uint mma_b_at(uint k, uint column) { return column * MMA_STRIDE + k; }
+uint mma_row(uint i) { return ITEM % MMA_TEAM / 8 + i / 4 * 4; }
+uint mma_column(uint i) { return ITEM % 8 + i % 4 * 8; }
+
+mma_a mma_load_a(const __local mma_element *slab, uint row, uint k) {
+    mma_a a;
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        a.x[i] = *(const __local float4 *)(slab + mma_a_at(row + mma_row(4 * i), k));
+    }
+    return a;
+}
+
+mma_b mma_load_b(const __local mma_element *slab, uint k, uint column) {
+    mma_b b;
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        b.x[i] = *(const __local float4 *)(slab + mma_b_at(k, column + mma_column(i)));
+    }
+    return b;
+}
+
+void mma(mma_c *c, mma_a a, mma_b b) {
+#pragma unroll
+    for (uint i = 0; i < MMA_ELEMENTS; i++) {
+        const float4 x = a.x[i / 4], y = b.x[i % 4];
+        c->x[i] = fma(x.w, y.w, fma(x.z, y.z, fma(x.y, y.y, fma(x.x, y.x, c->x[i]))));
+    }
+}
+#endif

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The backward pass (weak partition), one work-item a lane.  A lane walks its sequence forwards for the states at the
+ * The backward pass (weak partition), lane by lane.  A lane walks its sequence forwards for the states at the
  * start of every segment of SEGMENT chunks; then segment by segment from the last one, forwards again for the states at
  * every chunk's start, and backwards for the gradients.  Adjoints of E walk backwards with it: what the chunk's reads ask
  * for, and what the next chunk's states hand back.  The formulas are those of src/operator; names with _T are transposed.
@@ -28,10 +28,11 @@ ulong tokens_of(const loglin_panel p) {
 
 /* Where the states stand at a moment, and their decays. */
 void note_states(const place *at, const int *where, uint moment) {
-    for (uint j = 0; j < COLUMNS; j++) {
+    for (uint j = ITEM; j < COLUMNS; j += LANE_ITEMS) {
         PLACES(moment)[j] = (float)(where[j] + 1);
         DECAYS(moment)[j] = where[j] == NOWHERE ? 0.0f : HEAD_ARRAY(DECAY)[where[j]];
     }
+    SYNC();
 }
 
 /* The states at a segment's start, kept for good. */
@@ -39,7 +40,7 @@ void save_states(const place *at, const int *where, uint segment) {
     note_states(at, where, segment);
     for (uint j = 0; j < COLUMNS; j++) {
         if (where[j] != NOWHERE) {
-            set_scaled(SAVED(segment, j), STATE(where[j]), 1.0f, SIZE_KV);
+            set_scaled(at, SAVED(segment, j), STATE(where[j]), 1.0f, SIZE_KV);
         }
     }
 }
@@ -48,8 +49,8 @@ void restore_states(const place *at, int *where, uint segment) {
     for (uint j = 0; j < COLUMNS; j++) {
         where[j] = PLACES(segment)[j] != 0.0f ? (int)j : NOWHERE;
         if (where[j] != NOWHERE) {
-            set_scaled(STATE(j), SAVED(segment, j), 1.0f, SIZE_KV);
-            HEAD_ARRAY(DECAY)[j] = DECAYS(segment)[j];
+            set_scaled(at, STATE(j), SAVED(segment, j), 1.0f, SIZE_KV);
+            set_decay(at, (int)j, DECAYS(segment)[j]);
         }
     }
 }
@@ -59,7 +60,7 @@ void restore_states(const place *at, int *where, uint segment) {
 /* D_LEVELS += Z_rs dS_rs by level, dS = dO V^T in D_MZ.  Off the diagonal a block of 16 by 16 has one level. */
 void add_level_gradients(const place *at) {
     operand z = ARRAY(Z), ds = ARRAY(D_MZ);
-    for (uint r = 0; r < CHUNK; r++) {
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         matrix to = ARRAY(D_LEVELS) + r * PORTABLE_WEIGHTS;
         for (uint s = 0; s <= r; s += 16) {
             const float16 x = get16(z + r * CHUNK + s) * get16(ds + r * CHUNK + s);
@@ -74,16 +75,12 @@ void add_level_gradients(const place *at) {
             }
         }
     }
+    SYNC();
 }
 
-/*
- * A state's reads, E = decay times what stands there: with ASKED = dO E^T, D_READ += weight ASKED, the weight's gradient
- * is READ . ASKED, and D_E = keep D_E + (weight READ)^T dO.
- */
-void read_gradients(const loglin_panel p, const place *at, uint j, operand state, float decay, matrix d_state,
-                    float keep) {
-    read_weights(p, at, j);
-    product(PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(D_O_T), CHUNK, ARRAY(ASKED_T), CHUNK, 0, 0, 0.0f);
+/* D_READ_T += weights decay ASKED_T, and the totals of decay ASKED . READ of the rows. */
+#if LANE_ITEMS == 1
+void add_asked(const place *at, float decay) {
     for (uint r = 0; r < CHUNK; r += 16) {
         const float16 weights = get16(ARRAY(ROWS) + r);
         float16 dots = 0.0f;
@@ -93,17 +90,43 @@ void read_gradients(const loglin_panel p, const place *at, uint j, operand state
             dots = fma(asked, get16(ARRAY(READ_T) + i), dots);
             put16(fma(weights, asked, get16(ARRAY(D_READ_T) + i)), ARRAY(D_READ_T) + i);
         }
-        float each[16];
-        vstore16(dots, 0, each);
-        for (uint i = 0; i < 16; i++) {
-            const int level = level_seen(p, at, j, r + i);
-            if (level < PORTABLE_WEIGHTS) {
-                ARRAY(D_LEVELS)[(r + i) * PORTABLE_WEIGHTS + level] += each[i];
-            }
+        put16(dots, ARRAY(TOTALS) + r);
+    }
+}
+#else
+void add_asked(const place *at, float decay) {
+    for (uint i = ITEM; i < CHUNK * ROW_PARTS; i += LANE_ITEMS) {
+        const uint r = i % CHUNK, part = i / CHUNK;
+        float dot_of_part = 0.0f;
+        for (uint k = part; k < DIM_K; k += ROW_PARTS) {
+            const float asked = decay * ARRAY(ASKED_T)[k * CHUNK + r];
+            dot_of_part = fma(asked, ARRAY(READ_T)[k * CHUNK + r], dot_of_part);
+            ARRAY(D_READ_T)[k * CHUNK + r] += ARRAY(ROWS)[r] * asked;
+        }
+        at->shared[r * ROW_PARTS + part] = dot_of_part;
+    }
+    SYNC();
+}
+#endif
+
+/*
+ * A state's reads, E = decay times what stands there: with ASKED = dO E^T, D_READ += weight ASKED, the weight's gradient
+ * is READ . ASKED, and D_E = keep D_E + (weight READ)^T dO.
+ */
+void read_gradients(const loglin_panel p, const place *at, uint j, operand state, float decay, matrix d_state,
+                    float keep) {
+    read_weights(p, at, j);
+    product(at, PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(D_O_T), CHUNK, ARRAY(ASKED_T), CHUNK, 0, 0, 0.0f);
+    add_asked(at, decay);
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
+        const int level = level_seen(p, at, j, r);
+        if (level < PORTABLE_WEIGHTS) {
+            ARRAY(D_LEVELS)[r * PORTABLE_WEIGHTS + level] += total(at, 0, r);
         }
     }
-    scale_rows(ARRAY(WEIGHED_D_O), ARRAY(D_O), ARRAY(ROWS), PAD_V);
-    product(PAD_K, PAD_V, CHUNK, ARRAY(READ), 1, PAD_K, ARRAY(WEIGHED_D_O), PAD_V, d_state, PAD_V, 0, ADD, keep);
+    SYNC();
+    scale_rows(at, ARRAY(WEIGHED_D_O), ARRAY(D_O), ARRAY(ROWS), PAD_V);
+    product(at, PAD_K, PAD_V, CHUNK, ARRAY(READ), 1, PAD_K, ARRAY(WEIGHED_D_O), PAD_V, d_state, PAD_V, 0, ADD, keep);
 }
 
 /*
@@ -112,32 +135,36 @@ void read_gradients(const loglin_panel p, const place *at, uint j, operand state
  */
 float pass_gradients(const place *at, operand state, float decay, matrix d_state) {
     float16 sums = 0.0f;
-    for (uint i = 0; i < SIZE_KV; i += 16) {
+    FOR_BLOCKS(i, SIZE_KV) {
         sums = fma(get16(state + i), get16(d_state + i), sums);
     }
+    const float sum = sum_of_items(at, sum16(sums));
 #if IS_DELTA
-    product(CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, state, PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
-    product(CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_state, PAD_V, ARRAY(GIVEN), PAD_V, 0, 0, 0.0f);
-    transpose(ARRAY(SEEN_T), CHUNK, ARRAY(SEEN), PAD_V, CHUNK, PAD_V);
-    transpose(ARRAY(GIVEN_T), CHUNK, ARRAY(GIVEN), PAD_V, CHUNK, PAD_V);
-    product(PAD_K, CHUNK, PAD_V, d_state, PAD_V, 1, ARRAY(SEEN_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, SUBTRACT, 1.0f);
-    product(PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(GIVEN_T), CHUNK, ARRAY(D_K_START_T), CHUNK, 0, SUBTRACT, 1.0f);
-    product(PAD_K, PAD_V, CHUNK, ARRAY(K_START), 1, PAD_K, ARRAY(GIVEN), PAD_V, d_state, PAD_V, 0, SUBTRACT,
+    product(at, CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, state, PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
+    product(at, CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_state, PAD_V, ARRAY(GIVEN), PAD_V, 0, 0, 0.0f);
+    transpose(at, ARRAY(SEEN_T), CHUNK, ARRAY(SEEN), PAD_V, CHUNK, PAD_V);
+    transpose(at, ARRAY(GIVEN_T), CHUNK, ARRAY(GIVEN), PAD_V, CHUNK, PAD_V);
+    product(at, PAD_K, CHUNK, PAD_V, d_state, PAD_V, 1, ARRAY(SEEN_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, SUBTRACT,
+            1.0f);
+    product(at, PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(GIVEN_T), CHUNK, ARRAY(D_K_START_T), CHUNK, 0, SUBTRACT,
+            1.0f);
+    product(at, PAD_K, PAD_V, CHUNK, ARRAY(K_START), 1, PAD_K, ARRAY(GIVEN), PAD_V, d_state, PAD_V, 0, SUBTRACT,
             chunk_decay(at));
 #endif
-    return chunk_decay(at) * decay * sum16(sums);
+    return chunk_decay(at) * decay * sum;
 }
 
 /* ---- Final states ----------------------------------------------------------------------------------------------- */
 
 /* The caller's gradient of a level, padded. */
 void load_level(const loglin_panel p, const place *at, matrix to, const __global float *values, int level) {
-    for (uint k = 0; k < PAD_K; k++) {
-        set_zero(to + k * PAD_V, PAD_V);
-        for (uint i = 0; k < DIM_K && i < at->values; i++) {
-            to[k * PAD_V + i] = values[state_row(p, at, k) + (ulong)level * DIM_K * DIM_V + i];
+    for (uint k = FIRST_STATE_ROW; k < PAD_K; k += STATE_ROW_STEP) {
+        const __global float *row = values + state_row(p, at, min(k, DIM_K - 1u)) + (ulong)level * DIM_K * DIM_V;
+        for (uint i = FIRST_VALUE; i < PAD_V; i += VALUE_STEP) {
+            to[k * PAD_V + i] = k < DIM_K && i < at->values ? row[i] : 0.0f;
         }
     }
+    SYNC();
 }
 
 /* What the final states ask of the last chunk's keys and values, level by level. */
@@ -148,19 +175,27 @@ void final_gradients(const loglin_panel p, const place *at, const __global float
         for (end = begin + 1; end <= last && level_of(last, end) == level; end++) {
         }
         load_level(p, at, scratch, dfinal, level);
-        for (uint s = begin; s < end; s++) {
-            for (uint k = 0; k < DIM_K; k++) {
-                operand row = scratch + k * PAD_V;
-                ARRAY(D_WRITE_T)[k * CHUNK + s] += row_dot(ARRAY(V) + s * PAD_V, row, PAD_V);
-                add_scaled(ARRAY(D_V) + s * PAD_V, 1.0f, row, ARRAY(WRITE)[s * PAD_K + k], PAD_V);
-            }
+        for (uint i = ITEM; i < (end - begin) * DIM_K; i += LANE_ITEMS) {
+            const uint s = begin + i / DIM_K, k = i % DIM_K;
+            ARRAY(D_WRITE_T)[k * CHUNK + s] += row_dot(ARRAY(V) + s * PAD_V, scratch + k * PAD_V, PAD_V);
         }
+        for (uint i = ITEM; i < (end - begin) * (PAD_V / 16); i += LANE_ITEMS) {
+            const uint s = begin + i / (PAD_V / 16), c = i % (PAD_V / 16) * 16;
+            float16 sum = get16(ARRAY(D_V) + s * PAD_V + c);
+            for (uint k = 0; k < DIM_K; k++) {
+                const float16 key = ARRAY(WRITE)[s * PAD_K + k];
+                sum = fma(key, get16(scratch + k * PAD_V + c), sum);
+            }
+            put16(sum, ARRAY(D_V) + s * PAD_V + c);
+        }
+        SYNC();
     }
 }
 
 /* ---- The chunk's map -------------------------------------------------------------------------------------------- */
 
-/* Column sums minus row sums of x y over the lower triangle: what pairs decayed by exp(a_r - a_s) ask of the sums. */
+/* Row sums minus column sums of x y below the diagonal: what pairs decayed by exp(a_r - a_s) ask of the running sums. */
+#if LANE_ITEMS == 1
 void add_pair_gradients(const place *at, operand x, operand y, float sign) {
     for (uint r = 0; r < CHUNK; r++) {
         float16 of_row = 0.0f;
@@ -173,32 +208,49 @@ void add_pair_gradients(const place *at, operand x, operand y, float sign) {
         ARRAY(D_GATE)[r] += sum16(of_row);
     }
 }
+#else
+void add_pair_gradients(const place *at, operand x, operand y, float sign) {
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
+        float sum = 0.0f;
+        for (uint s = 0; s < CHUNK; s++) {
+            const uint i = s < r ? r * CHUNK + s : s * CHUNK + r;
+            const float pair = s == r ? 0.0f : x[i] * y[i];
+            sum += s < r ? pair : -pair;
+        }
+        ARRAY(D_GATE)[r] += sign * sum;
+    }
+    SYNC();
+}
+#endif
 
 #if IS_DELTA
 /* Through READ = exp(a) Q - Z K_START, WRITE = T^T K_END, Z = A T and T = (I + X)^-1 diag(beta). */
 void map_gradients(const place *at) {
-    product(CHUNK, CHUNK, DIM_K, ARRAY(D_READ), PAD_K, 1, ARRAY(K_START_T), CHUNK, ARRAY(D_MZ), CHUNK, 0,
+    product(at, CHUNK, CHUNK, DIM_K, ARRAY(D_READ), PAD_K, 1, ARRAY(K_START_T), CHUNK, ARRAY(D_MZ), CHUNK, 0,
             C_LOWER | SUBTRACT, 1.0f);
     scale_triangle(at, ARRAY(D_MZ), ARRAY(D_MZ), 0, 0);
-    product(CHUNK, PAD_K, CHUNK, ARRAY(Z), 1, CHUNK, ARRAY(D_READ), PAD_K, ARRAY(D_K_START), PAD_K, 0,
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(Z), 1, CHUNK, ARRAY(D_READ), PAD_K, ARRAY(D_K_START), PAD_K, 0,
             A_UPPER | SUBTRACT, 1.0f);
-    product(CHUNK, CHUNK, DIM_K, ARRAY(K_END), PAD_K, 1, ARRAY(D_WRITE_T), CHUNK, ARRAY(D_T), CHUNK, 0, C_LOWER, 0.0f);
-    product(CHUNK, PAD_K, CHUNK, ARRAY(T), CHUNK, 1, ARRAY(D_WRITE), PAD_K, ARRAY(D_K_END), PAD_K, 0, A_LOWER, 0.0f);
-    transpose(ARRAY(T_T), CHUNK, ARRAY(T), CHUNK, CHUNK, CHUNK);
-    product(CHUNK, CHUNK, CHUNK, ARRAY(D_MZ), CHUNK, 1, ARRAY(T_T), CHUNK, ARRAY(D_A), CHUNK, 0, A_LOWER | C_LOWER,
+    product(at, CHUNK, CHUNK, DIM_K, ARRAY(K_END), PAD_K, 1, ARRAY(D_WRITE_T), CHUNK, ARRAY(D_T), CHUNK, 0, C_LOWER,
             0.0f);
-    product(CHUNK, CHUNK, CHUNK, ARRAY(A), 1, CHUNK, ARRAY(D_MZ), CHUNK, ARRAY(D_T), CHUNK, 0, A_UPPER | C_LOWER | ADD,
-            1.0f);
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(T), CHUNK, 1, ARRAY(D_WRITE), PAD_K, ARRAY(D_K_END), PAD_K, 0, A_LOWER,
+            0.0f);
+    transpose(at, ARRAY(T_T), CHUNK, ARRAY(T), CHUNK, CHUNK, CHUNK);
+    product(at, CHUNK, CHUNK, CHUNK, ARRAY(D_MZ), CHUNK, 1, ARRAY(T_T), CHUNK, ARRAY(D_A), CHUNK, 0, A_LOWER | C_LOWER,
+            0.0f);
+    product(at, CHUNK, CHUNK, CHUNK, ARRAY(A), 1, CHUNK, ARRAY(D_MZ), CHUNK, ARRAY(D_T), CHUNK, 0, A_UPPER | C_LOWER |
+            ADD, 1.0f);
     scale_triangle(at, ARRAY(D_T), ARRAY(D_T), 0, 0);
-    product(CHUNK, CHUNK, CHUNK, ARRAY(D_T), CHUNK, 1, ARRAY(T_T), CHUNK, ARRAY(TT), CHUNK, 0, A_LOWER | C_LOWER, 0.0f);
-    product(CHUNK, CHUNK, CHUNK, ARRAY(XINV), 1, CHUNK, ARRAY(TT), CHUNK, ARRAY(D_X), CHUNK, 0, A_UPPER | C_LOWER,
+    product(at, CHUNK, CHUNK, CHUNK, ARRAY(D_T), CHUNK, 1, ARRAY(T_T), CHUNK, ARRAY(TT), CHUNK, 0, A_LOWER | C_LOWER,
+            0.0f);
+    product(at, CHUNK, CHUNK, CHUNK, ARRAY(XINV), 1, CHUNK, ARRAY(TT), CHUNK, ARRAY(D_X), CHUNK, 0, A_UPPER | C_LOWER,
             0.0f);
     scale_triangle(at, ARRAY(D_X), ARRAY(D_X), 0, STRICT);
     add_pair_gradients(at, ARRAY(A), ARRAY(D_A), 1.0f);
     add_pair_gradients(at, ARRAY(X), ARRAY(D_X), -1.0f);
     /* X = diag(beta) times the decayed K K^T: from here on D_X is the gradient of that one's decay-free self. */
     scale_triangle(at, ARRAY(D_X), ARRAY(D_X), 0, DECAYED | STRICT);
-    for (uint r = 0; r < CHUNK; r++) {
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         float sum = 0.0f;
         for (uint t = r; t < CHUNK; t++) {
             sum = fma(ARRAY(XINV)[t * CHUNK + r], ARRAY(D_T)[t * CHUNK + r], sum);
@@ -212,16 +264,17 @@ void map_gradients(const place *at) {
         }
         ARRAY(D_BETA)[r] = sum - sum16(sums);
     }
+    SYNC();
 }
 #endif
 
 /* From D_MZ, D_READ, D_WRITE (and D_K_START) to the gates, and to what the lane's heads share. */
 void share_gradients(const place *at) {
-    transpose(ARRAY(D_READ), PAD_K, ARRAY(D_READ_T), CHUNK, PAD_K, CHUNK);
-    transpose(ARRAY(D_WRITE), PAD_K, ARRAY(D_WRITE_T), CHUNK, PAD_K, CHUNK);
-    set_zero(ARRAY(D_GATE), CHUNK);
+    transpose(at, ARRAY(D_READ), PAD_K, ARRAY(D_READ_T), CHUNK, PAD_K, CHUNK);
+    transpose(at, ARRAY(D_WRITE), PAD_K, ARRAY(D_WRITE_T), CHUNK, PAD_K, CHUNK);
+    set_zero(at, ARRAY(D_GATE), CHUNK);
 #if IS_DELTA
-    transpose(ARRAY(D_K_START), PAD_K, ARRAY(D_K_START_T), CHUNK, PAD_K, CHUNK);
+    transpose(at, ARRAY(D_K_START), PAD_K, ARRAY(D_K_START_T), CHUNK, PAD_K, CHUNK);
     map_gradients(at);
     operand d_pair = ARRAY(D_A), d_end = ARRAY(D_K_END);
 #else
@@ -229,31 +282,49 @@ void share_gradients(const place *at) {
     add_pair_gradients(at, ARRAY(Z), ARRAY(D_MZ), 1.0f);
 #endif
     scale_triangle(at, ARRAY(MZ), d_pair, 0, DECAYED); /* MZ has done its part */
-    for (uint i = 0; i < CHUNK; i++) {
-        add_scaled(ARRAY(D_QK) + i * CHUNK, 1.0f, ARRAY(MZ) + i * CHUNK, 1.0f, i / 16 * 16 + 16);
-    }
-    for (uint r = 0; r < CHUNK; r++) {
-        const uint i = r * PAD_K;
+    for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
+        for (uint c = FIRST_COLUMN; c <= r; c += COLUMN_STEP) {
+            const uint i = r * CHUNK + c;
+            put16(get16(ARRAY(D_QK) + i) + get16(ARRAY(MZ) + i), ARRAY(D_QK) + i);
+        }
         const float start = ARRAY(START)[r], end = ARRAY(END)[r];
-        float from_start = row_dot(ARRAY(Q) + i, ARRAY(D_READ) + i, PAD_K);
-        add_scaled(ARRAY(D_Q) + i, 1.0f, ARRAY(D_READ) + i, start, PAD_K);
-        add_scaled(ARRAY(D_KEY) + i, 1.0f, d_end + i, end, PAD_K);
+        float16 from_start = 0.0f, from_end = 0.0f;
+        for (uint c = FIRST_COLUMN; c < PAD_K; c += COLUMN_STEP) {
+            const uint i = r * PAD_K + c;
+            const float16 key = get16(ARRAY(KEY) + i), at_end = get16(d_end + i), read = get16(ARRAY(D_READ) + i);
+            float16 d_key = end * at_end;
+            from_end = fma(key, at_end, from_end);
+            from_start = fma(get16(ARRAY(Q) + i), read, from_start);
+            put16(fma((float16)start, read, get16(ARRAY(D_Q) + i)), ARRAY(D_Q) + i);
 #if IS_DELTA
-        from_start += row_dot(ARRAY(KEY) + i, ARRAY(D_K_START) + i, PAD_K);
-        add_scaled(ARRAY(D_KEY) + i, 1.0f, ARRAY(D_K_START) + i, start, PAD_K);
+            const float16 at_start = get16(ARRAY(D_K_START) + i);
+            from_start = fma(key, at_start, from_start);
+            d_key = fma((float16)start, at_start, d_key);
 #endif
-        ARRAY(D_GATE)[r] += start * from_start;
-        ARRAY(D_END)[r] = end * row_dot(ARRAY(KEY) + i, d_end + i, PAD_K);
+            put16(get16(ARRAY(D_KEY) + i) + d_key, ARRAY(D_KEY) + i);
+        }
+        PARTIAL(0, r) = sum16(from_start);
+        PARTIAL(1, r) = sum16(from_end);
     }
+    SYNC();
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
+        ARRAY(D_GATE)[r] += ARRAY(START)[r] * total(at, 0, r);
+        ARRAY(D_END)[r] = ARRAY(END)[r] * total(at, 1, r);
+    }
+    SYNC();
 }
 
 /* Products that the heads of the lane share: D_Q and D_KEY through q k^T and k k^T. */
 void group_gradients(const place *at) {
-    product(CHUNK, PAD_K, CHUNK, ARRAY(D_QK), CHUNK, 1, ARRAY(KEY), PAD_K, ARRAY(D_Q), PAD_K, 0, A_LOWER | ADD, 1.0f);
-    product(CHUNK, PAD_K, CHUNK, ARRAY(D_QK), 1, CHUNK, ARRAY(Q), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_UPPER | ADD, 1.0f);
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(D_QK), CHUNK, 1, ARRAY(KEY), PAD_K, ARRAY(D_Q), PAD_K, 0, A_LOWER | ADD,
+            1.0f);
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(D_QK), 1, CHUNK, ARRAY(Q), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_UPPER | ADD,
+            1.0f);
 #if IS_DELTA
-    product(CHUNK, PAD_K, CHUNK, ARRAY(D_KK), CHUNK, 1, ARRAY(KEY), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_LOWER | ADD, 1.0f);
-    product(CHUNK, PAD_K, CHUNK, ARRAY(D_KK), 1, CHUNK, ARRAY(KEY), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_UPPER | ADD, 1.0f);
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(D_KK), CHUNK, 1, ARRAY(KEY), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_LOWER | ADD,
+            1.0f);
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(D_KK), 1, CHUNK, ARRAY(KEY), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_UPPER | ADD,
+            1.0f);
 #endif
 }
 
@@ -266,19 +337,25 @@ void group_gradients(const place *at) {
 void store_head(const loglin_panel p, const place *at, __global float *ws, parts to, __global storage *dv,
                 float d_decay) {
     float before = d_decay, behind = 0.0f;
-    for (uint r = 0; r < CHUNK; r++) {
-        const float end = ARRAY(D_END)[r];
-        ARRAY(D_END)[r] = before;
-        before += end;
+    uint first = 0, last = CHUNK;
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
+        for (; first < r; first++) {
+            before += ARRAY(D_END)[first];
+        }
+        ARRAY(ROWS)[r] = before;
     }
-    for (uint r = CHUNK; r-- > 0;) {
+    SYNC();
+    for (uint i = ITEM; i < CHUNK; i += LANE_ITEMS) {
+        const uint r = CHUNK - 1 - i;
+        while (last > r) {
+            behind += ARRAY(D_GATE)[--last];
+        }
         const long token = row_token(at->slot, r);
-        behind += ARRAY(D_GATE)[r];
         if (token < 0) {
             continue;
         }
         const ulong row = (ulong)token * p.heads + head_of(at);
-        ws[to.g + row] = behind + ARRAY(D_END)[r];
+        ws[to.g + row] = behind + ARRAY(ROWS)[r];
 #if IS_DELTA
         ws[to.beta + row] = ARRAY(D_BETA)[r];
 #endif
@@ -286,19 +363,20 @@ void store_head(const loglin_panel p, const place *at, __global float *ws, parts
             ws[to.levels + row * p.levels + level] =
                 level < PORTABLE_WEIGHTS ? ARRAY(D_LEVELS)[r * PORTABLE_WEIGHTS + level] : 0.0f;
         }
-        store_row(dv + row * DIM_V + at->first_value, ARRAY(D_V) + r * PAD_V, at->values);
     }
+    store_values(p, at, dv, ARRAY(D_V));
 }
 
 void store_group(const loglin_panel p, const place *at, __global float *ws, parts to) {
-    for (uint r = 0; r < CHUNK; r++) {
+    for (uint r = FIRST_STATE_ROW; r < CHUNK; r += STATE_ROW_STEP) {
         const long token = row_token(at->slot, r);
         const ulong row = ((ulong)max(token, 0L) * p.groups + at->group) * DIM_K;
-        for (uint k = 0; token >= 0 && k < DIM_K; k++) {
+        for (uint k = FIRST_VALUE; token >= 0 && k < DIM_K; k += VALUE_STEP) {
             ws[to.q + row + k] = ARRAY(D_Q)[r * PAD_K + k];
             ws[to.k + row + k] = ARRAY(D_KEY)[r * PAD_K + k];
         }
     }
+    SYNC();
 }
 
 /* ---- One chunk, backwards -------------------------------------------------------------------------------------------- */
@@ -339,11 +417,11 @@ int take_adjoint(const loglin_panel p, const place *at, uint moment, uint j, con
     }
     const int vacant = free_adjoint(behind, here);
     if (!last && next >= 0) {
-        set_scaled(ADJOINT(vacant), ADJOINT(behind[next]), 1.0f, SIZE_KV);
+        set_scaled(at, ADJOINT(vacant), ADJOINT(behind[next]), 1.0f, SIZE_KV);
     } else if (last && next >= 0 && dfinal) {
         load_level(p, at, ADJOINT(vacant), dfinal, next);
     } else {
-        set_zero(ADJOINT(vacant), SIZE_KV);
+        set_zero(at, ADJOINT(vacant), SIZE_KV);
     }
     return vacant;
 }
@@ -353,24 +431,24 @@ void head_gradients(const loglin_panel p, const place *at, __global float *ws, p
                     int *here, const __global storage *d_o, __global storage *dv, const __global float *dfinal) {
     const int last = at->slot[SLOT_FLAGS] & SLOT_LAST, own = at->slot[SLOT_OWN];
     load_values(p, at, ARRAY(D_O), d_o);
-    transpose(ARRAY(D_O_T), CHUNK, ARRAY(D_O), PAD_V, CHUNK, PAD_V);
-    transpose(ARRAY(V_T), CHUNK, ARRAY(V), PAD_V, CHUNK, PAD_V);
-    transpose(ARRAY(READ_T), CHUNK, ARRAY(READ), PAD_K, CHUNK, PAD_K);
-    set_zero(ARRAY(D_LEVELS), CHUNK * PORTABLE_WEIGHTS);
-    set_zero(ARRAY(D_READ_T), PAD_K * CHUNK);
-    set_zero(ARRAY(D_WRITE_T), PAD_K * CHUNK);
+    transpose(at, ARRAY(D_O_T), CHUNK, ARRAY(D_O), PAD_V, CHUNK, PAD_V);
+    transpose(at, ARRAY(V_T), CHUNK, ARRAY(V), PAD_V, CHUNK, PAD_V);
+    transpose(at, ARRAY(READ_T), CHUNK, ARRAY(READ), PAD_K, CHUNK, PAD_K);
+    set_zero(at, ARRAY(D_LEVELS), CHUNK * PORTABLE_WEIGHTS);
+    set_zero(at, ARRAY(D_READ_T), PAD_K * CHUNK);
+    set_zero(at, ARRAY(D_WRITE_T), PAD_K * CHUNK);
 #if IS_DELTA
-    transpose(ARRAY(K_START_T), CHUNK, ARRAY(K_START), PAD_K, CHUNK, PAD_K);
-    set_zero(ARRAY(D_K_START_T), PAD_K * CHUNK);
+    transpose(at, ARRAY(K_START_T), CHUNK, ARRAY(K_START), PAD_K, CHUNK, PAD_K);
+    set_zero(at, ARRAY(D_K_START_T), PAD_K * CHUNK);
 #endif
-    product(CHUNK, CHUNK, PAD_V, ARRAY(D_O), PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_MZ), CHUNK, 0, C_LOWER, 0.0f);
+    product(at, CHUNK, CHUNK, PAD_V, ARRAY(D_O), PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_MZ), CHUNK, 0, C_LOWER, 0.0f);
     add_level_gradients(at);
     scale_triangle(at, ARRAY(D_MZ), ARRAY(D_MZ), 0, WEIGHED);
-    product(CHUNK, PAD_V, CHUNK, ARRAY(MZ), 1, CHUNK, ARRAY(D_O), PAD_V, ARRAY(D_V), PAD_V, 0, A_UPPER, 0.0f);
+    product(at, CHUNK, PAD_V, CHUNK, ARRAY(MZ), 1, CHUNK, ARRAY(D_O), PAD_V, ARRAY(D_V), PAD_V, 0, A_UPPER, 0.0f);
     if (!last && own >= 0) {
         operand d_own = ADJOINT(behind[own]);
-        product(PAD_K, CHUNK, PAD_V, d_own, PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, ADD, 1.0f);
-        product(CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_own, PAD_V, ARRAY(D_V), PAD_V, 0, ADD, 1.0f);
+        product(at, PAD_K, CHUNK, PAD_V, d_own, PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, ADD, 1.0f);
+        product(at, CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_own, PAD_V, ARRAY(D_V), PAD_V, 0, ADD, 1.0f);
     }
     for (uint j = 0; j < COLUMNS; j++) {
         here[j] = NOWHERE;
@@ -396,21 +474,22 @@ void head_gradients(const loglin_panel p, const place *at, __global float *ws, p
 void store_initial(const loglin_panel p, const place *at, __global float *to, const int *here) {
     for (uint level = 0; level < p.levels; level++) {
         const int column = initial_column(p, (int)level, (uint)at->slot[SLOT_TIME]);
-        for (uint k = 0; k < DIM_K; k++) {
+        for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
             __global float *row = to + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
-            for (uint i = 0; i < at->values; i++) {
+            for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
                 row[i] = column >= 0 ? ADJOINT(here[column])[k * PAD_V + i] : 0.0f;
             }
         }
     }
+    SYNC();
 }
 
 /* What the chunk's heads write: enough to walk the states on. */
 void load_chunk_states(const loglin_panel p, place *at, const inputs *in) {
     load_keys(p, at, ARRAY(KEY), in->k, 1.0f);
 #if IS_DELTA
-    transpose(ARRAY(KEY_T), CHUNK, ARRAY(KEY), PAD_K, CHUNK, PAD_K);
-    product(CHUNK, CHUNK, DIM_K, ARRAY(KEY), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(KK), CHUNK, 0, C_LOWER, 0.0f);
+    transpose(at, ARRAY(KEY_T), CHUNK, ARRAY(KEY), PAD_K, CHUNK, PAD_K);
+    product(at, CHUNK, CHUNK, DIM_K, ARRAY(KEY), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(KK), CHUNK, 0, C_LOWER, 0.0f);
 #endif
 }
 
@@ -449,7 +528,7 @@ void walk_states(const loglin_panel p, place *at, const __global float *ws, cons
     }
 }
 
-__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void
+LANE_KERNEL void
 portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q_parts, ulong k_parts, ulong g_parts,
                   ulong beta_parts, ulong level_parts, const __global int *cu_seqlens, ulong cu_offset,
                   const __global storage *q, ulong q_offset, const __global storage *k, ulong k_offset,
@@ -461,13 +540,14 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
                   __global float *dinitial, ulong dinitial_offset) {
     const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
                        beta ? beta + beta_offset : 0};
-    const uint lane = (uint)get_global_id(0);
+    const uint lane = (uint)get_group_id(0);
     const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, group_parts = p.heads / p.groups / LANE_HEADS * value_parts;
     const ulong of_values = (ulong)(lane % value_parts) * tokens_of(p) * p.heads;
     const ulong of_group = (ulong)(lane % group_parts) * tokens_of(p) * p.groups * DIM_K;
     const parts to = {q_parts + of_group, k_parts + of_group, g_parts + of_values, beta_parts + of_values,
                       level_parts + of_values * p.levels};
-    place at = find_lane(p, ws, lanes, lane);
+    place at = find_lane(p, ws, lanes);
+    SHARE_LOCAL_MEMORY(at)
     cu_seqlens += cu_offset;
     values = values ? values + values_offset : 0;
     log_decay = log_decay ? log_decay + decay_offset : 0;
@@ -489,11 +569,11 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
         for (uint n = end; n-- > first;) {
             at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n);
             load_group(p, &at, &in);
-            set_zero(at.memory + LANE_D_QK, CHUNK * CHUNK);
-            set_zero(at.memory + LANE_D_Q, CHUNK * PAD_K);
-            set_zero(at.memory + LANE_D_KEY, CHUNK * PAD_K);
+            set_zero(&at, at.memory + LANE_D_QK, CHUNK * CHUNK);
+            set_zero(&at, at.memory + LANE_D_Q, CHUNK * PAD_K);
+            set_zero(&at, at.memory + LANE_D_KEY, CHUNK * PAD_K);
 #if IS_DELTA
-            set_zero(at.memory + LANE_D_KK, CHUNK * CHUNK);
+            set_zero(&at, at.memory + LANE_D_KK, CHUNK * CHUNK);
 #endif
             for (at.head = 0; at.head < LANE_HEADS; at.head++) {
                 load_head(p, &at, &in);

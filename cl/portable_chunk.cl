@@ -40,17 +40,6 @@ enum { PORTABLE_ARRAYS(PORTABLE_OFFSET) LANE_FLOATS };
 /* The head's own copy. */
 #define HEAD_ARRAY(name) (at->memory + LANE_##name + at->head * ((LANE_##name##_LAST - LANE_##name + 1) / LANE_HEADS))
 
-/* Where a lane stands. */
-typedef struct {
-    matrix memory;
-    uint sequence, group;
-    uint head;        /* of the lane's, 0 .. LANE_HEADS - 1 */
-    uint first_head;  /* among all */
-    uint first_value; /* first column of v, and how many are the lane's */
-    uint values;
-    const __global int *slot;
-} place;
-
 /* The caller's buffers, their offsets applied. */
 typedef struct {
     const __global storage *q, *k, *v;
@@ -63,10 +52,11 @@ uint head_of(const place *at) { return at->first_head + at->head; }
 /* ---- Rows -------------------------------------------------------------------------------------------------------- */
 
 typedef ushort16 loose_ushort16 __attribute__((aligned(2)));
+typedef float16 loose_float16 __attribute__((aligned(4)));
 
 float16 load16(const __global storage *p) {
 #if STORAGE == 0
-    return get16(p);
+    return *(const __global loose_float16 *)p;
 #elif STORAGE == 1
     return vload_half16(0, p);
 #else
@@ -76,7 +66,7 @@ float16 load16(const __global storage *p) {
 
 void store16(__global storage *p, float16 x) {
 #if STORAGE == 0
-    put16(x, p);
+    *(__global loose_float16 *)p = x;
 #elif STORAGE == 1
     vstore_half16_rte(x, 0, p);
 #else
@@ -86,55 +76,26 @@ void store16(__global storage *p, float16 x) {
 #endif
 }
 
-/* `count` elements, and zeros up to `padded`. */
-void load_row(matrix to, const __global storage *from, uint count, uint padded) {
-    uint i = 0;
-    for (; i + 16 <= count; i += 16) {
-        put16(load16(from + i), to + i);
+/* Elements of the block of 16 columns from c on. */
+float16 load_block(const __global storage *row, uint c, uint columns) {
+    if (c + 16 <= columns) {
+        return load16(row + c);
     }
-    for (; i < count; i++) {
-        to[i] = load(from, i);
+    float x[16];
+    for (uint i = 0; i < 16; i++) {
+        x[i] = c + i < columns ? load(row, c + i) : 0.0f;
     }
-    for (; i < padded; i++) {
-        to[i] = 0.0f;
-    }
+    return vload16(0, x);
 }
 
-void store_row(__global storage *to, operand from, uint count) {
-    uint i = 0;
-    for (; i + 16 <= count; i += 16) {
-        store16(to + i, get16(from + i));
+void store_block(__global storage *row, uint c, uint columns, operand from) {
+    if (c + 16 <= columns) {
+        store16(row + c, get16(from));
+        return;
     }
-    for (; i < count; i++) {
-        store(to, i, from[i]);
+    for (uint i = c; i < columns; i++) {
+        store(row, i, from[i - c]);
     }
-}
-
-/* Floats in whole vectors. */
-void set_zero(matrix to, uint count) {
-    for (uint i = 0; i < count; i += 16) {
-        put16((float16)0.0f, to + i);
-    }
-}
-
-/* to = scale from */
-void set_scaled(matrix to, operand from, float scale, uint count) {
-    for (uint i = 0; i < count; i += 16) {
-        put16(scale * get16(from + i), to + i);
-    }
-}
-
-/* to = keep to + scale from */
-void add_scaled(matrix to, float keep, operand from, float scale, uint count) {
-    for (uint i = 0; i < count; i += 16) {
-        put16(fma((float16)scale, get16(from + i), keep * get16(to + i)), to + i);
-    }
-}
-
-float sum16(float16 x) {
-    const float8 a = x.lo + x.hi;
-    const float4 b = a.lo + a.hi;
-    return (b.x + b.y) + (b.z + b.w);
 }
 
 /* sum over columns of x y */
@@ -146,8 +107,54 @@ float row_dot(operand x, operand y, uint count) {
     return sum16(sums);
 }
 
-/* to[c][r] = from[r][c], rows and columns multiples of 16, in blocks of 16 by 16: pairs of rows swap their halves. */
-void transpose(matrix to, uint to_row, operand from, uint from_row, uint rows, uint columns) {
+/* ---- Matrices of the lane, of whole vectors ------------------------------------------------------------------------ */
+
+/* Each item's next 16 floats of `count`. */
+#define FOR_BLOCKS(i, count) for (uint i = 16 * ITEM; i < (count); i += 16 * LANE_ITEMS)
+
+void set_zero(const place *at, matrix to, uint count) {
+    (void)at;
+    FOR_BLOCKS(i, count) {
+        put16((float16)0.0f, to + i);
+    }
+    SYNC();
+}
+
+/* to = scale from */
+void set_scaled(const place *at, matrix to, operand from, float scale, uint count) {
+    (void)at;
+    FOR_BLOCKS(i, count) {
+        put16(scale * get16(from + i), to + i);
+    }
+    SYNC();
+}
+
+/* to = keep to + scale from */
+void add_scaled(const place *at, matrix to, float keep, operand from, float scale, uint count) {
+    (void)at;
+    FOR_BLOCKS(i, count) {
+        put16(fma((float16)scale, get16(from + i), keep * get16(to + i)), to + i);
+    }
+    SYNC();
+}
+
+/* Row r of to = x[r] times that of from. */
+void scale_rows(const place *at, matrix to, operand from, operand x, uint width) {
+    (void)at;
+    for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
+        const float16 factor = x[r];
+        for (uint c = FIRST_COLUMN; c < width; c += COLUMN_STEP) {
+            put16(factor * get16(from + r * width + c), to + r * width + c);
+        }
+    }
+    SYNC();
+}
+
+/* to[c][r] = from[r][c], rows and columns multiples of 16. */
+#if LANE_ITEMS == 1
+/* Blocks of 16 by 16: pairs of rows swap their halves. */
+void transpose(const place *at, matrix to, uint to_row, operand from, uint from_row, uint rows, uint columns) {
+    (void)at;
     for (uint r = 0; r < rows; r += 16) {
         for (uint c = 0; c < columns; c += 16) {
             float16 x[16];
@@ -178,78 +185,163 @@ void transpose(matrix to, uint to_row, operand from, uint from_row, uint rows, u
         }
     }
 }
+#else
+/* Blocks of 4 by 4. */
+void transpose(const place *at, matrix to, uint to_row, operand from, uint from_row, uint rows, uint columns) {
+    (void)at;
+    for (uint i = ITEM; i < rows / 4 * (columns / 4); i += LANE_ITEMS) {
+        const uint r = i / (columns / 4) * 4, c = i % (columns / 4) * 4;
+        const __global float4 *x = (const __global float4 *)(from + r * from_row + c);
+        const float4 a = x[0], b = x[from_row / 4], d = x[from_row / 2], e = x[from_row / 4 * 3];
+        __global float4 *y = (__global float4 *)(to + c * to_row + r);
+        y[0] = (float4)(a.x, b.x, d.x, e.x);
+        y[to_row / 4] = (float4)(a.y, b.y, d.y, e.y);
+        y[to_row / 2] = (float4)(a.z, b.z, d.z, e.z);
+        y[to_row / 4 * 3] = (float4)(a.w, b.w, d.w, e.w);
+    }
+    SYNC();
+}
+#endif
+
+/*
+ * Sums over rows of matrices, of which an item has a part: which of up to 2 sums, in row r.  total() is good after a SYNC
+ * and until the next product.
+ */
+#if LANE_ITEMS == 1
+#define PARTIAL(which, r) ARRAY(TOTALS)[(which) * CHUNK + (r)]
+#else
+#define PARTIAL(which, r) at->shared[((which) * CHUNK + (r)) * ROW_PARTS + ITEM % ROW_PARTS]
+#endif
+
+float total(const place *at, uint which, uint r) {
+#if LANE_ITEMS == 1
+    return PARTIAL(which, r);
+#else
+    float sum = 0.0f;
+    for (uint part = 0; part < ROW_PARTS; part++) {
+        sum += at->shared[(which * CHUNK + r) * ROW_PARTS + part];
+    }
+    return sum;
+#endif
+}
+
+/* The sum of all items' x. */
+float sum_of_items(const place *at, float x) {
+#if LANE_ITEMS == 1
+    (void)at;
+    return x;
+#else
+    at->shared[ITEM] = x;
+    for (uint half_way = LANE_ITEMS / 2; half_way > 0; half_way /= 2) {
+        SYNC();
+        if (ITEM < half_way) {
+            at->shared[ITEM] += at->shared[ITEM + half_way];
+        }
+    }
+    SYNC();
+    const float sum = at->shared[0];
+    SYNC();
+    return sum;
+#endif
+}
 
 /* ---- What the heads of a group share ------------------------------------------------------------------------------ */
 
 /* Rows of q or k, times scale, divided by their norms where asked for. */
 void load_keys(const loglin_panel p, const place *at, matrix to, const __global storage *from, float scale) {
-    for (uint r = 0; r < CHUNK; r++) {
+    for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const long token = row_token(at->slot, r);
-        matrix row = to + r * PAD_K;
-        if (token < 0) {
-            set_zero(row, PAD_K);
-            continue;
+        const __global storage *row = from + ((ulong)max(token, 0L) * p.groups + at->group) * DIM_K;
+        float16 squares = 0.0f;
+        for (uint c = FIRST_COLUMN; c < PAD_K; c += COLUMN_STEP) {
+            const float16 x = token >= 0 ? load_block(row, c, DIM_K) : 0.0f;
+            squares = fma(x, x, squares);
+            put16(scale * x, to + r * PAD_K + c);
         }
-        load_row(row, from + ((ulong)token * p.groups + at->group) * DIM_K, DIM_K, PAD_K);
-        float factor = scale;
         if (IS_NORMALIZED) {
-            factor /= sqrt(row_dot(row, row, PAD_K) + 1e-6f);
+            PARTIAL(0, r) = sum16(squares);
         }
-        if (factor != 1.0f) {
-            set_scaled(row, row, factor, PAD_K);
+    }
+    SYNC();
+    if (IS_NORMALIZED) {
+        for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
+            ARRAY(ROWS)[r] = 1.0f / sqrt(total(at, 0, r) + 1e-6f);
         }
+        SYNC();
+        scale_rows(at, to, to, ARRAY(ROWS), PAD_K);
     }
 }
 
 void load_group(const loglin_panel p, const place *at, const inputs *in) {
     load_keys(p, at, ARRAY(Q), in->q, p.scale);
     load_keys(p, at, ARRAY(KEY), in->k, 1.0f);
-    transpose(ARRAY(KEY_T), CHUNK, ARRAY(KEY), PAD_K, CHUNK, PAD_K);
-    product(CHUNK, CHUNK, DIM_K, ARRAY(Q), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(QK), CHUNK, 0, C_LOWER, 0.0f);
+    transpose(at, ARRAY(KEY_T), CHUNK, ARRAY(KEY), PAD_K, CHUNK, PAD_K);
+    product(at, CHUNK, CHUNK, DIM_K, ARRAY(Q), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(QK), CHUNK, 0, C_LOWER, 0.0f);
 #if IS_DELTA
-    product(CHUNK, CHUNK, DIM_K, ARRAY(KEY), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(KK), CHUNK, 0, C_LOWER, 0.0f);
+    product(at, CHUNK, CHUNK, DIM_K, ARRAY(KEY), PAD_K, 1, ARRAY(KEY_T), CHUNK, ARRAY(KK), CHUNK, 0, C_LOWER, 0.0f);
 #endif
 }
 
 /* ---- One head ----------------------------------------------------------------------------------------------------- */
 
 void load_values(const loglin_panel p, const place *at, matrix to, const __global storage *from) {
-    for (uint r = 0; r < CHUNK; r++) {
+    for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const long token = row_token(at->slot, r);
-        if (token < 0) {
-            set_zero(to + r * PAD_V, PAD_V);
-        } else {
-            load_row(to + r * PAD_V, from + ((ulong)token * p.heads + head_of(at)) * DIM_V + at->first_value,
-                     at->values, PAD_V);
+        const __global storage *row = from + ((ulong)max(token, 0L) * p.heads + head_of(at)) * DIM_V + at->first_value;
+        for (uint c = FIRST_COLUMN; c < PAD_V; c += COLUMN_STEP) {
+            put16(token >= 0 ? load_block(row, c, at->values) : 0.0f, to + r * PAD_V + c);
         }
     }
+    SYNC();
+}
+
+void store_values(const loglin_panel p, const place *at, __global storage *to, operand from) {
+    for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
+        const long token = row_token(at->slot, r);
+        __global storage *row = to + ((ulong)max(token, 0L) * p.heads + head_of(at)) * DIM_V + at->first_value;
+        for (uint c = FIRST_COLUMN; token >= 0 && c < PAD_V; c += COLUMN_STEP) {
+            store_block(row, c, at->values, from + r * PAD_V + c);
+        }
+    }
+    SYNC();
 }
 
 /*
  * Running sums of the gates, kept as a sum and its rounding remainder: differences of two sums must be exact even behind
- * a run of very negative gates.  The decays from the chunk's start and to its end, and beta.
+ * a run of very negative gates.  An item sums up to its own rows.  The decays from the chunk's start and to its end, and
+ * beta.
  */
 void load_gates(const loglin_panel p, const place *at, const inputs *in) {
-    matrix sums = ARRAY(SUMS);
-    float sum = 0.0f, rest = 0.0f;
-    for (uint r = 0; r < CHUNK; r++) {
+    matrix sums = ARRAY(SUMS), gates = ARRAY(START);
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         const long token = row_token(at->slot, r);
         const ulong from = (ulong)max(token, 0L) * p.heads + head_of(at);
-        const float gate = token >= 0 && in->g ? in->g[from] : 0.0f;
-        const float next = sum + gate, gate_seen = next - sum;
-        rest += (sum - (next - gate_seen)) + (gate - gate_seen);
-        sum = next;
-        sums[r] = sum;
-        sums[CHUNK + r] = rest;
+        gates[r] = token >= 0 && in->g ? in->g[from] : 0.0f;
 #if IS_DELTA
         ARRAY(BETA)[r] = token < 0 ? 0.0f : load_weight(in->beta, from);
 #endif
     }
-    for (uint r = 0; r < CHUNK; r += 16) {
+    SYNC();
+    float sum = 0.0f, rest = 0.0f;
+    uint behind = 0;
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
+        for (; behind <= r; behind++) {
+            const float gate = gates[behind], next = sum + gate, gate_seen = next - sum;
+            rest += (sum - (next - gate_seen)) + (gate - gate_seen);
+            sum = next;
+        }
+        sums[r] = sum;
+        sums[CHUNK + r] = rest;
+    }
+    SYNC();
+    sum = sums[CHUNK - 1];
+    rest = sums[2 * CHUNK - 1];
+    FOR_BLOCKS(r, CHUNK) {
         const float16 main = get16(sums + r), remainder = get16(sums + CHUNK + r);
         put16(exp(main + remainder), ARRAY(START) + r);
         put16(exp((sum - main) + (rest - remainder)), ARRAY(END) + r);
     }
+    SYNC();
 }
 
 /* a_C, the log decay through the chunk, and the decay. */
@@ -259,15 +351,17 @@ float chunk_decay(const place *at) { return exp(chunk_log_decay(at)); }
 /* The level weights of the rows; zeros where there is no token or no such level. */
 void load_weights(const loglin_panel p, const place *at, const inputs *in) {
     const uint count = min(p.levels, min((uint)PORTABLE_WEIGHTS, p.first_level + p.columns));
-    for (uint r = 0; r < CHUNK; r++) {
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         matrix row = ARRAY(WEIGHTS) + r * PORTABLE_WEIGHTS;
-        set_zero(row, PORTABLE_WEIGHTS);
+        put16((float16)0.0f, row);
+        put16((float16)0.0f, row + 16);
         const long token = row_token(at->slot, r);
         const ulong from = ((ulong)max(token, 0L) * p.heads + head_of(at)) * p.levels;
         for (uint level = 0; token >= 0 && level < count; level++) {
             row[level] = load_weight(in->level_scales, from + level);
         }
     }
+    SYNC();
 }
 
 /* Weights of one level for 16 rows. */
@@ -298,28 +392,37 @@ float16 weights_at(const place *at, uint r, uint s) {
 
 enum { DECAYED = 1, WEIGHED = 2, STRICT = 4 };
 
+/* A row's factors for the 16 columns from s on, of a block on the diagonal or below. */
+float16 triangle_row(const place *at, float16 x, uint r, uint s, int how) {
+    operand sums = ARRAY(SUMS), remainders = sums + CHUNK;
+    if (how & DECAYED) {
+        x *= exp(min((sums[r] - get16(sums + s)) + (remainders[r] - get16(remainders + s)), 0.0f));
+    }
+    if (how & WEIGHED) {
+        x *= weights_at(at, r, s);
+    }
+    const uint16 column = s + COLUMNS_16;
+    return select((float16)0.0f, x, (how & STRICT) ? column < r : column <= r);
+}
+
 /*
  * to = the lower triangle of `from`, times exp(a_r - a_s) (DECAYED), times the level weights (WEIGHED), times the rows'
- * factors unless NULL; without its diagonal (STRICT).  Off the diagonal a block of 16 by 16 decays by a factor of its row
- * and one of its column, exp(a_r - a_e) exp(a_e - a_s), where e is the block's last column.
+ * factors unless NULL; without its diagonal (STRICT).
+ */
+#if LANE_ITEMS == 1
+/*
+ * Off the diagonal a block of 16 by 16 decays by a factor of its row and one of its column, exp(a_r - a_e) exp(a_e - a_s),
+ * where e is the block's last column.
  */
 void scale_triangle(const place *at, matrix to, operand from, operand rows, int how) {
     operand sums = ARRAY(SUMS), remainders = sums + CHUNK;
     for (uint s = 0; s < CHUNK; s += 16) {
-        const float16 sum = get16(sums + s), remainder = get16(remainders + s);
         for (uint r = s; r < s + 16; r++) {
-            float16 x = get16(from + r * CHUNK + s) * (rows ? rows[r] : 1.0f);
-            if (how & DECAYED) {
-                x *= exp(min((sums[r] - sum) + (remainders[r] - remainder), 0.0f));
-            }
-            if (how & WEIGHED) {
-                x *= weights_at(at, r, s);
-            }
-            const uint16 column = s + COLUMNS_16;
-            put16(select((float16)0.0f, x, (how & STRICT) ? column < r : column <= r), to + r * CHUNK + s);
+            const float16 x = get16(from + r * CHUNK + s) * (rows ? rows[r] : 1.0f);
+            put16(triangle_row(at, x, r, s, how), to + r * CHUNK + s);
         }
         const float end = sums[s + 15], end_remainder = remainders[s + 15];
-        const float16 of_columns = exp((end - sum) + (end_remainder - remainder));
+        const float16 of_columns = exp((end - get16(sums + s)) + (end_remainder - get16(remainders + s)));
         for (uint block = s + 16; block < CHUNK; block += 16) {
             float16 of_rows = rows ? get16(rows + block) : (float16)1.0f;
             if (how & DECAYED) {
@@ -343,13 +446,24 @@ void scale_triangle(const place *at, matrix to, operand from, operand rows, int 
         }
     }
 }
+#else
+void scale_triangle(const place *at, matrix to, operand from, operand rows, int how) {
+    for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
+        for (uint s = FIRST_COLUMN; s <= r; s += COLUMN_STEP) {
+            const float16 x = get16(from + r * CHUNK + s) * (rows ? rows[r] : 1.0f);
+            put16(triangle_row(at, x, r, s, how), to + r * CHUNK + s);
+        }
+    }
+    SYNC();
+}
+#endif
 
 /* Levels of all pairs inside a chunk, and between a chunk and the one before; once for a lane. */
 void make_levels(const place *at) {
     (void)at;
 #if STRONG
     __global uint *inside = (__global uint *)ARRAY(LEVEL);
-    for (uint r = 0; r < CHUNK; r++) {
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         for (uint s = 0; s < CHUNK; s++) {
             inside[r * CHUNK + s] = s <= r ? (uint)level_of(r, s) : 0u;
 #if IS_NEAR
@@ -357,18 +471,14 @@ void make_levels(const place *at) {
 #endif
         }
     }
+    SYNC();
 #endif
 }
 
-/* Row r of to = x[r] times that of from. */
-void scale_rows(matrix to, operand from, operand x, uint width) {
-    for (uint r = 0; r < CHUNK; r++) {
-        set_scaled(to + r * width, from + r * width, x[r], width);
-    }
-}
-
 #if IS_DELTA
-/* XINV = (I + X)^-1 by forward substitution, row by row; the upper triangle becomes zeros. */
+/* XINV = (I + X)^-1 by forward substitution; the upper triangle becomes zeros. */
+#if LANE_ITEMS == 1
+/* Row by row. */
 void invert(const place *at) {
     operand x = ARRAY(X);
     matrix inverse = ARRAY(XINV);
@@ -387,6 +497,37 @@ void invert(const place *at) {
         }
     }
 }
+#else
+/* 16 rows at a time: what the rows before them leave, all of it at once, and then a column by each item. */
+void invert(const place *at) {
+    operand x = ARRAY(X);
+    matrix inverse = ARRAY(XINV);
+    for (uint block = 0; block < CHUNK; block += 16) {
+        for (uint i = ITEM; i < 16 * CHUNK; i += LANE_ITEMS) {
+            const uint r = block + i / CHUNK, c = i % CHUNK;
+            float sum = r == c ? 1.0f : 0.0f;
+            for (uint s = 0; s < block; s++) {
+                sum = fma(-x[r * CHUNK + s], inverse[s * CHUNK + c], sum);
+            }
+            inverse[r * CHUNK + c] = sum;
+        }
+        SYNC();
+        for (uint c = ITEM; c < CHUNK; c += LANE_ITEMS) {
+            float column[16];
+#pragma unroll
+            for (uint r = 0; r < 16; r++) {
+                column[r] = inverse[(block + r) * CHUNK + c];
+#pragma unroll
+                for (uint s = 0; s < r; s++) {
+                    column[r] = fma(-x[(block + r) * CHUNK + block + s], column[s], column[r]);
+                }
+                inverse[(block + r) * CHUNK + c] = column[r];
+            }
+        }
+        SYNC();
+    }
+}
+#endif
 #endif
 
 /*
@@ -397,18 +538,19 @@ void make_write(const place *at) {
 #if IS_DELTA
     scale_triangle(at, ARRAY(X), ARRAY(KK), ARRAY(BETA), DECAYED | STRICT);
     invert(at);
-    for (uint r = 0; r < CHUNK; r++) {
-        for (uint c = 0; c < CHUNK; c += 16) {
+    for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
+        for (uint c = FIRST_COLUMN; c < CHUNK; c += COLUMN_STEP) {
             put16(get16(ARRAY(XINV) + r * CHUNK + c) * get16(ARRAY(BETA) + c), ARRAY(T) + r * CHUNK + c);
         }
     }
-    scale_rows(ARRAY(K_START), ARRAY(KEY), ARRAY(START), PAD_K);
-    scale_rows(ARRAY(K_END), ARRAY(KEY), ARRAY(END), PAD_K);
-    product(CHUNK, PAD_K, CHUNK, ARRAY(T), 1, CHUNK, ARRAY(K_END), PAD_K, ARRAY(WRITE), PAD_K, 0, A_UPPER, 0.0f);
+    SYNC();
+    scale_rows(at, ARRAY(K_START), ARRAY(KEY), ARRAY(START), PAD_K);
+    scale_rows(at, ARRAY(K_END), ARRAY(KEY), ARRAY(END), PAD_K);
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(T), 1, CHUNK, ARRAY(K_END), PAD_K, ARRAY(WRITE), PAD_K, 0, A_UPPER, 0.0f);
 #else
     (void)at;
 #if IS_NEAR || GRADIENTS
-    scale_rows(ARRAY(WRITE), ARRAY(KEY), ARRAY(END), PAD_K);
+    scale_rows(at, ARRAY(WRITE), ARRAY(KEY), ARRAY(END), PAD_K);
 #endif
 #endif
 }
@@ -418,12 +560,12 @@ void make_read(const loglin_panel p, const place *at, const inputs *in) {
     load_weights(p, at, in);
 #if IS_DELTA
     scale_triangle(at, ARRAY(A), ARRAY(QK), 0, DECAYED);
-    product(CHUNK, CHUNK, CHUNK, ARRAY(A), CHUNK, 1, ARRAY(T), CHUNK, ARRAY(Z), CHUNK, 0, A_LOWER | B_LOWER | C_LOWER,
-            0.0f);
+    product(at, CHUNK, CHUNK, CHUNK, ARRAY(A), CHUNK, 1, ARRAY(T), CHUNK, ARRAY(Z), CHUNK, 0, A_LOWER | B_LOWER |
+            C_LOWER, 0.0f);
     scale_triangle(at, ARRAY(MZ), ARRAY(Z), 0, WEIGHED);
-    scale_rows(ARRAY(READ), ARRAY(Q), ARRAY(START), PAD_K);
-    product(CHUNK, PAD_K, CHUNK, ARRAY(Z), CHUNK, 1, ARRAY(K_START), PAD_K, ARRAY(READ), PAD_K, 0, A_LOWER | SUBTRACT,
-            1.0f);
+    scale_rows(at, ARRAY(READ), ARRAY(Q), ARRAY(START), PAD_K);
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(Z), CHUNK, 1, ARRAY(K_START), PAD_K, ARRAY(READ), PAD_K, 0, A_LOWER |
+            SUBTRACT, 1.0f);
 #else
 #if GRADIENTS
     scale_triangle(at, ARRAY(Z), ARRAY(QK), 0, DECAYED);
@@ -432,7 +574,7 @@ void make_read(const loglin_panel p, const place *at, const inputs *in) {
     scale_triangle(at, ARRAY(MZ), ARRAY(QK), 0, DECAYED | WEIGHED);
 #endif
 #if IS_NEAR || GRADIENTS
-    scale_rows(ARRAY(READ), ARRAY(Q), ARRAY(START), PAD_K);
+    scale_rows(at, ARRAY(READ), ARRAY(Q), ARRAY(START), PAD_K);
 #endif
 #endif
 }
@@ -442,15 +584,28 @@ void load_head(const loglin_panel p, const place *at, const inputs *in) {
     load_gates(p, at, in);
     load_values(p, at, ARRAY(V), in->v);
 #if !IS_DELTA
-    scale_rows(ARRAY(V_END), ARRAY(V), ARRAY(END), PAD_V);
+    scale_rows(at, ARRAY(V_END), ARRAY(V), ARRAY(END), PAD_V);
 #endif
     make_write(at);
 }
 
 /* ---- Lanes ---------------------------------------------------------------------------------------------------------- */
 
-/* The lane's sequence, group, heads and values, from its number. */
-place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane) {
+#if LANE_ITEMS == 1
+#define LANE_KERNEL __attribute__((reqd_work_group_size(1, 1, 1))) __kernel
+#define SHARE_LOCAL_MEMORY(at)
+#else
+#define LANE_KERNEL __attribute__((reqd_work_group_size(LANE_ITEMS, 1, 1))) MMA_KERNEL __kernel
+/* Room for a product's slabs, or for the sums over rows or items. */
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define SHARE_LOCAL_MEMORY(at)                                                                                         \
+    __local float16 local_memory[(MAX(SLAB_FLOATS, MAX(LANE_ITEMS, 2 * CHUNK * ROW_PARTS)) + 15) / 16];                \
+    at.shared = (__local float *)local_memory;
+#endif
+
+/* The lane's sequence, group, heads and values: a lane is a work-group. */
+place find_lane(const loglin_panel p, __global float *ws, ulong lanes) {
+    const uint lane = (uint)get_group_id(0);
     const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, head_parts = p.heads / p.groups / LANE_HEADS;
     const uint of_heads = lane / value_parts, of_group = of_heads / head_parts;
     place at;

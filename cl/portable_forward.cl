@@ -1,62 +1,52 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The forward pass, one work-item a lane: chunk by chunk the products that the heads share, then for each head
+ * The forward pass, lane by lane: chunk by chunk the products that the heads share, then for each head
  *     o = MZ v + the sum over levels of weight * READ E        (scalar-gated: READ = exp(a) Q is a weight times Q)
  * and its states to the next chunk.
  */
 
 /* O, from the map, the values and the states. */
 void chunk_output(const loglin_panel p, const place *at, const int *where) {
-    product(CHUNK, PAD_V, CHUNK, ARRAY(MZ), CHUNK, 1, ARRAY(V), PAD_V, ARRAY(O), PAD_V, 0, A_LOWER, 0.0f);
+    product(at, CHUNK, PAD_V, CHUNK, ARRAY(MZ), CHUNK, 1, ARRAY(V), PAD_V, ARRAY(O), PAD_V, 0, A_LOWER, 0.0f);
     for (uint j = 0; j < COLUMNS; j++) {
         if (is_read(j, where[j])) {
             read_weights(p, at, j);
 #if !IS_DELTA
             const float decay = exp(HEAD_ARRAY(DECAY)[where[j]]);
-            for (uint r = 0; r < CHUNK; r += 16) {
+            FOR_BLOCKS(r, CHUNK) {
                 put16(decay * get16(ARRAY(ROWS) + r) * get16(ARRAY(START) + r), ARRAY(ROWS) + r);
             }
+            SYNC();
 #endif
-            product(CHUNK, PAD_V, DIM_K, IS_DELTA ? ARRAY(READ) : ARRAY(Q), PAD_K, 1, STATE(where[j]), PAD_V, ARRAY(O),
-                    PAD_V, ARRAY(ROWS), ADD, 1.0f);
+            product(at, CHUNK, PAD_V, DIM_K, IS_DELTA ? ARRAY(READ) : ARRAY(Q), PAD_K, 1, STATE(where[j]), PAD_V,
+                    ARRAY(O), PAD_V, ARRAY(ROWS), ADD, 1.0f);
         }
     }
 #if IS_NEAR
     if (reads_near(at->slot)) {
         matrix z = ARRAY(Z_NEAR);
-        product(CHUNK, CHUNK, DIM_K, ARRAY(READ), PAD_K, 1, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, z, CHUNK, 0, 0, 0.0f);
-        for (uint r = 0; r < CHUNK; r++) {
-            operand weights = ARRAY(WEIGHTS) + r * PORTABLE_WEIGHTS;
-            const __global uint *levels = (const __global uint *)ARRAY(LEVEL_NEAR) + r * CHUNK;
-            for (uint s = 0; s < CHUNK; s++) {
-                z[r * CHUNK + s] *= weights[levels[s]];
-            }
+        product(at, CHUNK, CHUNK, DIM_K, ARRAY(READ), PAD_K, 1, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, z, CHUNK, 0, 0,
+                0.0f);
+        for (uint i = ITEM; i < CHUNK * CHUNK; i += LANE_ITEMS) {
+            const uint level = ((const __global uint *)ARRAY(LEVEL_NEAR))[i];
+            z[i] *= ARRAY(WEIGHTS)[i / CHUNK * PORTABLE_WEIGHTS + level];
         }
-        product(CHUNK, PAD_V, CHUNK, z, CHUNK, 1, HEAD_ARRAY(V_BEFORE), PAD_V, ARRAY(O), PAD_V, 0, ADD, 1.0f);
+        SYNC();
+        product(at, CHUNK, PAD_V, CHUNK, z, CHUNK, 1, HEAD_ARRAY(V_BEFORE), PAD_V, ARRAY(O), PAD_V, 0, ADD, 1.0f);
     }
 #endif
-}
-
-void store_output(const loglin_panel p, const place *at, __global storage *o) {
-    for (uint r = 0; r < CHUNK; r++) {
-        const long token = row_token(at->slot, r);
-        if (token >= 0) {
-            store_row(o + ((ulong)token * p.heads + head_of(at)) * DIM_V + at->first_value, ARRAY(O) + r * PAD_V,
-                      at->values);
-        }
-    }
 }
 
 /* What the next chunk reads one by one. */
 void keep_near(const place *at) {
     (void)at;
 #if IS_NEAR
-    set_scaled(HEAD_ARRAY(V_BEFORE), ARRAY(V), 1.0f, CHUNK * PAD_V);
-    transpose(HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, ARRAY(WRITE), PAD_K, CHUNK, PAD_K);
+    set_scaled(at, HEAD_ARRAY(V_BEFORE), ARRAY(V), 1.0f, CHUNK * PAD_V);
+    transpose(at, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, ARRAY(WRITE), PAD_K, CHUNK, PAD_K);
 #endif
 }
 
-__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void
+LANE_KERNEL void
 portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __global int *cu_seqlens, ulong cu_offset,
                  const __global storage *q, ulong q_offset, const __global storage *k, ulong k_offset,
                  const __global storage *v, ulong v_offset, const __global float *g, ulong g_offset,
@@ -66,7 +56,8 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
                  ulong final_offset) {
     const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
                        beta ? beta + beta_offset : 0};
-    place at = find_lane(p, ws, lanes, (uint)get_global_id(0));
+    place at = find_lane(p, ws, lanes);
+    SHARE_LOCAL_MEMORY(at)
     cu_seqlens += cu_offset;
     int where[COLUMNS], next[COLUMNS];
     make_levels(&at);
@@ -81,7 +72,7 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
             load_head(p, &at, &in);
             make_read(p, &at, &in);
             chunk_output(p, &at, where);
-            store_output(p, &at, o + o_offset);
+            store_values(p, &at, o + o_offset, at.memory + LANE_O);
             if (!(flags & SLOT_LAST)) {
                 advance_states(&at, where, next, NOWHERE);
                 keep_near(&at);

@@ -2,8 +2,9 @@
 /*
  * A lane's own memory in the workspace: this file is C and OpenCL C alike, included by both.
  *
- * A lane is one work-item.  It walks one sequence chunk by chunk, with LANE_HEADS heads of one group and PAD_V columns of
- * their values, so what it keeps between two products stays in its core's caches.  K and V are padded to whole vectors.
+ * A lane is one work-group, on a CPU of one work-item.  It walks one sequence chunk by chunk, with LANE_HEADS heads of one
+ * group and PAD_V columns of their values, so what it keeps between two products stays in its core's caches.  K and V are
+ * padded to whole vectors.
  */
 
 /*
@@ -26,6 +27,7 @@
     ARRAY(BETA, ONE, C, 1, DELTA)                                                                                      \
     ARRAY(WEIGHTS, ONE, C, L, ALWAYS)      /* level weights of the rows */                                             \
     ARRAY(ROWS, ONE, C, 1, ALWAYS)         /* what the rows of a product are multiplied with */                             \
+    ARRAY(TOTALS, ONE, C, 2, ALWAYS)       /* sums over rows */                                                        \
     ARRAY(LEVEL, ONE, C, C, STRONG)        /* level(r, s) inside the chunk, ints */                                    \
     ARRAY(LEVEL_NEAR, ONE, C, C, NEAR)     /* level(C + r, s) */                                                       \
     ARRAY(A, ONE, C, C, DELTA)             /* the arrays of cl/chunk_operators.cl */                                   \

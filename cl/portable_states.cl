@@ -15,6 +15,25 @@ ulong state_row(const loglin_panel p, const place *at, uint k) {
     return caller_state_at(p, at->sequence, head_of(at), k, at->first_value);
 }
 
+/* An item's elements of the caller's states: its rows, and columns next to those of its neighbours. */
+#if LANE_ITEMS == 1
+#define VALUE_STEP 1u
+#else
+#define VALUE_STEP 16u
+#endif
+#define FIRST_VALUE (ITEM % VALUE_STEP)
+#define FIRST_STATE_ROW (ITEM / VALUE_STEP)
+#define STATE_ROW_STEP (LANE_ITEMS / VALUE_STEP)
+
+/* Every item has read what it needs of the decays before one is changed. */
+void set_decay(const place *at, int index, float log_decay) {
+    SYNC();
+    if (ITEM == 0) {
+        HEAD_ARRAY(DECAY)[index] = log_decay;
+    }
+    SYNC();
+}
+
 /* The states at a sequence's first chunk: the caller's, or none. */
 void begin_states(const loglin_panel p, const place *at, const __global float *values, const __global float *log_decay,
                   int *where) {
@@ -29,17 +48,18 @@ void begin_states(const loglin_panel p, const place *at, const __global float *v
         matrix to = STATE(column);
         if (where[column] == NOWHERE) {
             where[column] = column;
-            HEAD_ARRAY(DECAY)[column] = 0.0f;
-            set_zero(to, SIZE_KV);
+            set_decay(at, column, 0.0f);
+            set_zero(at, to, SIZE_KV);
         }
         const ulong of_head = ((ulong)at->sequence * p.heads + head_of(at)) * p.levels;
         const float scale = log_decay ? exp(log_decay[of_head + level]) : 1.0f;
-        for (uint k = 0; k < DIM_K; k++) {
+        for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
             const __global float *from = values + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
-            for (uint i = 0; i < at->values; i++) {
+            for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
                 to[k * PAD_V + i] += scale * from[i];
             }
         }
+        SYNC();
     }
 }
 
@@ -66,33 +86,34 @@ int level_seen(const loglin_panel p, const place *at, uint j, uint r) {
 
 /* Column j's level weights of the rows, into ROWS. */
 void read_weights(const loglin_panel p, const place *at, uint j) {
-    for (uint r = 0; r < CHUNK; r++) {
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         const int level = level_seen(p, at, j, r);
         ARRAY(ROWS)[r] = level < (int)PORTABLE_WEIGHTS ? ARRAY(WEIGHTS)[r * PORTABLE_WEIGHTS + level] : 0.0f;
     }
+    SYNC();
 }
 
 /* A state through the chunk, from place `from` to `to` (which may be the same). */
 void pass_state(const place *at, int from, int to) {
 #if IS_DELTA
-    product(CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, STATE(from), PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
+    product(at, CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, STATE(from), PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
     if (from != to) {
-        set_scaled(STATE(to), STATE(from), 1.0f, SIZE_KV);
-        HEAD_ARRAY(DECAY)[to] = 0.0f;
+        set_scaled(at, STATE(to), STATE(from), 1.0f, SIZE_KV);
+        set_decay(at, to, 0.0f);
     }
-    product(PAD_K, PAD_V, CHUNK, ARRAY(WRITE), 1, PAD_K, ARRAY(SEEN), PAD_V, STATE(to), PAD_V, 0, SUBTRACT,
+    product(at, PAD_K, PAD_V, CHUNK, ARRAY(WRITE), 1, PAD_K, ARRAY(SEEN), PAD_V, STATE(to), PAD_V, 0, SUBTRACT,
             chunk_decay(at));
 #else
-    HEAD_ARRAY(DECAY)[to] = HEAD_ARRAY(DECAY)[from] + chunk_log_decay(at);
+    set_decay(at, to, HEAD_ARRAY(DECAY)[from] + chunk_log_decay(at));
 #endif
 }
 
 /* The chunk's own state. */
 void own_state(const place *at, matrix to) {
 #if IS_DELTA
-    product(PAD_K, PAD_V, CHUNK, ARRAY(WRITE), 1, PAD_K, ARRAY(V), PAD_V, to, PAD_V, 0, 0, 0.0f);
+    product(at, PAD_K, PAD_V, CHUNK, ARRAY(WRITE), 1, PAD_K, ARRAY(V), PAD_V, to, PAD_V, 0, 0, 0.0f);
 #else
-    product(PAD_K, PAD_V, CHUNK, ARRAY(KEY), 1, PAD_K, ARRAY(V_END), PAD_V, to, PAD_V, 0, 0, 0.0f);
+    product(at, PAD_K, PAD_V, CHUNK, ARRAY(KEY), 1, PAD_K, ARRAY(V_END), PAD_V, to, PAD_V, 0, 0, 0.0f);
 #endif
 }
 
@@ -104,14 +125,14 @@ void own_state(const place *at, matrix to) {
  */
 int advance_states(const place *at, const int *where, int *next, int fresh) {
     const int own = at->slot[SLOT_OWN], keep = fresh != NOWHERE;
-    matrix decays = HEAD_ARRAY(DECAY);
+    operand decays = HEAD_ARRAY(DECAY);
     for (uint j = 0; j < COLUMNS; j++) {
         next[j] = NOWHERE;
     }
     if (own >= 0) {
         const int vacant = keep ? fresh++ : free_place(where);
         own_state(at, STATE(vacant));
-        decays[vacant] = 0.0f;
+        set_decay(at, vacant, 0.0f);
         next[own] = vacant;
     }
     for (uint j = 0; j < COLUMNS; j++) {
@@ -125,8 +146,8 @@ int advance_states(const place *at, const int *where, int *next, int fresh) {
             next[column] = index;
         } else {
             const int first = next[column];
-            add_scaled(STATE(first), exp(decays[first]), STATE(index), exp(decays[index]), SIZE_KV);
-            decays[first] = 0.0f;
+            add_scaled(at, STATE(first), exp(decays[first]), STATE(index), exp(decays[index]), SIZE_KV);
+            set_decay(at, first, 0.0f);
         }
     }
     return fresh;
@@ -136,34 +157,35 @@ int advance_states(const place *at, const int *where, int *next, int fresh) {
 
 /* The caller's state of a level += scale * from. */
 void add_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand from, float scale) {
-    for (uint k = 0; k < DIM_K; k++) {
+    for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
         __global float *to = values + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
-        for (uint i = 0; i < at->values; i++) {
+        for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
             to[i] += scale * from[k * PAD_V + i];
         }
     }
+    SYNC();
 }
 
 /* Keys and values of rows begin .. end - 1, which stand at the same level: += keys^T values. */
 void add_keys_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand keys,
                        operand of_values, uint begin, uint end, matrix scratch) {
-    product(PAD_K, PAD_V, end - begin, keys + begin * PAD_K, 1, PAD_K, of_values + begin * PAD_V, PAD_V, scratch, PAD_V,
-            0, 0, 0.0f);
+    product(at, PAD_K, PAD_V, end - begin, keys + begin * PAD_K, 1, PAD_K, of_values + begin * PAD_V, PAD_V, scratch,
+            PAD_V, 0, 0, 0.0f);
     add_to_level(p, at, values, level, scratch, 1.0f);
 }
 
 #if IS_NEAR
 /* WRITE_NEAR: the keys of the chunk before, through this chunk. */
 void near_keys(const place *at) {
-    transpose(ARRAY(WRITE_NEAR), PAD_K, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, PAD_K, CHUNK);
+    transpose(at, ARRAY(WRITE_NEAR), PAD_K, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, PAD_K, CHUNK);
     const float decay = chunk_decay(at);
 #if IS_DELTA
-    product(CHUNK, CHUNK, DIM_K, ARRAY(K_START), PAD_K, 1, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, ARRAY(M_NEAR_T), CHUNK, 0,
-            0, 0.0f);
-    product(CHUNK, PAD_K, CHUNK, ARRAY(M_NEAR_T), 1, CHUNK, ARRAY(WRITE), PAD_K, ARRAY(WRITE_NEAR), PAD_K, 0, SUBTRACT,
-            decay);
+    product(at, CHUNK, CHUNK, DIM_K, ARRAY(K_START), PAD_K, 1, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, ARRAY(M_NEAR_T),
+            CHUNK, 0, 0, 0.0f);
+    product(at, CHUNK, PAD_K, CHUNK, ARRAY(M_NEAR_T), 1, CHUNK, ARRAY(WRITE), PAD_K, ARRAY(WRITE_NEAR), PAD_K, 0,
+            SUBTRACT, decay);
 #else
-    set_scaled(ARRAY(WRITE_NEAR), ARRAY(WRITE_NEAR), decay, CHUNK * PAD_K);
+    set_scaled(at, ARRAY(WRITE_NEAR), ARRAY(WRITE_NEAR), decay, CHUNK * PAD_K);
 #endif
 }
 #endif
@@ -172,12 +194,13 @@ void near_keys(const place *at) {
 void end_states(const loglin_panel p, const place *at, const int *where, __global float *values) {
     matrix scratch = STATE(free_place(where));
     for (uint level = 0; level < p.levels; level++) {
-        for (uint k = 0; k < DIM_K; k++) {
-            for (uint i = 0; i < at->values; i++) {
+        for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
+            for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
                 values[state_row(p, at, k) + (ulong)level * DIM_K * DIM_V + i] = 0.0f;
             }
         }
     }
+    SYNC();
     for (uint j = 0; j < COLUMNS; j++) {
         const int level = at->slot[SLOT_MAP + j];
         if (where[j] != NOWHERE && level >= 0) {

@@ -271,14 +271,16 @@ typedef struct loglin_tune_event {
     const char *subject;   /* the class that is being tuned, or "CLBlast", or "peak" */
     const char *candidate; /* what has just been measured; NULL: only time has passed */
     const char *outcome;   /* "ok", or why not: refused, wrong, hung, crashed; NULL without a candidate */
-    const char *detail;    /* in words; may be empty */
+    const char *detail;    /* in words, may be empty; finished: NULL, or why there is no choice */
     double ms, spread;     /* of the candidate, or (finished) of the choice */
-    double default_ms;     /* finished: of the untuned default, measured alternately with the choice */
-    const char *best;      /* the fastest of the subject so far; the choice where finished; NULL: none yet */
+    double default_ms; /* finished: of the engine's untuned default, measured alternately with the choice; 0: fails */
+    const char *best;  /* the fastest of the subject so far; the choice where finished; NULL: none yet */
     double best_ms;
     double gflops, gbytes;        /* "peak": the device's rates, 1e9 operations and bytes a second */
     loglin_problem problem;       /* what was measured, its engine and chunk those of the candidate */
-    int finished;                 /* the subject is done */
+    int finished;                 /* the subject is done; a class is one subject for each engine that takes it */
+    int complete;                 /* the last event: nothing is left to do */
+    uint64_t seed;                /* of the search */
     double share;                 /* of all work that is done, 0 to 1 */
     double seconds, seconds_left; /* since the start; until the end, by an estimate */
 } loglin_tune_event;
@@ -289,11 +291,13 @@ typedef int loglin_tune_progress(void *context, const loglin_tune_event *event);
 typedef struct loglin_tune_options {
     const loglin_problem *problems; /* each with one phase, forward or backward; NULL: the standard classes */
     size_t problem_count;
-    int quick;          /* not 0: few classes and candidates, for less than two minutes on two cores */
-    int resume;         /* not 0: measurements that an interrupted run of the same kind has made are not repeated */
-    double time_limit;  /* seconds after which no measurement begins; 0: none */
-    uint64_t seed;      /* of the search; 0: from the clock.  It is recorded with the results */
-    const char *worker; /* the program that measures; NULL: "loglin", looked for along PATH */
+    int quick;              /* not 0: few classes and candidates, for less than two minutes on two cores */
+    int resume;             /* not 0: measurements that an interrupted run of the same kind has made are not repeated */
+    loglin_engine engine;   /* LOGLIN_ENGINE_AUTO: each that takes a problem */
+    double time_limit;      /* seconds after which no measurement begins; 0: none */
+    double candidate_limit; /* seconds that one measurement may take; 0: 180 */
+    uint64_t seed;          /* of the search; 0: from the clock.  It is recorded with the results */
+    const char *worker;     /* the program that measures; NULL: "loglin", looked for along PATH */
     loglin_tune_progress *progress; /* may be NULL */
     void *context;
 } loglin_tune_options;

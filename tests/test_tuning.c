@@ -92,6 +92,24 @@ Test(search, finds_a_planted_optimum_under_noise) {
     }
 }
 
+/* A yardstick is never chosen, not even as the fastest, and is what the winner is compared with. */
+Test(search, a_yardstick_only_measures) {
+    for (uint64_t seed = 1; seed <= 20; seed++) {
+        synthetic device = plant(20, 7, seed);
+        device.ms[0] = 1;
+        device.ms[1] = 15;
+        loglin_search what = {
+            .count = 20, .seed = seed, .runs = 3, .yardstick = true, .measure = simulate, .context = &device};
+        loglin_search_result result = loglin_search_run(&what);
+        cr_expect(result.complete && result.winner == 7 && result.first_ms < 1.5, "%zu has won", result.winner);
+        device.ms[1] = 3;
+        result = loglin_search_run(&what);
+        cr_expect(result.winner == 1 && result.ms < 4 && result.first_ms < 1.5, "%zu has won", result.winner);
+        what.count = 2;
+        cr_expect_eq(loglin_search_run(&what).winner, 1u);
+    }
+}
+
 /* Candidates that differ by nothing but noise must not unseat the first. */
 Test(search, noise_alone_does_not_win) {
     size_t lost = 0;
@@ -417,6 +435,13 @@ Test(tuning, an_export_can_be_imported) {
     cr_expect_eq(loglin_tuning_export(info.id, path), LOGLIN_OK, "%s", loglin_last_error());
     cr_assert_eq(loglin_tuning_read(path, &read), LOGLIN_OK);
     cr_expect_eq(read.count, 1u);
+    struct stat status;
+    cr_expect(stat(path, &status) == 0 && (status.st_mode & 0777) == 0644, "an export is to be shared");
+    cr_expect_eq(loglin_tuning_export(info.id, directory), LOGLIN_IO, "a directory was replaced");
+    snprintf(path, sizeof path, "%s/fifo", directory);
+    cr_assert_eq(mkfifo(path, 0600), 0);
+    cr_expect_eq(loglin_tuning_export(info.id, path), LOGLIN_IO);
+    cr_expect(stat(path, &status) == 0 && S_ISFIFO(status.st_mode), "a device file was replaced");
     loglin_tuning_free(&read);
     loglin_tuning_free(&tuning);
 }

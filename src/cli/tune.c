@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* loglin tune: measures what is fastest; its results are found by every later plan. */
+#include "cli/arguments.h"
 #include "cli/commands.h"
-#include "cli/tune_report.h"
+#include "cli/tune_view.h"
 
 #include <getopt.h>
-#include <jansson.h>
-#include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 static const char help[] =
@@ -17,18 +17,20 @@ static const char help[] =
     "       loglin tune --import FILE\n"
     "       loglin tune --export FILE [--device N]\n"
     "\n"
-    "Measures engines, chunk sizes and CLBlast's parameters, and keeps the results in the cache directory, where "
+    "Measures engines, their tunables and CLBlast's parameters, and keeps the results in the cache directory, where "
     "every\n"
     "later run finds them.\n"
     "\n"
     "options:\n"
     "  --device N          a device's number in \"loglin devices\", or a part of its name (LOGLIN_DEVICE)\n"
     "  --all               all devices, one after the other\n"
+    "  --engine NAME       auto (default), blas or fused: tune these engines only\n"
     "  --quick             few classes: less than two minutes on a CPU with two cores\n"
     "  --time-limit S      begin no measurement after so many seconds\n"
-    "  --resume            go on with a run that was interrupted\n"
+    "  --candidate-limit S give up a measurement after so many seconds (180)\n"
+    "  --resume            go on with a run of the same options that was interrupted\n"
     "  --seed X            of the search\n"
-    "  --json              print the results as a JSON object\n"
+    "  --json              print nothing but the results, as JSON\n"
     "  --report DIR        write a page with plots to DIR; needs gnuplot\n"
     "  --import FILE       add the results of a file, all or none, and measure nothing\n"
     "  --export FILE       write the results of a device to a file, and measure nothing\n"
@@ -43,15 +45,16 @@ static const char help[] =
 typedef struct tune_arguments {
     const char *device, *report, *import_path, *export_path;
     bool all, json, help;
+    bool measures;          /* an option of a measurement was given */
+    const char *shape;      /* an option that describes a problem was given */
     loglin_problem problem; /* length 0: the standard classes */
     loglin_tune_options options;
 } tune_arguments;
 
-/* The run that the signal handler and the callback look at. */
+/* What the callback fills. */
 typedef struct tune_run {
     loglin_cli_tune_results results;
-    bool terminal, json;
-    double drawn;
+    loglin_cli_tune_view view;
 } tune_run;
 
 static volatile sig_atomic_t interrupted;
@@ -59,6 +62,14 @@ static volatile sig_atomic_t interrupted;
 static void interrupt(int number) {
     (void)number;
     interrupted = 1;
+}
+
+static void handle_signals(void) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action = {.sa_handler = interrupt, .sa_flags = SA_RESTART};
+    for (size_t i = 0; i < sizeof signals / sizeof signals[0]; ++i) {
+        (void)sigaction(signals[i], &action, NULL);
+    }
 }
 
 /* ---- Arguments --------------------------------------------------------------------------------------------------- */
@@ -85,7 +96,9 @@ static loglin_cli_status parse_number(const char *option, const char *value, dou
     char *end;
     *number = strtod(value, &end);
     if (end == value || *end != '\0' || !(*number >= 1) || *number > most) {
-        return bad_value(option, value, "a number of at least 1");
+        char expected[64];
+        (void)snprintf(expected, sizeof expected, "a number from 1 to %.0f", most);
+        return bad_value(option, value, expected);
     }
     return LOGLIN_CLI_OK;
 }
@@ -98,6 +111,7 @@ static loglin_cli_status parse_size(const char *option, const char *value, size_
 }
 
 static loglin_cli_status parse_problem(int option, const char *name, tune_arguments *arguments) {
+    arguments->shape = name;
     static const char *const ops[] = {"mamba2", "gated_delta"}, *const phases[] = {"forward", "backward"},
                              *const dtypes[] = {"f32", "f16", "bf16"};
     loglin_problem *p = &arguments->problem;
@@ -130,15 +144,10 @@ static loglin_cli_status parse_problem(int option, const char *name, tune_argume
     }
 }
 
-static loglin_cli_status parse_option(int option, const char *name, tune_arguments *arguments) {
+static loglin_cli_status parse_measuring(int option, const char *name, tune_arguments *arguments) {
     double number;
+    arguments->measures = true;
     switch (option) {
-    case 'd':
-        arguments->device = optarg;
-        return LOGLIN_CLI_OK;
-    case 'a':
-        arguments->all = true;
-        return LOGLIN_CLI_OK;
     case 'q':
         arguments->options.quick = 1;
         return LOGLIN_CLI_OK;
@@ -148,20 +157,15 @@ static loglin_cli_status parse_option(int option, const char *name, tune_argumen
     case 'j':
         arguments->json = true;
         return LOGLIN_CLI_OK;
-    case 'h':
-        arguments->help = true;
-        return LOGLIN_CLI_OK;
     case 'p':
         arguments->report = optarg;
         return LOGLIN_CLI_OK;
-    case 'i':
-        arguments->import_path = optarg;
-        return LOGLIN_CLI_OK;
-    case 'e':
-        arguments->export_path = optarg;
-        return LOGLIN_CLI_OK;
+    case 'n':
+        return loglin_cli_parse_engine(optarg, &arguments->options.engine);
     case 't':
         return parse_number(name, optarg, 1e9, &arguments->options.time_limit);
+    case 'c':
+        return parse_number(name, optarg, 1e9, &arguments->options.candidate_limit);
     case 's':
         RETURN_IF_FAILED(parse_number(name, optarg, 9e15, &number));
         arguments->options.seed = (uint64_t)number;
@@ -171,12 +175,57 @@ static loglin_cli_status parse_option(int option, const char *name, tune_argumen
     }
 }
 
+static loglin_cli_status parse_option(int option, const char *name, tune_arguments *arguments) {
+    switch (option) {
+    case 'd':
+        arguments->device = optarg;
+        return LOGLIN_CLI_OK;
+    case 'a':
+        arguments->all = true;
+        return LOGLIN_CLI_OK;
+    case 'h':
+        arguments->help = true;
+        return LOGLIN_CLI_OK;
+    case 'i':
+        arguments->import_path = optarg;
+        return LOGLIN_CLI_OK;
+    case 'e':
+        arguments->export_path = optarg;
+        return LOGLIN_CLI_OK;
+    default:
+        return parse_measuring(option, name, arguments);
+    }
+}
+
+/* Options that do not go together. */
+static loglin_cli_status check_arguments(const tune_arguments *arguments) {
+    const bool imports = arguments->import_path != NULL, exports = arguments->export_path != NULL;
+    if ((imports || exports) && (arguments->measures || arguments->all || imports == exports)) {
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--%s is given, expected it alone%s",
+                               imports ? "import" : "export", imports ? "" : " or with --device");
+    }
+    if (imports && arguments->device != NULL) {
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT,
+                               "--device is given, expected none: --import takes it from the file");
+    }
+    if (arguments->all && arguments->device != NULL) {
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--device is given, expected none with --all");
+    }
+    if (arguments->shape != NULL && arguments->problem.length == 0) {
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--%s is given without --length, expected both for one problem",
+                               arguments->shape);
+    }
+    return LOGLIN_CLI_OK;
+}
+
 static loglin_cli_status parse_arguments(int argc, char **argv, tune_arguments *arguments) {
     static const struct option options[] = {
         {"device", required_argument, NULL, 'd'},
         {"all", no_argument, NULL, 'a'},
         {"quick", no_argument, NULL, 'q'},
+        {"engine", required_argument, NULL, 'n'},
         {"time-limit", required_argument, NULL, 't'},
+        {"candidate-limit", required_argument, NULL, 'c'},
         {"resume", no_argument, NULL, 'r'},
         {"seed", required_argument, NULL, 's'},
         {"json", no_argument, NULL, 'j'},
@@ -211,7 +260,7 @@ static loglin_cli_status parse_arguments(int argc, char **argv, tune_arguments *
                                argv[optind]);
     }
     arguments->problem.levels = loglin_num_levels(arguments->problem.length);
-    return LOGLIN_CLI_OK;
+    return arguments->help ? LOGLIN_CLI_OK : check_arguments(arguments);
 }
 
 /* ---- What is seen of the run ------------------------------------------------------------------------------------- */
@@ -235,104 +284,32 @@ static bool record(tune_run *run, const loglin_tune_event *event) {
     return true;
 }
 
-static void print_choice(const loglin_tune_event *event) {
-    (void)printf("%-44s %9.3f ms  %5.2f times the default  %s\n", event->subject, event->ms,
-                 event->default_ms / event->ms, event->best);
-    (void)fflush(stdout);
-}
-
-/* The line that a terminal shows: it is drawn again and again. */
-static void draw(tune_run *run, const loglin_tune_event *event) {
-    enum { WIDTH = 24 };
-    char bar[WIDTH + 1];
-    if (event->seconds - run->drawn < 0.2) {
-        return;
-    }
-    run->drawn = event->seconds;
-    for (int i = 0; i < WIDTH; ++i) {
-        bar[i] = (double)i < event->share * WIDTH ? '#' : '.';
-    }
-    bar[WIDTH] = '\0';
-    (void)printf("\r\033[K[%s] %3.0f %%, %.0f s left  %s: ", bar, 100 * event->share, event->seconds_left,
-                 event->subject);
-    if (event->best != NULL && isfinite(event->best_ms)) {
-        (void)printf("%.3f ms %.60s", event->best_ms, event->best);
-    }
-    (void)fflush(stdout);
-}
-
 static int progress(void *context, const loglin_tune_event *event) {
     tune_run *run = context;
+    run->results.seed = event->seed;
+    run->results.complete = event->complete != 0;
     if (event->gflops > 0) {
         run->results.gflops = event->gflops;
         run->results.gbytes = event->gbytes;
-    } else if ((event->finished != 0 || event->candidate != NULL) && !record(run, event)) {
+    } else if ((event->finished != 0 ? event->best : event->candidate) != NULL && !record(run, event)) {
         return 1;
     }
-    if (!run->json) {
-        if (event->finished != 0 && event->gflops == 0) {
-            (void)printf("%s", run->terminal ? "\r\033[K" : "");
-            print_choice(event);
-        }
-        if (run->terminal) {
-            draw(run, event);
-        }
-    }
+    loglin_cli_tune_view_update(&run->view, event);
     return interrupted != 0;
-}
-
-/* ---- The end of the run ------------------------------------------------------------------------------------------ */
-
-/* The geometric mean of the classes' gains; 0 if no class is done. */
-static double mean_gain(const loglin_cli_tune_results *results) {
-    double sum = 0;
-    size_t count = 0;
-    for (size_t i = 0; i < results->count; ++i) {
-        const loglin_cli_tuned *row = &results->rows[i];
-        if (row->choice && strcmp(row->subject, "CLBlast") != 0 && row->default_ms > 0) {
-            sum += log(row->default_ms / row->ms);
-            count++;
-        }
-    }
-    return count > 0 ? exp(sum / (double)count) : 0;
-}
-
-static json_t *print_rows(const loglin_cli_tune_results *results, bool choices) {
-    json_t *rows = json_array();
-    for (size_t i = 0; i < results->count; ++i) {
-        const loglin_cli_tuned *row = &results->rows[i];
-        if (row->choice == choices) {
-            json_t *printed = json_pack("{s:s, s:s, s:s, s:f, s:f}", "class", row->subject, "candidate", row->candidate,
-                                        "outcome", row->outcome, "ms", row->ms, "spread", row->spread);
-            if (choices) {
-                (void)json_object_set_new(printed, "default_ms", json_real(row->default_ms));
-            }
-            (void)json_array_append_new(rows, printed);
-        }
-    }
-    return rows;
-}
-
-static loglin_cli_status print_results(const tune_run *run) {
-    const loglin_cli_tune_results *results = &run->results;
-    const double gain = mean_gain(results);
-    if (!run->json) {
-        (void)printf("%s%s: %.2f times the default, the geometric mean over the classes\n",
-                     run->terminal ? "\r\033[K" : "", results->device, gain);
-        return LOGLIN_CLI_OK;
-    }
-    json_t *report = json_pack("{s:s, s:f, s:f, s:f, s:o, s:o}", "device", results->device, "gflops", results->gflops,
-                               "gbytes", results->gbytes, "mean_gain", gain, "choices", print_rows(results, true),
-                               "measurements", print_rows(results, false));
-    const bool printed = report != NULL && json_dumpf(report, stdout, JSON_INDENT(2)) == 0 && putchar('\n') != EOF;
-    json_decref(report);
-    return printed ? LOGLIN_CLI_OK : loglin_cli_fail(LOGLIN_CLI_FAILED, "the report cannot be printed");
 }
 
 /* ---- The run ----------------------------------------------------------------------------------------------------- */
 
-static loglin_cli_status tune_device(const tune_arguments *arguments, const loglin_device_info *info) {
-    tune_run run = {.terminal = isatty(STDOUT_FILENO) != 0 && !arguments->json, .json = arguments->json};
+static double now(void) {
+    struct timespec time;
+    (void)clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* Tunes a device for `seconds` at most, 0: without a limit. */
+static loglin_cli_status tune_device(const tune_arguments *arguments, const loglin_device_info *info, double seconds,
+                                     loglin_cli_tune_results *results) {
+    tune_run run = {.view = loglin_cli_tune_view_of(arguments->json)};
     (void)snprintf(run.results.device, sizeof run.results.device, "%s", info->name);
     char self[4096];
     const ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1); /* the worker is this very program */
@@ -345,44 +322,89 @@ static loglin_cli_status tune_device(const tune_arguments *arguments, const logl
         options.problems = &arguments->problem;
         options.problem_count = 1;
     }
+    options.time_limit = seconds;
     options.progress = progress;
     options.context = &run;
     const loglin_status status = loglin_tune(info->id, &options);
-    loglin_cli_status result = status == LOGLIN_OK ? print_results(&run) : loglin_cli_fail_library(status);
-    if (result == LOGLIN_CLI_OK && arguments->report != NULL) {
-        result = loglin_cli_tune_report(arguments->report, &run.results);
+    *results = run.results;
+    loglin_cli_tune_view_end(&run.view, status == LOGLIN_OK ? results : NULL);
+    return status == LOGLIN_OK ? LOGLIN_CLI_OK : loglin_cli_fail_library(status);
+}
+
+/* A device that fails does not keep the others from their turn. */
+static loglin_cli_status tune_devices(const tune_arguments *arguments, const loglin_device_info *infos, size_t count,
+                                      loglin_cli_tune_results *results, size_t *done) {
+    const double begin = now(), limit = arguments->options.time_limit;
+    loglin_cli_status worst = LOGLIN_CLI_OK;
+    for (size_t i = 0; i < count && interrupted == 0; ++i) {
+        const double left = limit > 0 ? limit - (now() - begin) : 0;
+        if (left < 0) {
+            break;
+        }
+        const loglin_cli_status status = tune_device(arguments, &infos[i], left, &results[(*done)++]);
+        worst = status != LOGLIN_CLI_OK ? status : worst;
     }
-    free(run.results.rows);
-    if (interrupted != 0 && result == LOGLIN_CLI_OK) {
-        return loglin_cli_fail(LOGLIN_CLI_FAILED, "interrupted; \"loglin tune --resume\" goes on from here");
+    return worst;
+}
+
+static bool all_complete(const loglin_cli_tune_results *results, size_t done, size_t count) {
+    for (size_t i = 0; i < done; ++i) {
+        if (!results[i].complete) {
+            return false;
+        }
     }
-    return result;
+    return done == count;
+}
+
+static loglin_cli_status tune_and_report(const tune_arguments *arguments, const loglin_device_info *infos, size_t count,
+                                         loglin_cli_tune_results *results) {
+    size_t done = 0;
+    loglin_cli_status status = tune_devices(arguments, infos, count, results, &done);
+    const bool stopped = status == LOGLIN_CLI_OK && !all_complete(results, done, count);
+    if (arguments->json && done > 0) {
+        const loglin_cli_status printed = loglin_cli_tune_print_json(results, done, arguments->all);
+        status = printed != LOGLIN_CLI_OK ? printed : status;
+    }
+    if (arguments->report != NULL && done > 0) {
+        const loglin_cli_status written = loglin_cli_tune_report(arguments->report, results, done);
+        status = written != LOGLIN_CLI_OK ? written : status;
+    }
+    if (stopped) {
+        (void)loglin_cli_fail(LOGLIN_CLI_FAILED, "%s; the same command with --resume goes on from here",
+                              interrupted != 0 ? "interrupted" : "the time is up");
+    }
+    return interrupted != 0 ? LOGLIN_CLI_FAILED : status;
 }
 
 static loglin_cli_status run_tune(const tune_arguments *arguments) {
     enum { MOST = 64 };
     loglin_device_info infos[MOST];
-    size_t count = 0;
+    loglin_cli_tune_results results[MOST];
+    size_t count = 0, chosen = 0;
     cl_device_id id = NULL;
     loglin_status status = loglin_list_devices(infos, MOST, &count);
     if (status == LOGLIN_OK && !arguments->all) {
         status = loglin_select_device(arguments->device, &id);
     }
     if (status == LOGLIN_OK && arguments->export_path != NULL) {
-        status = loglin_tuning_export(arguments->all ? infos[0].id : id, arguments->export_path);
+        status = loglin_tuning_export(id, arguments->export_path);
         return status == LOGLIN_OK ? LOGLIN_CLI_OK : loglin_cli_fail_library(status);
     }
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_library(status);
     }
-    (void)signal(SIGINT, interrupt);
-    (void)signal(SIGTERM, interrupt);
-    for (size_t i = 0; i < count && i < MOST && interrupted == 0; ++i) {
+    for (size_t i = 0; i < count && i < MOST; ++i) {
         if (arguments->all || infos[i].id == id) {
-            RETURN_IF_FAILED(tune_device(arguments, &infos[i]));
+            infos[chosen++] = infos[i];
         }
     }
-    return LOGLIN_CLI_OK;
+    handle_signals();
+    memset(results, 0, sizeof results);
+    const loglin_cli_status result = tune_and_report(arguments, infos, chosen, results);
+    for (size_t i = 0; i < chosen; ++i) {
+        free(results[i].rows);
+    }
+    return result;
 }
 
 loglin_cli_status loglin_cli_tune(int argc, char **argv) {

@@ -19,9 +19,11 @@ typedef struct loglin_cli_tune_results {
     loglin_cli_tuned *rows;
     size_t count;
     double gflops, gbytes; /* of the device; 0: not measured */
+    uint64_t seed;
+    bool complete; /* nothing was left to do */
 } loglin_cli_tune_results;
 
-/* Writes DIR/index.html and its plots, which gnuplot draws. */
-loglin_cli_status loglin_cli_tune_report(const char *directory, const loglin_cli_tune_results *results);
+/* Writes DIR/index.html, a section for each device, and its plots, which gnuplot draws. */
+loglin_cli_status loglin_cli_tune_report(const char *directory, const loglin_cli_tune_results *results, size_t count);
 
 #endif

@@ -27,6 +27,6 @@ typedef struct loglin_engine_class {
                               cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event);
 } loglin_engine_class;
 
-extern const loglin_engine_class loglin_blas_engine, loglin_nvidia_engine, loglin_portable_engine;
+extern const loglin_engine_class loglin_blas_engine, loglin_nvidia_engine, loglin_cpu_engine, loglin_gpu_engine;
 
 #endif

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The fused engine for CPUs: one launch, a work-item a lane (cl/portable_layout.cl), tiles held in vector registers
- * (cl/mma_portable.cl), intermediate results in the caches of the lane's core.
+ * The fused engine for CPUs, and for GPUs without an engine of their own: one launch, a work-group a lane
+ * (cl/portable_layout.cl), tiles held in registers (cl/mma_*.cl), intermediate results in the caches of the lane's core.
  */
 #include "engine/engine.h"
+#include "engine/lanes.h"
 #include "plan/problem.h"
 #include "runtime/device.h"
 #include "runtime/program.h"
@@ -53,6 +54,7 @@ typedef struct workspace_layout {
 struct loglin_engine_state {
     cl_kernel kernels[KERNEL_COUNT];
     loglin_panel panel; /* table from the workspace's start */
+    loglin_lane_schedule schedule;
     lane_shape shape, backward_shape;
     workspace_layout forward, backward;
     loglin_engine_state *blas; /* for the backward pass where this engine has none, or NULL */
@@ -60,12 +62,14 @@ struct loglin_engine_state {
 
 /* ---- Which problems ---------------------------------------------------------------------------------------------- */
 
-static const char *refuses(const loglin_device *device, const loglin_problem *problem) {
-    if (!device->is_cpu) {
-        return "its lanes are a CPU's threads";
-    }
+static const char *cpu_refuses(const loglin_device *device, const loglin_problem *problem) {
     (void)problem;
-    return NULL;
+    return device->is_cpu ? NULL : "its lanes are a CPU's threads";
+}
+
+static const char *gpu_refuses(const loglin_device *device, const loglin_problem *problem) {
+    (void)problem;
+    return device->is_cpu ? "its lanes are work-groups of a GPU" : NULL;
 }
 
 /* ---- Division into lanes ------------------------------------------------------------------------------------------- */
@@ -265,23 +269,28 @@ static loglin_status create_slot_kernels(loglin_device *device, const loglin_pro
 
 static loglin_status create_lane_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
                                          portable_kernel first, portable_kernel end, loglin_engine_state *state) {
-    static const char *const files[] = {
-        "panel.cl",          "common.cl",          "chunk_layout.cl",     "mma_portable.cl",      "portable_layout.cl",
-        "portable_chunk.cl", "portable_states.cl", "portable_forward.cl", "portable_backward.cl", NULL};
-    char options[640];
+    const loglin_lane_schedule *schedule = &state->schedule;
+    const char *const files[] = {
+        "panel.cl",           "common.cl",           "chunk_layout.cl",      "portable_items.cl",
+        schedule->mma,        "portable_product.cl", "portable_layout.cl",   "portable_chunk.cl",
+        "portable_states.cl", "portable_forward.cl", "portable_backward.cl", NULL};
+    char options[768];
     (void)snprintf(options, sizeof options,
-                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
+                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DLANE_ITEMS=%u -DSLAB_DEPTH=%u -DTEAMS_ROWS=%u "
+                   "-DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
                    "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
                    "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
                    (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
-                   vector_width(device), problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v,
-                   shape->heads, shape->columns, shape->pool, state->panel.delta, state->panel.near,
-                   problem->normalize_qk != 0, shape->segment > 0, shape->segment, shape->segments);
+                   schedule->items, schedule->slab_depth, schedule->teams_rows, vector_width(device), problem->dim_k,
+                   problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v, shape->heads, shape->columns,
+                   shape->pool, state->panel.delta, state->panel.near, problem->normalize_qk != 0, shape->segment > 0,
+                   shape->segment, shape->segments);
     return create_kernels(device, files, options, first, end, state);
 }
 
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
+    RETURN_IF_ERROR(loglin_lanes_choose(device, &state->schedule));
     RETURN_IF_ERROR(lay_out(device, problem, state));
     RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
     RETURN_IF_ERROR(
@@ -347,8 +356,9 @@ static void keep_states(loglin_tape *tape, const loglin_call *call, loglin_buffe
                                  BUFFER(log_decay), BUFFER(to)));
 }
 
-static void launch_lanes(loglin_tape *tape, portable_kernel kernel, size_t lanes, const loglin_argument *arguments) {
-    const size_t global[3] = {lanes, 1, 1}, local[3] = {1, 1, 1};
+static void launch_lanes(loglin_tape *tape, portable_kernel kernel, size_t lanes, size_t items,
+                         const loglin_argument *arguments) {
+    const size_t global[3] = {lanes * items, 1, 1}, local[3] = {items, 1, 1};
     loglin_tape_enqueue(tape, (int)kernel, global, local, arguments);
 }
 
@@ -356,7 +366,7 @@ static loglin_status forward(loglin_engine_state *state, const loglin_call *call
                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
     workspace = align(workspace);
     loglin_tape tape = start(state, call, workspace, queue, num_wait, wait);
-    launch_lanes(&tape, KERNEL_portable_forward, state->shape.lanes,
+    launch_lanes(&tape, KERNEL_portable_forward, state->shape.lanes, state->schedule.items,
                  ARGUMENTS(ULONG(workspace.offset + state->forward.lanes), BUFFER(call->in.cu_seqlens),
                            BUFFER(call->in.q), BUFFER(call->in.k), BUFFER(call->in.v), BUFFER(call->in.g),
                            BUFFER(call->in.level_scales), BUFFER(call->in.beta), BUFFER(call->initial.values),
@@ -381,7 +391,7 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
     const workspace_layout *layout = &state->backward;
     const size_t at = workspace.offset, tokens = state->panel.packed ? 1 : state->panel.sequences;
     loglin_tape tape = start(state, call, workspace, queue, num_wait, wait);
-    launch_lanes(&tape, KERNEL_portable_backward, state->shape.lanes,
+    launch_lanes(&tape, KERNEL_portable_backward, state->shape.lanes, state->schedule.items,
                  ARGUMENTS(ULONG(at + layout->lanes), ULONG(at + layout->q_parts), ULONG(at + layout->k_parts),
                            ULONG(at + layout->g_parts), ULONG(at + layout->beta_parts), ULONG(at + layout->level_parts),
                            BUFFER(call->in.cu_seqlens), BUFFER(call->in.q), BUFFER(call->in.k), BUFFER(call->in.v),
@@ -399,13 +409,13 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
     return loglin_tape_finish(&tape, event);
 }
 
-const loglin_engine_class loglin_portable_engine = {
-    .name = "fused (cpu)",
-    .refuses = refuses,
-    .create = create,
-    .destroy = destroy,
-    .backward_remark = backward_remark,
-    .workspace_size = workspace_size,
-    .forward = forward,
-    .backward = backward,
-};
+/* Both classes are one engine with another count of work-items to a lane. */
+#define PORTABLE_ENGINE(of_device, refuses_of_device)                                                                  \
+    {                                                                                                                  \
+        .name = "fused (" of_device ")", .refuses = refuses_of_device, .create = create, .destroy = destroy,           \
+        .backward_remark = backward_remark, .workspace_size = workspace_size, .forward = forward,                      \
+        .backward = backward,                                                                                          \
+    }
+
+const loglin_engine_class loglin_cpu_engine = PORTABLE_ENGINE("cpu", cpu_refuses);
+const loglin_engine_class loglin_gpu_engine = PORTABLE_ENGINE("gpu", gpu_refuses);

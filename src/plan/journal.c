@@ -2,6 +2,7 @@
 /* Lines of JSON; one that is torn or strange is as good as absent. */
 #include "plan/journal.h"
 
+#include "runtime/log.h"
 #include "runtime/status.h"
 
 #include <errno.h>
@@ -30,14 +31,20 @@ static loglin_status fail_io(const char *path) {
     return loglin_fail(LOGLIN_IO, "cannot write %s: %s", path, reason);
 }
 
+static void count_begin(loglin_journal *journal, const char *key, json_int_t more) {
+    if (key != NULL) {
+        const json_int_t count = json_integer_value(json_object_get(journal->begins, key));
+        (void)json_object_set_new(journal->begins, key, json_integer(count + more));
+    }
+}
+
 static void take_line(loglin_journal *journal, const json_t *line) {
     const char *begin = json_string_value(json_object_get(line, "begin"));
     const char *end = json_string_value(json_object_get(line, "end"));
     const char *reply = json_string_value(json_object_get(line, "reply"));
-    if (begin != NULL) {
-        const json_int_t count = json_integer_value(json_object_get(journal->begins, begin));
-        (void)json_object_set_new(journal->begins, begin, json_integer(count + 1));
-    }
+    const char *withdrawn = json_string_value(json_object_get(line, "withdrawn"));
+    count_begin(journal, begin, 1);
+    count_begin(journal, withdrawn, -1);
     if (end != NULL && reply != NULL) {
         (void)json_object_set_new(journal->replies, end, json_string(reply));
     }
@@ -84,10 +91,11 @@ static loglin_status write_line(const loglin_journal *journal, json_t *line) {
     } else {
         const int length = snprintf(text, size, "%s\n", compact);
         const ssize_t put = write(journal->file, text, (size_t)length);
-        status = put == length ? LOGLIN_OK : fail_io("the tuner's journal");
-        if (put > 0 && put < length) {
+        if (put >= 0 && put < length) {
             (void)!write(journal->file, "\n", 1);
+            errno = ENOSPC;
         }
+        status = put == length ? LOGLIN_OK : fail_io("the tuner's journal");
     }
     free(compact);
     free(text);
@@ -107,6 +115,9 @@ static loglin_status start(loglin_journal *journal, const char *path, bool resum
     }
     if (resume && read_journal(journal, path, settings, seed)) {
         return write(journal->file, "\n", 1) == 1 ? LOGLIN_OK : fail_io(path); /* the last line may be torn */
+    }
+    if (resume) {
+        loglin_log(LOGLIN_LOG_WARN, "there is no run of this device, version and kind to resume: it starts anew");
     }
     if (ftruncate(journal->file, 0) != 0) {
         return fail_io(path);
@@ -162,4 +173,8 @@ loglin_status loglin_journal_end(loglin_journal *journal, const char *key, const
     const loglin_status status = write_line(journal, json_pack("{s:s, s:s}", "end", key, "reply", text));
     free(text);
     return status;
+}
+
+loglin_status loglin_journal_withdraw(loglin_journal *journal, const char *key) {
+    return write_line(journal, json_pack("{s:s}", "withdrawn", key));
 }

@@ -78,7 +78,8 @@ static const struct {
     loglin_engine choice;
     const loglin_engine_class *engine;
 } engines[] = {{LOGLIN_ENGINE_FUSED, &loglin_nvidia_engine},
-               {LOGLIN_ENGINE_FUSED, &loglin_portable_engine},
+               {LOGLIN_ENGINE_FUSED, &loglin_cpu_engine},
+               {LOGLIN_ENGINE_FUSED, &loglin_gpu_engine},
                {LOGLIN_ENGINE_BLAS, &loglin_blas_engine}};
 
 enum { ENGINE_COUNT = sizeof engines / sizeof engines[0] };

@@ -57,8 +57,13 @@ typedef struct race {
     unsigned round;
     size_t measured, expected; /* measurements, for the share that is done */
     runner best;
-    bool first_failed, stopped;
+    bool rival_failed, stopped;
 } race;
+
+/* The one to beat. */
+static size_t rival_of(const loglin_search *search) {
+    return search->yardstick ? 1 : 0;
+}
 
 static int faster(const void *a, const void *b) {
     return ascending(&((const runner *)a)->ms, &((const runner *)b)->ms);
@@ -71,7 +76,7 @@ static loglin_outcome measure(race *at, size_t candidate, unsigned runs, loglin_
     const loglin_outcome outcome = search->measure(search->context, candidate, at->round, allowed, sample);
     at->measured++;
     at->stopped = at->stopped || outcome == LOGLIN_OUTCOME_STOPPED;
-    at->first_failed = at->first_failed || (candidate == 0 && outcome == LOGLIN_OUTCOME_FAILED);
+    at->rival_failed = at->rival_failed || (candidate == rival_of(search) && outcome == LOGLIN_OUTCOME_FAILED);
     if (outcome == LOGLIN_OUTCOME_OK && loglin_sample_median(sample) < at->best.ms) {
         at->best = (runner){.candidate = candidate, .ms = loglin_sample_median(sample)};
     }
@@ -127,7 +132,7 @@ static void halve(race *at) {
 }
 
 static size_t expected_measurements(const loglin_search *search) {
-    size_t expected = search->count + 4;
+    size_t expected = search->count + (search->yardstick ? 6 : 4);
     for (size_t left = kept_of(search->count); left > 1 && !search->one_round; left = kept_of(left)) {
         expected += left;
     }
@@ -142,43 +147,44 @@ static void append(loglin_sample *all, const loglin_sample *more) {
     }
 }
 
-/* One duel; true if the challenger has won it.  The samples are added to those of the duels before. */
-static bool fight(race *at, size_t challenger, loglin_sample *first_all, loglin_sample *challenger_all) {
+/* What was measured in all duels. */
+typedef struct duels {
+    loglin_sample yardstick, rival, challenger;
+} duels;
+
+/* One duel with the rival, the one that is chosen if nobody beats it; true if the challenger has won. */
+static bool fight(race *at, size_t rival, size_t challenger, duels *all) {
     const unsigned runs =
         2 * at->search->runs < LOGLIN_SEARCH_MAX_RUNS / 2 ? 2 * at->search->runs + 1 : LOGLIN_SEARCH_MAX_RUNS / 2;
-    loglin_sample first = {.runs = 0}, second = {.runs = 0};
-    if (!at->first_failed) {
-        (void)measure(at, 0, runs, &first);
+    duels now = {.rival = {.runs = 0}};
+    if (at->search->yardstick) {
+        (void)measure(at, 0, runs, &now.yardstick);
     }
-    if (at->stopped || measure(at, challenger, runs, &second) != LOGLIN_OUTCOME_OK) {
-        return false;
+    if (!at->stopped && !at->rival_failed) {
+        (void)measure(at, rival, runs, &now.rival);
+    }
+    if (!at->stopped && challenger != rival) {
+        (void)measure(at, challenger, runs, &now.challenger);
     }
     at->round++;
-    append(first_all, &first);
-    append(challenger_all, &second);
-    const double spread = fmax(loglin_sample_spread(&first), loglin_sample_spread(&second));
-    return at->first_failed || loglin_sample_median(&second) + spread < loglin_sample_median(&first);
+    append(&all->yardstick, &now.yardstick);
+    append(&all->rival, &now.rival);
+    append(&all->challenger, &now.challenger);
+    const double spread = fmax(loglin_sample_spread(&now.rival), loglin_sample_spread(&now.challenger));
+    return loglin_sample_median(&now.challenger) + spread < loglin_sample_median(&now.rival);
 }
 
 static void settle(race *at, loglin_search_result *result) {
-    loglin_sample first = {.runs = 0}, challenger = {.runs = 0};
-    const size_t candidate = at->runners[0].candidate;
-    if (candidate == 0) { /* nobody was faster */
-        if (measure(at, 0, at->search->runs, &first) == LOGLIN_OUTCOME_OK) {
-            *result = (loglin_search_result){.found = true, .complete = !at->stopped};
-            result->ms = result->first_ms = loglin_sample_median(&first);
-            result->spread = loglin_sample_spread(&first);
-        }
-        return;
-    }
-    const bool won = fight(at, candidate, &first, &challenger) && fight(at, candidate, &first, &challenger);
-    const loglin_sample *winner = won ? &challenger : &first;
-    result->winner = won ? candidate : 0;
-    result->found = won || (!at->first_failed && first.runs > 0);
-    result->complete = !at->stopped;
+    duels all = {.rival = {.runs = 0}};
+    const size_t challenger = at->runners[0].candidate, rival = rival_of(at->search);
+    const bool won = fight(at, rival, challenger, &all) && fight(at, rival, challenger, &all);
+    const loglin_sample *winner = won ? &all.challenger : &all.rival;
+    const loglin_sample *first = at->search->yardstick ? &all.yardstick : &all.rival;
+    result->winner = won ? challenger : rival;
+    result->found = winner->runs > 0 && !at->stopped;
     result->ms = loglin_sample_median(winner);
     result->spread = loglin_sample_spread(winner);
-    result->first_ms = first.runs > 0 ? loglin_sample_median(&first) : 0;
+    result->first_ms = first->runs > 0 ? loglin_sample_median(first) : 0;
 }
 
 loglin_search_result loglin_search_run(const loglin_search *search) {
@@ -191,13 +197,15 @@ loglin_search_result loglin_search_run(const loglin_search *search) {
     if (at.runners == NULL) {
         return result;
     }
-    for (size_t i = 0; i < search->count; i++) {
-        at.runners[i].candidate = i;
+    at.count -= rival_of(search);
+    for (size_t i = 0; i < at.count; i++) {
+        at.runners[i].candidate = i + rival_of(search);
     }
     halve(&at);
     if (at.count > 0 && !at.stopped) {
         settle(&at, &result);
     }
+    result.complete = !at.stopped;
     free(at.runners);
     return result;
 }

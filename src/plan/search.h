@@ -2,7 +2,8 @@
 /*
  * The search for the fastest candidate, whatever a candidate is: successive halving.  All candidates are measured a few
  * times, the faster third of them again with twice as many runs, and so on.  The last challenger then meets candidate
- * 0, the one to beat, in two duels, and must win both by more than the spread that was measured.
+ * 0, the one to beat, in two duels, and must win both by more than the spread that was measured.  Candidate 0 may be a
+ * mere yardstick, which cannot be chosen but is measured with the duels: then candidate 1 is the one to beat.
  */
 #ifndef LOGLIN_PLAN_SEARCH_H
 #define LOGLIN_PLAN_SEARCH_H
@@ -30,6 +31,7 @@ typedef struct loglin_search {
     uint64_t seed;  /* of the order in which they are measured */
     unsigned runs;  /* of the first round, at least 1 */
     bool one_round; /* the first round chooses the challenger */
+    bool yardstick; /* candidate 0 is one; there is a candidate 1 */
     /* Runs a candidate so many times.  `round` tells measurements of one candidate apart. */
     loglin_outcome (*measure)(void *context, size_t candidate, unsigned round, unsigned runs, loglin_sample *sample);
     /* A share of the search is done, 0 to 1; `best` is the fastest so far.  May be NULL. */
@@ -38,9 +40,9 @@ typedef struct loglin_search {
 } loglin_search;
 
 typedef struct loglin_search_result {
-    bool found;        /* false: candidate 0 failed and so did all others, or there was no time for one */
-    bool complete;     /* false: the search was stopped; the winner is the best that was known for certain */
-    size_t winner;     /* 0 unless a challenger has won */
+    bool found;        /* false: all failed, or there was no time */
+    bool complete;     /* false: the search was stopped */
+    size_t winner;     /* candidate 0 (1 with a yardstick) unless a challenger has won */
     double ms, spread; /* the winner's median, and the half of its middle spread */
     double first_ms;   /* candidate 0's median in the duel; 0 if it failed */
 } loglin_search_result;

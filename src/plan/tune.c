@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The tuner: CLBlast's parameters for the device, then engine and tunables for one class after the other. */
+#include "plan/candidates.h"
 #include "plan/journal.h"
 #include "plan/problem.h"
 #include "plan/search.h"
@@ -8,19 +9,20 @@
 #include "runtime/cache.h"
 #include "runtime/status.h"
 
-#include <errno.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <xxhash.h>
 
-enum { MAX_CANDIDATES = 128, MAX_PROBLEMS = 64 };
+enum { MAX_PROBLEMS = 64 };
 
-static const double candidate_limit = 180; /* seconds: a cold compilation of CLBlast takes 25 on a slow CPU */
+static const double usual_limit = 180; /* seconds: a cold compilation of CLBlast takes 25 on a slow CPU */
 
 typedef struct tuner {
     loglin_device_info info;
-    size_t place; /* in loglin_list_devices */
+    size_t place; /* among the devices of its name */
     loglin_tune_options options;
     loglin_stamp stamp;
     char *cache;
@@ -28,16 +30,17 @@ typedef struct tuner {
     loglin_tuning known;   /* what the cache held when the tuner started */
     loglin_tuning results; /* since the last merge */
     loglin_gemm_parameters gemm;
+    int stopped; /* the caller has wished so */
     double begin;
-    loglin_status status; /* of what no candidate is to blame for */
+    double live_since, live_share; /* when the first child was asked, and the share that the journal had done by then */
+    loglin_status status;          /* of what no candidate is to blame for */
     /* What is being searched. */
     char subject[LOGLIN_CLASS_NAME_SIZE];
     loglin_problem problem;
-    loglin_configuration candidates[MAX_CANDIDATES];
-    size_t count;
+    loglin_candidates candidates;
     double share_before, share_of;
     loglin_tune_event event;
-    char best[256];
+    char best[LOGLIN_CANDIDATE_TEXT_SIZE], failure[240]; /* failure: of the last candidate that failed */
 } tuner;
 
 static double now(void) {
@@ -48,13 +51,23 @@ static double now(void) {
 
 /* ---- Events ------------------------------------------------------------------------------------------------------ */
 
+static double seconds_left(const tuner *at) {
+    const double live = now() - at->live_since, share = at->event.share - at->live_share;
+    const double left = at->live_since > 0 && share > 0.01 ? live * (1 - at->event.share) / share : 0;
+    const double limit = at->options.time_limit;
+    return limit > 0 ? fmin(left, fmax(limit - (now() - at->begin), 0)) : left;
+}
+
 /* Not 0: the caller wants to stop. */
 static int tell(tuner *at) {
-    loglin_tune_event *event = &at->event;
-    event->subject = at->subject;
-    event->seconds = now() - at->begin;
-    event->seconds_left = event->share > 0.01 ? event->seconds * (1 - event->share) / event->share : 0;
-    return at->options.progress != NULL ? at->options.progress(at->options.context, event) : 0;
+    at->event.subject = at->subject;
+    at->event.seed = at->options.seed;
+    at->event.seconds = now() - at->begin;
+    at->event.seconds_left = seconds_left(at);
+    if (at->options.progress != NULL && at->options.progress(at->options.context, &at->event) != 0) {
+        at->stopped = 1;
+    }
+    return at->stopped;
 }
 
 static int wait_patiently(void *context) {
@@ -63,34 +76,18 @@ static int wait_patiently(void *context) {
     return tell(at);
 }
 
-/* "blas chunk=64 panel_mib=256 gemm=own", of the tunables that the engine reads. */
-static void candidate_text(const loglin_configuration *of, char *text, size_t capacity) {
-    size_t used = (size_t)snprintf(text, capacity, "%s", of->engine == LOGLIN_ENGINE_FUSED ? "fused" : "blas");
-    for (size_t i = 0; i < LOGLIN_TUNABLE_COUNT && used < capacity; i++) {
-        if ((loglin_tunables[i].engines & 1u << of->engine) != 0) {
-            used += (size_t)snprintf(text + used, capacity - used, " %s=%u", loglin_tunables[i].name, of->values[i]);
-        }
-    }
-    for (size_t i = 0; i < LOGLIN_GEMM_PARAMETER_COUNT && used < capacity; i++) {
-        if (loglin_gemm_parameters_absent(&of->gemm)) {
-            (void)snprintf(text + used, capacity - used, " gemm=own");
-            return;
-        }
-        used += (size_t)snprintf(text + used, capacity - used, i == 0 ? " gemm=%u" : "/%u", of->gemm.values[i]);
-    }
-}
-
 /* ---- One measurement --------------------------------------------------------------------------------------------- */
 
-static bool is_known_to_fail(const tuner *at, const char *candidate) {
+/* What an earlier run of this version on this driver has seen it fail for; NULL if it has not. */
+static const loglin_entry *known_failure(const tuner *at, const char *candidate) {
     for (size_t i = 0; i < at->known.count; i++) {
         const loglin_entry *entry = &at->known.entries[i];
         if (entry->kind == LOGLIN_ENTRY_FAILED && strcmp(entry->candidate, candidate) == 0 &&
             memcmp(&entry->stamp, &at->stamp, sizeof at->stamp) == 0) {
-            return true;
+            return entry;
         }
     }
-    return false;
+    return NULL;
 }
 
 static void remember_failure(tuner *at, const char *candidate, const loglin_reply *reply) {
@@ -106,19 +103,21 @@ static loglin_reply ask(tuner *at, const char *key, const loglin_request *reques
     if (loglin_journal_find(at->journal, key, &reply)) {
         return reply;
     }
-    if (at->options.time_limit > 0 && now() - at->begin > at->options.time_limit) {
+    if (at->stopped != 0 || (at->options.time_limit > 0 && now() - at->begin > at->options.time_limit)) {
         return reply;
     }
     char *text = loglin_request_print(request);
     at->status = text == NULL ? loglin_fail(LOGLIN_OUT_OF_MEMORY, "tuner: out of host memory")
                               : loglin_journal_begin(at->journal, key);
+    if (at->live_since == 0) {
+        at->live_since = now();
+        at->live_share = at->event.share;
+    }
     if (at->status == LOGLIN_OK) {
-        reply = loglin_worker_ask(at->options.worker, text, candidate_limit, wait_patiently, at);
-        if (reply.outcome != LOGLIN_OUTCOME_STOPPED) {
-            at->status = loglin_journal_end(at->journal, key, &reply);
-        } else if (reply.detail[0] != '\0') {
-            at->status = loglin_fail(LOGLIN_IO, "tuner: %s", reply.detail);
-        }
+        reply = loglin_worker_ask(at->options.worker, text, at->options.candidate_limit, wait_patiently, at);
+        at->status = reply.outcome != LOGLIN_OUTCOME_STOPPED ? loglin_journal_end(at->journal, key, &reply)
+                     : reply.detail[0] != '\0'               ? loglin_fail(LOGLIN_IO, "tuner: %s", reply.detail)
+                                                             : loglin_journal_withdraw(at->journal, key);
     }
     free(text);
     if (at->status != LOGLIN_OK) {
@@ -135,22 +134,28 @@ static loglin_request request_for(const tuner *at, loglin_request_kind kind) {
 
 static loglin_outcome measure(void *context, size_t candidate, unsigned round, unsigned runs, loglin_sample *sample) {
     tuner *at = context;
-    const loglin_configuration *configuration = &at->candidates[candidate];
-    char text[150], subject[256], key[300];
-    candidate_text(configuration, text, sizeof text);
+    const loglin_configuration *configuration = &at->candidates.items[candidate];
+    char text[LOGLIN_CANDIDATE_TEXT_SIZE], subject[264], key[300];
+    loglin_candidate_text(configuration, text);
     (void)snprintf(subject, sizeof subject, "%s: %s", at->subject, text);
     (void)snprintf(key, sizeof key, "%s: round %u of %u", subject, round, runs);
     loglin_request request = request_for(at, LOGLIN_REQUEST_TIME);
     request.configuration = *configuration;
     request.runs = runs;
-    loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED, .reason = "failed", .detail = "as in an earlier run"};
-    if (!is_known_to_fail(at, subject)) {
+    loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED, .detail = "in an earlier run"};
+    const loglin_entry *failure = known_failure(at, subject);
+    if (failure != NULL) {
+        (void)snprintf(reply.reason, sizeof reply.reason, "%.15s", failure->reason);
+    } else {
         reply = ask(at, key, &request);
         if (reply.outcome == LOGLIN_OUTCOME_FAILED && strcmp(reply.reason, "refused") != 0) {
             remember_failure(at, subject, &reply);
         }
     }
     *sample = reply.sample;
+    if (reply.outcome == LOGLIN_OUTCOME_FAILED) {
+        (void)snprintf(at->failure, sizeof at->failure, "%s", reply.detail[0] != '\0' ? reply.detail : reply.reason);
+    }
     if (reply.outcome != LOGLIN_OUTCOME_STOPPED) {
         at->event.candidate = text;
         at->event.outcome = reply.outcome == LOGLIN_OUTCOME_OK ? "ok" : reply.reason;
@@ -171,109 +176,9 @@ static loglin_outcome measure(void *context, size_t candidate, unsigned round, u
 static void advance(void *context, double share, size_t best, double ms) {
     tuner *at = context;
     at->event.share = at->share_before + share * at->share_of;
-    candidate_text(&at->candidates[best], at->best, sizeof at->best);
-    at->event.best = at->best;
-    at->event.best_ms = ms;
-}
-
-/* ---- Candidates -------------------------------------------------------------------------------------------------- */
-
-/* Each candidate once. */
-static void add_candidate(tuner *at, const loglin_configuration *configuration) {
-    for (size_t i = 0; i < at->count; i++) {
-        if (memcmp(&at->candidates[i], configuration, sizeof *configuration) == 0) {
-            return;
-        }
-    }
-    if (at->count < MAX_CANDIDATES) {
-        at->candidates[at->count++] = *configuration;
-    }
-}
-
-/* Parameters that have won somewhere. */
-static const loglin_gemm_parameters known_parameters[] = {
-    {{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}}, {{64, 4, 16, 4, 16, 2, 1, 4, 0, 0}},   {{64, 8, 16, 8, 16, 2, 1, 4, 0, 0}},
-    {{32, 8, 8, 8, 8, 2, 1, 4, 0, 0}}, {{64, 16, 16, 16, 16, 2, 4, 4, 1, 1}},
-};
-
-static bool fits(const tuner *at, const loglin_gemm_parameters *parameters) {
-    return loglin_gemm_parameters_possible(parameters) &&
-           loglin_gemm_group_size(parameters) <= at->info.max_work_group_size &&
-           loglin_gemm_local_memory(parameters) <= at->info.local_memory;
-}
-
-static loglin_gemm_parameters random_parameters(const tuner *at, uint64_t *random) {
-    loglin_gemm_parameters made;
-    do {
-        for (size_t i = 0; i < LOGLIN_GEMM_PARAMETER_COUNT; i++) {
-            const bool padding = i == LOGLIN_GEMM_PADA || i == LOGLIN_GEMM_PADB,
-                       vector = i == LOGLIN_GEMM_VWMD || i == LOGLIN_GEMM_VWND;
-            const unsigned draw = (unsigned)(loglin_search_random(random) >> 32);
-            made.values[i] = padding                 ? draw % 2
-                             : vector                ? 1u << draw % 4
-                             : i == LOGLIN_GEMM_KWID ? 1u << (1 + draw % 4)
-                             : i == LOGLIN_GEMM_WGD  ? 16u << draw % 3
-                                                     : 8u << draw % 3;
-        }
-    } while (!fits(at, &made));
-    return made;
-}
-
-static void list_parameters(tuner *at) {
-    const size_t random_count = at->options.quick != 0 ? 0 : at->info.type == CL_DEVICE_TYPE_CPU ? 6 : 24;
-    const size_t known_count = at->options.quick != 0 ? 1 : sizeof known_parameters / sizeof known_parameters[0];
-    uint64_t random = at->options.seed;
-    loglin_configuration configuration = loglin_configuration_default(LOGLIN_ENGINE_BLAS);
-    at->count = 0;
-    add_candidate(at, &configuration);
-    for (size_t i = 0; i < known_count + random_count; i++) {
-        configuration.gemm = i < known_count ? known_parameters[i] : random_parameters(at, &random);
-        if (fits(at, &configuration.gemm)) {
-            add_candidate(at, &configuration);
-        }
-    }
-}
-
-/* In a quick run, values next to nothing but the fallback. */
-static bool is_tried(const tuner *at, size_t tunable, unsigned value) {
-    const unsigned fallback = loglin_tunables[tunable].fallback;
-    return at->options.quick == 0 || value == fallback ||
-           (tunable == LOGLIN_TUNABLE_CHUNK ? value == 32 || value == 128 : value == 16);
-}
-
-/* All values of the engine's tunables from the given one on. */
-static void list_values(tuner *at, loglin_configuration *configuration, size_t tunable) {
-    if (tunable == LOGLIN_TUNABLE_COUNT) {
-        add_candidate(at, configuration);
-        return;
-    }
-    const loglin_tunable *of = &loglin_tunables[tunable];
-    if ((of->engines & 1u << configuration->engine) == 0) {
-        list_values(at, configuration, tunable + 1);
-        return;
-    }
-    for (size_t i = 0; i < of->value_count; i++) {
-        if (is_tried(at, tunable, of->values[i])) {
-            configuration->values[tunable] = of->values[i];
-            list_values(at, configuration, tunable + 1);
-        }
-    }
-    configuration->values[tunable] = of->fallback;
-}
-
-/* The untuned default first: it is the one to beat. */
-static void list_configurations(tuner *at) {
-    static const loglin_engine engines[] = {LOGLIN_ENGINE_BLAS, LOGLIN_ENGINE_FUSED};
-    const loglin_configuration untuned = loglin_configuration_default(LOGLIN_ENGINE_BLAS);
-    at->count = 0;
-    add_candidate(at, &untuned);
-    for (size_t i = 0; i < sizeof engines / sizeof engines[0]; i++) {
-        if (at->problem.engine == LOGLIN_ENGINE_AUTO || at->problem.engine == engines[i]) {
-            loglin_configuration configuration = loglin_configuration_default(engines[i]);
-            configuration.gemm = at->gemm;
-            list_values(at, &configuration, 0);
-        }
-    }
+    loglin_candidate_text(&at->candidates.items[best], at->best);
+    at->event.best = isfinite(ms) ? at->best : NULL;
+    at->event.best_ms = isfinite(ms) ? ms : 0;
 }
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------ */
@@ -292,7 +197,7 @@ static loglin_status keep(tuner *at) {
 static loglin_status add_result(tuner *at, loglin_entry_kind kind, const loglin_search_result *result) {
     loglin_entry entry = {.kind = kind,
                           .stamp = at->stamp,
-                          .configuration = at->candidates[result->winner],
+                          .configuration = at->candidates.items[result->winner],
                           .ms = result->ms,
                           .spread = result->spread,
                           .default_ms = result->first_ms,
@@ -306,36 +211,46 @@ static loglin_status add_result(tuner *at, loglin_entry_kind kind, const loglin_
     return loglin_tuning_add(&at->results, &entry);
 }
 
-/* Searches what is listed; *over: no time is left, or the caller wishes so. */
+/* The subject is done: its choice is kept and told, or that there is none and why. */
+static loglin_status finish(tuner *at, loglin_entry_kind kind, const loglin_search_result *result, bool *over) {
+    const loglin_configuration *choice = &at->candidates.items[result->winner];
+    if (result->found) {
+        RETURN_IF_ERROR(add_result(at, kind, result));
+        at->gemm = kind == LOGLIN_ENTRY_GEMM ? choice->gemm : at->gemm;
+    }
+    RETURN_IF_ERROR(keep(at));
+    advance(at, 1, result->winner, result->found ? result->ms : INFINITY);
+    at->event.detail = result->found ? NULL : at->failure;
+    at->event.ms = result->found ? result->ms : 0;
+    at->event.spread = result->found ? result->spread : 0;
+    at->event.default_ms = result->first_ms;
+    at->event.problem = at->problem;
+    at->event.problem.engine = choice->engine;
+    at->event.problem.chunk = choice->values[LOGLIN_TUNABLE_CHUNK];
+    at->event.finished = 1;
+    *over = tell(at) != 0;
+    at->event.finished = 0;
+    return LOGLIN_OK;
+}
+
+/* Searches the candidates; *over: no time is left, or the caller wishes so. */
 static loglin_status search_subject(tuner *at, loglin_entry_kind kind, unsigned runs, bool *over) {
-    const loglin_search search = {.count = at->count,
+    const loglin_configuration *first = &at->candidates.items[0], *second = &at->candidates.items[1];
+    const loglin_search search = {.count = at->candidates.count,
                                   .seed = at->options.seed,
                                   .runs = runs,
                                   .one_round = at->options.quick != 0,
+                                  /* CLBlast is set for a whole device: its own parameters are no choice for a class */
+                                  .yardstick = kind == LOGLIN_ENTRY_CLASS && at->candidates.count > 1 &&
+                                               memcmp(&first->gemm, &second->gemm, sizeof first->gemm) != 0,
                                   .measure = measure,
                                   .advance = advance,
                                   .context = at};
     at->event = (loglin_tune_event){.share = at->share_before};
     const loglin_search_result result = loglin_search_run(&search);
     RETURN_IF_ERROR(at->status);
-    *over = !result.complete && !result.found;
-    if (result.found && result.complete) {
-        RETURN_IF_ERROR(add_result(at, kind, &result));
-        if (kind == LOGLIN_ENTRY_GEMM) {
-            at->gemm = at->candidates[result.winner].gemm;
-        }
-        advance(at, 1, result.winner, result.ms);
-        at->event.ms = result.ms;
-        at->event.spread = result.spread;
-        at->event.default_ms = result.first_ms;
-        at->event.problem = at->problem;
-        at->event.problem.engine = at->candidates[result.winner].engine;
-        at->event.problem.chunk = at->candidates[result.winner].values[LOGLIN_TUNABLE_CHUNK];
-        at->event.finished = 1;
-        *over = tell(at) != 0;
-        at->event.finished = 0;
-    }
-    return keep(at);
+    *over = !result.complete;
+    return result.complete ? finish(at, kind, &result, over) : keep(at); /* keep: failures, which are remembered */
 }
 
 static loglin_problem standard_problem(const tuner *at, loglin_op op, loglin_phase phase, size_t length) {
@@ -364,13 +279,25 @@ static void tune_peak(tuner *at) {
     }
 }
 
-static loglin_status tune_gemm(tuner *at, bool *over) {
+static loglin_status tune_gemm(tuner *at, double share, bool *over) {
     (void)snprintf(at->subject, sizeof at->subject, "CLBlast");
     at->problem = standard_problem(at, LOGLIN_MAMBA2, LOGLIN_FORWARD, 1024);
-    at->share_before = 0.02;
-    at->share_of = 0.28;
-    list_parameters(at);
+    at->share_before = 0;
+    at->share_of = share;
+    loglin_candidates_of_gemm(&at->info, &at->known, at->options.quick != 0, at->options.seed, &at->candidates);
     return search_subject(at, LOGLIN_ENTRY_GEMM, 3, over);
+}
+
+/* CLBlast's parameters as they were tuned before, by this version on this driver. */
+static bool recall_gemm(tuner *at) {
+    for (size_t i = 0; i < at->known.count; i++) {
+        const loglin_entry *entry = &at->known.entries[i];
+        if (entry->kind == LOGLIN_ENTRY_GEMM && memcmp(&entry->stamp, &at->stamp, sizeof at->stamp) == 0) {
+            at->gemm = entry->configuration.gemm;
+            return true;
+        }
+    }
+    return false;
 }
 
 static size_t list_standard(const tuner *at, loglin_problem problems[MAX_PROBLEMS]) {
@@ -396,51 +323,102 @@ static size_t list_standard(const tuner *at, loglin_problem problems[MAX_PROBLEM
     return count;
 }
 
-static loglin_status tune_classes(tuner *at, const loglin_problem *problems, size_t count, bool *over) {
-    for (size_t i = 0; i < count && !*over; i++) {
+static const loglin_engine engines[] = {LOGLIN_ENGINE_BLAS, LOGLIN_ENGINE_FUSED};
+
+enum { ENGINE_COUNT = sizeof engines / sizeof engines[0] };
+
+static bool is_searched(const tuner *at, const loglin_problem *problem, loglin_engine engine) {
+    const bool asked = problem->engine == LOGLIN_ENGINE_AUTO || problem->engine == engine;
+    return asked && (at->options.engine == LOGLIN_ENGINE_AUTO || at->options.engine == engine);
+}
+
+/* A guess at a search's time, for the share that it is of all. */
+static double cost_of(const loglin_problem *problem, loglin_engine engine) {
+    return (1 + (double)problem->length / 2048) * ((problem->phases & LOGLIN_BACKWARD) != 0 ? 3 : 1) *
+           (engine == LOGLIN_ENGINE_BLAS ? 4 : 1);
+}
+
+static double cost_of_all(const tuner *at, const loglin_problem *problems, size_t count) {
+    double cost = 0;
+    for (size_t i = 0; i < count * ENGINE_COUNT; i++) {
+        const loglin_problem *problem = &problems[i / ENGINE_COUNT];
+        const loglin_engine engine = engines[i % ENGINE_COUNT];
+        cost += is_searched(at, problem, engine) ? cost_of(problem, engine) : 0;
+    }
+    return cost;
+}
+
+/* The best values of each engine for each class; `share` of all work is done. */
+static loglin_status tune_classes(tuner *at, const loglin_problem *problems, size_t count, double share, bool *over) {
+    const double whole = cost_of_all(at, problems, count);
+    for (size_t i = 0; i < count * ENGINE_COUNT && !*over; i++) {
+        const loglin_engine engine = engines[i % ENGINE_COUNT];
         loglin_problem filled;
-        RETURN_IF_ERROR(loglin_problem_validate(&problems[i], &filled));
+        at->problem = problems[i / ENGINE_COUNT];
+        if (!is_searched(at, &at->problem, engine)) {
+            continue;
+        }
+        RETURN_IF_ERROR(loglin_problem_validate(&at->problem, &filled));
         const loglin_class class = loglin_class_of(&filled);
         loglin_class_name(&class, at->subject, sizeof at->subject);
-        at->problem = problems[i];
-        at->share_before = 0.3 + 0.7 * (double)i / (double)count;
-        at->share_of = 0.7 / (double)count;
-        list_configurations(at);
+        at->share_before = share;
+        at->share_of = (1 - share) * cost_of(&at->problem, engine) / fmax(whole, cost_of(&at->problem, engine));
+        share += at->share_of;
+        loglin_candidates_of_engine(engine, &at->gemm, at->options.quick != 0, &at->candidates);
         RETURN_IF_ERROR(search_subject(at, LOGLIN_ENTRY_CLASS, 2, over));
     }
     return LOGLIN_OK;
 }
 
-static loglin_status run(tuner *at) {
-    loglin_problem standard[MAX_PROBLEMS];
-    const loglin_problem *problems = at->options.problems;
-    size_t count = at->options.problem_count;
-    bool over = false;
-    if (problems == NULL) {
-        count = list_standard(at, standard);
-        problems = standard;
+static bool uses_blas(const tuner *at, const loglin_problem *problems, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        if (is_searched(at, &problems[i], LOGLIN_ENGINE_BLAS)) {
+            return true;
+        }
     }
+    return false;
+}
+
+static loglin_status run(tuner *at, const loglin_problem *problems, size_t count) {
+    const bool recalled = at->options.problems != NULL && recall_gemm(at);
+    const double share = !recalled && uses_blas(at, problems, count) ? 0.3 : 0;
+    bool over = false;
     tune_peak(at);
     RETURN_IF_ERROR(at->status);
-    RETURN_IF_ERROR(tune_gemm(at, &over));
-    return over ? LOGLIN_OK : tune_classes(at, problems, count, &over);
+    if (share > 0) {
+        RETURN_IF_ERROR(tune_gemm(at, share, &over));
+    }
+    if (!over) {
+        RETURN_IF_ERROR(tune_classes(at, problems, count, share, &over));
+    }
+    if (!over) {
+        at->event = (loglin_tune_event){.share = 1, .complete = 1};
+        (void)tell(at);
+    }
+    return LOGLIN_OK;
 }
 
 /* ---- The interface ----------------------------------------------------------------------------------------------- */
 
+/* The device, and how many of its name come before it. */
 static loglin_status find_device(cl_device_id id, size_t *place, loglin_device_info *info) {
     enum { MOST = 64 };
     loglin_device_info infos[MOST];
-    size_t count = 0;
+    size_t count = 0, at = 0;
     RETURN_IF_ERROR(loglin_list_devices(infos, MOST, &count));
-    for (size_t i = 0; i < count && i < MOST; i++) {
-        if (infos[i].id == id) {
-            *place = i;
-            *info = infos[i];
-            return LOGLIN_OK;
-        }
+    count = count < MOST ? count : MOST;
+    while (at < count && infos[at].id != id) {
+        at++;
     }
-    return loglin_fail(LOGLIN_INVALID_ARGUMENT, "id is not a device that loglin_list_devices lists");
+    if (at == count) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "id is not a device that loglin_list_devices lists");
+    }
+    *info = infos[at];
+    *place = 0;
+    for (size_t i = 0; i < at; i++) {
+        *place += strcmp(infos[i].name, info->name) == 0;
+    }
+    return LOGLIN_OK;
 }
 
 static loglin_status require_cache(char **cache) {
@@ -450,11 +428,19 @@ static loglin_status require_cache(char **cache) {
                : loglin_fail(LOGLIN_IO, "LOGLIN_CACHE_DIR is empty, or there is no home: expected a place for results");
 }
 
-/* The journal is of one kind of run: device, versions and problems. */
-static loglin_status open_journal(tuner *at) {
-    char settings[512];
-    (void)snprintf(settings, sizeof settings, "%s %s %s %s quick %d", at->info.name, at->stamp.driver,
-                   at->stamp.library, at->stamp.source, at->options.quick != 0);
+/* The journal is of one kind of run: device, versions, problems, and what is done about them. */
+static loglin_status open_journal(tuner *at, const loglin_problem *problems, size_t count) {
+    XXH64_hash_t hash = 0;
+    for (size_t i = 0; i < count; i++) {
+        const loglin_request request = {.problem = problems[i], .configuration = {.engine = problems[i].engine}};
+        char *text = loglin_request_print(&request);
+        hash = text != NULL ? XXH3_64bits_withSeed(text, strlen(text), hash) : 0;
+        free(text);
+    }
+    char settings[640];
+    (void)snprintf(settings, sizeof settings, "%s %s %s %s quick %d engine %d problems %016llx", at->info.name,
+                   at->stamp.driver, at->stamp.library, at->stamp.source, at->options.quick != 0,
+                   (int)at->options.engine, (unsigned long long)hash);
     char *path = loglin_tuning_path(at->cache, &at->results.identity, ".journal");
     const loglin_status status =
         path == NULL ? loglin_fail(LOGLIN_OUT_OF_MEMORY, "tuner: out of host memory")
@@ -468,8 +454,21 @@ static loglin_status prepare(tuner *at) {
     at->stamp = loglin_stamp_of(&at->info);
     at->results.identity = loglin_identity_of(&at->info);
     RETURN_IF_ERROR(loglin_tuning_merge(at->cache, &at->results)); /* before long work: can results be kept? */
-    RETURN_IF_ERROR(loglin_tuning_load(at->cache, &at->results.identity, &at->known));
-    return open_journal(at);
+    return loglin_tuning_load(at->cache, &at->results.identity, &at->known);
+}
+
+static loglin_status prepare_and_run(tuner *at, cl_device_id id) {
+    loglin_problem standard[MAX_PROBLEMS];
+    const loglin_problem *problems = at->options.problems;
+    size_t count = at->options.problem_count;
+    RETURN_IF_ERROR(find_device(id, &at->place, &at->info));
+    RETURN_IF_ERROR(prepare(at));
+    if (problems == NULL) {
+        count = list_standard(at, standard);
+        problems = standard;
+    }
+    RETURN_IF_ERROR(open_journal(at, problems, count));
+    return run(at, problems, count);
 }
 
 static loglin_status check_options(const loglin_tune_options *options) {
@@ -496,11 +495,10 @@ loglin_status loglin_tune(cl_device_id id, const loglin_tune_options *options) {
     at->options = options != NULL ? *options : (loglin_tune_options){.quick = 0};
     at->options.worker = at->options.worker != NULL ? at->options.worker : "loglin";
     at->options.seed = (at->options.seed != 0 ? at->options.seed : (uint64_t)time(NULL)) & INT64_MAX;
+    at->options.candidate_limit = at->options.candidate_limit > 0 ? at->options.candidate_limit : usual_limit;
     at->begin = now();
     loglin_status status = check_options(&at->options);
-    status = status != LOGLIN_OK ? status : find_device(id, &at->place, &at->info);
-    status = status != LOGLIN_OK ? status : prepare(at);
-    status = status != LOGLIN_OK ? status : run(at);
+    status = status != LOGLIN_OK ? status : prepare_and_run(at, id);
     loglin_journal_close(at->journal);
     loglin_tuning_free(&at->known);
     loglin_tuning_free(&at->results);

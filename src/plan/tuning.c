@@ -514,8 +514,9 @@ static loglin_status replace_file(const char *path, char *temporary, const char 
     if (file < 0) {
         return fail_io("cannot create", temporary);
     }
-    const bool written =
-        loglin_write_all(file, text, strlen(text)) && loglin_write_all(file, "\n", 1) && fsync(file) == 0;
+    const mode_t mode = 0644; /* results may be shared */
+    const bool written = fchmod(file, mode) == 0 && loglin_write_all(file, text, strlen(text)) &&
+                         loglin_write_all(file, "\n", 1) && fsync(file) == 0;
     loglin_status status = written ? LOGLIN_OK : fail_io("cannot write", path);
     if (close(file) != 0 && written) {
         status = fail_io("cannot write", path);
@@ -530,6 +531,10 @@ static loglin_status replace_file(const char *path, char *temporary, const char 
 }
 
 loglin_status loglin_tuning_write(const char *path, const loglin_tuning *tuning) {
+    struct stat there;
+    if (stat(path, &there) == 0 && !S_ISREG(there.st_mode)) {
+        return loglin_fail(LOGLIN_IO, "cannot replace %s: it is not a regular file", path);
+    }
     char *text = loglin_tuning_print(tuning);
     char *temporary = join(path, ".new-XXXXXX");
     const loglin_status status = text == NULL || temporary == NULL
@@ -582,18 +587,23 @@ static int lock_file(const char *path) {
 }
 
 /* With the lock held: keeps a damaged file under a name of its own. */
-static void set_aside(const char *path) {
+static loglin_status set_aside(const char *path) {
     char *aside = join(path, ".damaged-XXXXXX");
     const int file = aside != NULL ? mkstemp(aside) : -1;
-    if (file >= 0) {
-        close(file);
-        if (rename(path, aside) == 0) {
-            loglin_log(LOGLIN_LOG_WARN, "the damaged file is now %s", aside);
-        } else {
+    loglin_status status = LOGLIN_OK;
+    if (file >= 0 && rename(path, aside) == 0) {
+        loglin_log(LOGLIN_LOG_WARN, "the damaged file is now %s", aside);
+    } else {
+        status = fail_io("cannot set aside the damaged file", path);
+        if (file >= 0) {
             (void)unlink(aside);
         }
     }
+    if (file >= 0) {
+        close(file);
+    }
     free(aside);
+    return status;
 }
 
 /* LOGLIN_BAD_FILE: it is damaged, or another device's. */
@@ -610,13 +620,12 @@ static loglin_status read_own(const char *path, const loglin_identity *identity,
     return status;
 }
 
-/* With the lock held.  LOGLIN_IO: there is a file that cannot be read. */
+/* With the lock held.  LOGLIN_IO: there is a file that can neither be read nor set aside. */
 static loglin_status read_or_set_aside(const char *path, const loglin_identity *identity, loglin_tuning *tuning) {
     const loglin_status status = read_own(path, identity, tuning);
     if (status == LOGLIN_BAD_FILE) {
         loglin_log(LOGLIN_LOG_WARN, "tuning results are not used: %s", loglin_last_error());
-        set_aside(path);
-        return LOGLIN_OK;
+        return set_aside(path);
     }
     return status == LOGLIN_IO && access(path, F_OK) != 0 ? LOGLIN_OK : status;
 }

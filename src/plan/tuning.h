@@ -49,7 +49,7 @@ typedef struct loglin_entry {
     loglin_stamp stamp;
     loglin_class class;                 /* LOGLIN_ENTRY_CLASS */
     loglin_configuration configuration; /* LOGLIN_ENTRY_CLASS: engine and values; LOGLIN_ENTRY_GEMM: gemm */
-    char candidate[256], reason[32];    /* LOGLIN_ENTRY_FAILED */
+    char candidate[264], reason[32];    /* LOGLIN_ENTRY_FAILED */
     double ms, spread, default_ms;      /* of the choice, and of what is used without one */
     int64_t seed, tuned_at;             /* of the search; seconds since 1970 */
 } loglin_entry;

@@ -14,14 +14,18 @@
 #include "tensorfile/dtype.h"
 
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { GUARD = 64 };                          /* elements before and behind an array */
 static const double reference_budget = 1.5e8; /* multiplications that the comparison may take */
+static const double short_call = 200;         /* ms: longer calls do not feel what the caches held before */
+static const double enough_ms = 2000;         /* no further run is timed behind so many */
 
 /* ---- Arrays ------------------------------------------------------------------------------------------------------ */
 
@@ -384,22 +388,32 @@ static loglin_status validate(measurement *at, loglin_reply *reply) {
 
 /* ---- The measurement --------------------------------------------------------------------------------------------- */
 
-static loglin_status open_device(measurement *at) {
+/* Drivers may list their devices in another order in another process, so a device is known by its name. */
+static loglin_status find_device(const loglin_request *request, loglin_device_info *found) {
     enum { MOST = 64 };
     loglin_device_info infos[MOST];
-    size_t count = 0;
+    size_t count = 0, same = 0;
     RETURN_IF_ERROR(loglin_list_devices(infos, MOST, &count));
-    const size_t place = at->request->device;
-    if (place >= count || place >= MOST || strcmp(infos[place].name, at->request->name) != 0) {
-        return loglin_fail(LOGLIN_NO_DEVICE, "request: device %zu is not \"%s\"", place, at->request->name);
+    for (size_t i = 0; i < count && i < MOST; i++) {
+        if (strcmp(infos[i].name, request->name) == 0 && same++ == request->device) {
+            *found = infos[i];
+            return LOGLIN_OK;
+        }
     }
-    at->is_cpu = infos[place].type == CL_DEVICE_TYPE_CPU;
+    return loglin_fail(LOGLIN_NO_DEVICE, "request: no device %zu is called \"%s\"; the first of %zu is \"%s\"",
+                       request->device, request->name, count, count > 0 ? infos[0].name : "");
+}
+
+static loglin_status open_device(measurement *at) {
+    loglin_device_info info = {.id = NULL};
     cl_int code;
-    at->context = clCreateContext(NULL, 1, &infos[place].id, NULL, NULL, &code);
+    RETURN_IF_ERROR(find_device(at->request, &info));
+    at->is_cpu = info.type == CL_DEVICE_TYPE_CPU;
+    at->context = clCreateContext(NULL, 1, &info.id, NULL, NULL, &code);
     RETURN_IF_CL_ERROR(code);
-    at->queue = clCreateCommandQueue(at->context, infos[place].id, 0, &code);
+    at->queue = clCreateCommandQueue(at->context, info.id, 0, &code);
     RETURN_IF_CL_ERROR(code);
-    return loglin_device_create(at->context, infos[place].id, &at->device);
+    return loglin_device_create(at->context, info.id, &at->device);
 }
 
 static loglin_status prepare(measurement *at) {
@@ -415,16 +429,18 @@ static loglin_status prepare(measurement *at) {
 }
 
 static loglin_status time_configuration(measurement *at, loglin_reply *reply) {
-    double ms;
+    double ms = 0;
     RETURN_IF_ERROR(prepare(at));
     RETURN_IF_ERROR(run_call(at, &ms));
     RETURN_IF_ERROR(validate(at, reply));
-    if (reply->reason[0] == '\0') {
+    if (reply->reason[0] == '\0' && ms < short_call) {
         RETURN_IF_ERROR(run_call(at, &ms)); /* the comparison has emptied the processor's caches */
     }
-    while (reply->reason[0] == '\0' && reply->sample.runs < at->request->runs) {
+    double sum = 0;
+    while (reply->reason[0] == '\0' && reply->sample.runs < at->request->runs && sum < enough_ms) {
         RETURN_IF_ERROR(run_call(at, &ms));
         reply->sample.ms[reply->sample.runs++] = ms;
+        sum += ms;
     }
     reply->outcome = reply->reason[0] == '\0' ? LOGLIN_OUTCOME_OK : LOGLIN_OUTCOME_FAILED;
     return LOGLIN_OK;
@@ -512,6 +528,7 @@ static void close_measurement(measurement *at) {
 }
 
 int loglin_tune_worker(const char *text) {
+    (void)prctl(PR_SET_PDEATHSIG, SIGKILL); /* a call that hangs must not outlive the tuner */
     loglin_request request;
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED};
     loglin_status status = loglin_request_parse(text, &request);

@@ -13,8 +13,8 @@ typedef enum loglin_request_kind {
 
 typedef struct loglin_request {
     loglin_request_kind kind;
-    size_t device; /* its place in loglin_list_devices */
-    char name[128];
+    char name[128];         /* of the device */
+    size_t device;          /* its place among the devices of that name */
     loglin_problem problem; /* with one phase */
     loglin_configuration configuration;
     unsigned runs;

@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The work-items of a lane.  On a CPU a lane is one work-item, which has a core's vector registers and caches to itself;
+ * on a GPU it is a work-group of LANE_ITEMS.  A function that takes a lane's `place` is called by all of its items with
+ * the same arguments: they share its work out, and it ends with SYNC, so what it has written is there for the next one.
+ * Control variables are private, and the same in all items.
+ */
+#ifndef LANE_ITEMS
+#define LANE_ITEMS 1
+#endif
+
+/* What a work-group copies to local memory at a time, and the rows in which its teams lie: cl/portable_product.cl. */
+#ifndef SLAB_ROWS
+#define SLAB_ROWS 64
+#endif
+#ifndef SLAB_COLUMNS
+#define SLAB_COLUMNS 64
+#endif
+#ifndef SLAB_DEPTH
+#define SLAB_DEPTH 32
+#endif
+#ifndef TEAMS_ROWS
+#define TEAMS_ROWS 1
+#endif
+
+/* Rows of matrices are shared out in blocks of 16 columns: ITEM's rows and columns, and the steps to its next ones. */
+#if LANE_ITEMS == 1
+#define ITEM 0u
+#define SYNC()
+#define ROW_PARTS 1u
+#else
+#define ITEM ((uint)get_local_id(0))
+#define SYNC() barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE)
+#define ROW_PARTS 4u
+#endif
+#define FIRST_ROW (ITEM / ROW_PARTS)
+#define ROW_STEP (LANE_ITEMS / ROW_PARTS)
+#define FIRST_COLUMN (ITEM % ROW_PARTS * 16)
+#define COLUMN_STEP (ROW_PARTS * 16)
+
+typedef __global float *matrix;
+typedef const __global float *operand;
+
+/* Vectors of a lane's memory.  A CPU's compiler makes one access of them at any alignment; a GPU's must know it. */
+#if LANE_ITEMS == 1
+typedef float16 lane_float16 __attribute__((aligned(4)));
+#else
+typedef float16 lane_float16;
+#endif
+
+float16 get16(operand p) { return *(const __global lane_float16 *)p; }
+void put16(float16 x, matrix p) { *(__global lane_float16 *)p = x; }
+
+float sum16(float16 x) {
+    const float8 a = x.lo + x.hi;
+    const float4 b = a.lo + a.hi;
+    return (b.x + b.y) + (b.z + b.w);
+}
+
+/* Where a lane stands. */
+typedef struct {
+    matrix memory;
+#if LANE_ITEMS > 1
+    __local float *shared; /* for the products' slabs, and for sums */
+#endif
+    uint sequence, group;
+    uint head;        /* of the lane's, 0 .. LANE_HEADS - 1 */
+    uint first_head;  /* among all */
+    uint first_value; /* first column of v, and how many are the lane's */
+    uint values;
+    const __global int *slot;
+} place;
+
+/* What is known of a product's operands' zeros, and what is wanted of C; bits. */
+enum {
+    A_LOWER = 1,  /* A is lower triangular */
+    A_UPPER = 2,  /* A is upper triangular */
+    B_LOWER = 4,  /* B is lower triangular */
+    C_LOWER = 8,  /* blocks of 16 by 16 of C above the diagonal are not wanted: they may be left as they are */
+    ADD = 16,     /* C = keep C + */
+    SUBTRACT = 32 /* C = keep C - */
+};
+
+/*
+ *     void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column, operand b,
+ *                  uint b_row, matrix c, uint c_row, operand weights, int how, float keep)
+ *
+ * C = diag(weights) A B, or keep C plus or minus it; weights may be NULL.  Element (r, c) of A lies at r * a_row + c *
+ * a_column, one of which is 1: columns apart, A may be read transposed.  rows and columns are multiples of 16, so are all
+ * strides but the ones.
+ */

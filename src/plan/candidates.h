@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the tuner tries: lists of configurations, the untuned default first. */
+#ifndef LOGLIN_PLAN_CANDIDATES_H
+#define LOGLIN_PLAN_CANDIDATES_H
+
+#include "plan/tuning.h"
+
+enum { LOGLIN_MAX_CANDIDATES = 128, LOGLIN_CANDIDATE_TEXT_SIZE = 160 };
+
+typedef struct loglin_candidates {
+    loglin_configuration items[LOGLIN_MAX_CANDIDATES];
+    size_t count;
+} loglin_candidates;
+
+/*
+ * CLBlast's parameters on the blas engine: its own, what `known` holds of this device (stale or not), some that have won
+ * somewhere, and random ones from the seed.  quick: CLBlast's own, what is known, and one more.
+ */
+void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_tuning *known, bool quick, uint64_t seed,
+                               loglin_candidates *candidates);
+
+/*
+ * All values of an engine's tunables, with CLBlast set as given.  The first candidate is the untuned default, for the
+ * blas engine with CLBlast's own parameters; the default's values with the given ones come second if they differ.
+ * quick: few values.
+ */
+void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_parameters *gemm, bool quick,
+                                 loglin_candidates *candidates);
+
+/* "blas chunk=64 panel_mib=256 gemm=own", of what the engine reads. */
+void loglin_candidate_text(const loglin_configuration *of, char text[LOGLIN_CANDIDATE_TEXT_SIZE]);
+
+#endif

@@ -1,0 +1,523 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The whole tuner with a worker that is a script: a device whose times, and whose failures, the test knows. */
+#include "plan/candidates.h"
+#include "plan/tuning.h"
+#include "support.h"
+
+#include <criterion/criterion.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- The worker -------------------------------------------------------------------------------------------------- */
+
+static char directory[64], worker[96], log_path[96];
+
+static void make_directory(void) {
+    strcpy(directory, "/tmp/loglin-tuner-XXXXXX");
+    cr_assert_not_null(mkdtemp(directory));
+    snprintf(worker, sizeof worker, "%s/worker", directory);
+    snprintf(log_path, sizeof log_path, "%s/asked", directory);
+    setenv("LOGLIN_CACHE_DIR", directory, 1);
+    setenv("LOGLIN_LOG", "error", 1);
+}
+
+static void remove_directory(void) {
+    char command[96];
+    snprintf(command, sizeof command, "rm -rf '%s'", directory);
+    cr_expect_eq(system(command), 0);
+}
+
+TestSuite(tuner, .init = make_directory, .fini = remove_directory);
+
+/*
+ * Cases of a request's text, as the shell matches them, with what happens: "answer MS", "wrong", "refused", or any
+ * command.  Each request is a line of log_path.
+ */
+static void set_worker(const char *cases) {
+    FILE *stream = fopen(worker, "w");
+    cr_assert_not_null(stream);
+    fprintf(
+        stream,
+        "#!/bin/sh\n"
+        "echo x >> '%s'\n"
+        "answer() { echo '{\"ok\":true,\"reason\":\"\",\"detail\":\"\",\"gflops\":1,\"gbytes\":1,\"ms\":['$1,$1,$1,$1,"
+        "$1']}'; }\n"
+        "refused() { echo '{\"ok\":false,\"reason\":\"refused\",\"detail\":\"\",\"gflops\":0,\"gbytes\":0,\"ms\":[]}'; "
+        "}\n"
+        "wrong() { echo '{\"ok\":false,\"reason\":\"wrong\",\"detail\":\"\",\"gflops\":0,\"gbytes\":0,\"ms\":[]}'; }\n"
+        "case \"$2\" in\n%s\n*) answer 10;;\nesac\n",
+        log_path, cases);
+    cr_assert_eq(fclose(stream), 0);
+    cr_assert_eq(chmod(worker, 0700), 0);
+}
+
+/* How many requests there were. */
+static size_t asked(void) {
+    FILE *stream = fopen(log_path, "r");
+    size_t count = 0;
+    for (int c; stream != NULL && (c = fgetc(stream)) != EOF;) {
+        count += c == '\n';
+    }
+    if (stream != NULL) {
+        fclose(stream);
+    }
+    return count;
+}
+
+/* ---- A run ------------------------------------------------------------------------------------------------------- */
+
+static const loglin_problem PROBLEM = {.batch = 1,
+                                       .length = 1024,
+                                       .heads = 4,
+                                       .groups = 1,
+                                       .dim_k = 128,
+                                       .dim_v = 64,
+                                       .levels = 11,
+                                       .phases = LOGLIN_FORWARD};
+
+/* What a run has told, and when it is to be stopped: at the n-th measurement, or at the n-th event. */
+typedef struct run {
+    size_t measured, events, stop_measured, stop_events; /* 0: never */
+    size_t finished, without;                            /* subjects with a choice, and those that have none */
+    bool complete;
+    double best_ms, default_ms, last_share;
+    char best[LOGLIN_CANDIDATE_TEXT_SIZE];
+} run;
+
+static int watch(void *context, const loglin_tune_event *event) {
+    run *at = context;
+    at->events++;
+    at->measured += event->candidate != NULL;
+    at->complete = event->complete != 0;
+    cr_expect(event->share >= at->last_share && event->share <= 1 + 1e-9, "share %g after %g", event->share,
+              at->last_share);
+    at->last_share = event->share;
+    cr_expect(isfinite(event->best_ms) && isfinite(event->seconds_left) && event->seconds_left >= 0);
+    at->without += event->finished != 0 && event->best == NULL && event->detail != NULL;
+    if (event->finished != 0 && event->best != NULL) {
+        at->finished++;
+        at->best_ms = event->ms;
+        at->default_ms = event->default_ms;
+        snprintf(at->best, sizeof at->best, "%s", event->best);
+    }
+    return (event->candidate != NULL && at->measured == at->stop_measured) || at->events == at->stop_events;
+}
+
+static run tune(const loglin_tune_options *options, run at) {
+    loglin_tune_options all = *options;
+    all.problems = &PROBLEM;
+    all.problem_count = 1;
+    all.worker = worker;
+    all.seed = 7;
+    all.progress = watch;
+    all.context = &at;
+    const loglin_status status = loglin_tune(support_open()->id, &all);
+    cr_assert_eq(status, LOGLIN_OK, "%s", loglin_last_error());
+    return at;
+}
+
+static loglin_tuning stored(void) {
+    loglin_device_info info[64];
+    size_t count = 0;
+    loglin_tuning tuning = {.entries = NULL};
+    cr_assert_eq(loglin_list_devices(info, 64, &count), LOGLIN_OK);
+    for (size_t i = 0; i < count; i++) {
+        if (info[i].id == support_open()->id) {
+            const loglin_identity identity = loglin_identity_of(&info[i]);
+            cr_assert_eq(loglin_tuning_load(directory, &identity, &tuning), LOGLIN_OK);
+        }
+    }
+    return tuning;
+}
+
+static size_t count_failures(const loglin_tuning *tuning, const char *reason) {
+    size_t count = 0;
+    for (size_t i = 0; i < tuning->count; i++) {
+        count += tuning->entries[i].kind == LOGLIN_ENTRY_FAILED && strcmp(tuning->entries[i].reason, reason) == 0;
+    }
+    return count;
+}
+
+/* ---- Tests ------------------------------------------------------------------------------------------------------- */
+
+static const loglin_tune_options BLAS = {.engine = LOGLIN_ENGINE_BLAS, .candidate_limit = 0.3};
+static const loglin_tune_options FUSED = {.engine = LOGLIN_ENGINE_FUSED};
+static const loglin_tune_options FUSED_RESUMED = {.engine = LOGLIN_ENGINE_FUSED, .resume = 1};
+
+/* Candidates that hang, crash, babble or compute wrongly cost themselves, and are not tried again. */
+Test(tuner, finds_the_planted_optimum_among_candidates_that_fail) {
+    set_worker("*'\"values\":[32,'*) sleep 100;;\n"
+               "*'\"values\":[256,4,'*|*'\"values\":[256,4]'*) kill -SEGV $$;;\n"
+               "*'\"values\":[256,'*) wrong;;\n"
+               "*'\"values\":[16,4,'*|*'\"values\":[16,4]'*) echo nonsense;;\n"
+               "*'\"values\":[128,16,'*|*'\"values\":[128,16]'*) answer 5;;");
+    run first = tune(&BLAS, (run){0});
+    cr_expect(first.complete && first.finished == 2, "%zu finished", first.finished); /* CLBlast and the class */
+    cr_expect(strstr(first.best, "chunk=128 panel_mib=16") != NULL, "%s", first.best);
+    cr_expect(first.best_ms == 5 && first.default_ms == 10, "%g, %g", first.best_ms, first.default_ms);
+    loglin_tuning tuning = stored();
+    cr_expect_eq(count_failures(&tuning, "hung"), 4u);
+    cr_expect_eq(count_failures(&tuning, "crashed"), 2u);
+    cr_expect_eq(count_failures(&tuning, "wrong"), 3u);
+    loglin_tuning_free(&tuning);
+    const size_t before = asked();
+    set_worker("*'\"values\":[32,'*|*'\"values\":[256,'*) exit 1;;");
+    const run second = tune(&BLAS, (run){0});
+    cr_expect(second.complete);
+    cr_expect_lt(asked() - before, before - 9, "what has failed was asked for again");
+    tuning = stored();
+    cr_expect_eq(count_failures(&tuning, "crashed"), 2u);
+    loglin_tuning_free(&tuning);
+}
+
+/* An engine that takes nothing, or all of whose candidates fail, does not end the run. */
+Test(tuner, goes_on_where_an_engine_has_no_candidate) {
+    set_worker("*'\"engine\":1'*) wrong;;\n*'\"engine\":2'*) refused;;");
+    run at = tune(&(loglin_tune_options){0}, (run){0});
+    cr_expect(at.complete && at.finished == 0 && at.without == 3, "%zu, %zu", at.finished, at.without);
+    loglin_tuning tuning = stored();
+    cr_expect_eq(count_failures(&tuning, "refused"), 0u, "a refusal depends on the problem");
+    loglin_tuning_free(&tuning);
+    set_worker("*'\"engine\":2'*'\"values\":[64'*) refused;;\n*'\"engine\":2'*'\"values\":[32'*) answer 4;;");
+    at = tune(&FUSED, (run){0});
+    cr_expect(at.finished == 1 && at.best_ms == 4 && at.default_ms == 0, "%zu: %g", at.finished, at.best_ms);
+}
+
+/* Stopped behind any measurement, a run that goes on repeats none. */
+Test(tuner, resumes_behind_every_measurement) {
+    set_worker("*'\"values\":[128'*) answer 5;;");
+    const run whole = tune(&FUSED, (run){0});
+    const size_t total = asked();
+    cr_expect(whole.complete && whole.best_ms == 5);
+    for (size_t stop = 1; stop < whole.measured; stop++) {
+        const size_t before = asked();
+        const run first = tune(&FUSED, (run){.stop_measured = stop});
+        cr_expect_not(first.complete);
+        const run second = tune(&FUSED_RESUMED, (run){0});
+        cr_expect(second.complete && second.best_ms == 5 && strcmp(second.best, whole.best) == 0);
+        cr_expect_eq(asked() - before, total, "stopped at %zu: %zu asked, expected %zu", stop, asked() - before, total);
+    }
+}
+
+/* Stopped again and again within one and the same measurement, it is not taken for one that hangs. */
+Test(tuner, is_patient_with_what_was_interrupted) {
+    set_worker("*'\"values\":[64'*) answer 5;;");
+    loglin_tune_options options = FUSED;
+    for (int attempt = 0; attempt < 4; attempt++) {
+        const run at = tune(&options, (run){.stop_events = 3});
+        cr_expect_not(at.complete);
+        options.resume = 1;
+    }
+    const run at = tune(&options, (run){0});
+    cr_expect(at.complete && strstr(at.best, "chunk=64") != NULL && at.default_ms == 5, "%s: %g", at.best,
+              at.default_ms);
+    loglin_tuning tuning = stored();
+    cr_expect_eq(count_failures(&tuning, "hung"), 0u);
+    loglin_tuning_free(&tuning);
+}
+
+Test(tuner, a_time_limit_ends_it_and_resume_goes_on) {
+    set_worker("*) sleep 0.2; answer 10;;");
+    loglin_tune_options options = {.engine = LOGLIN_ENGINE_FUSED, .time_limit = 0.5};
+    run at = tune(&options, (run){0});
+    cr_expect(!at.complete && at.measured > 0 && at.measured < 4, "%zu measured", at.measured);
+    options.resume = 1;
+    for (int attempt = 0; attempt < 40 && !at.complete; attempt++) {
+        at = tune(&options, (run){0});
+    }
+    cr_expect(at.complete && at.finished == 1);
+}
+
+/* Another problem, engine or kind is another run. */
+Test(tuner, does_not_resume_another_run) {
+    set_worker("");
+    const run whole = tune(&FUSED, (run){0});
+    const size_t before = asked();
+    loglin_tune_options options = FUSED_RESUMED;
+    options.quick = 1;
+    cr_expect(tune(&options, (run){0}).complete && whole.complete);
+    cr_expect_gt(asked(), before);
+}
+
+static void pause_briefly(void) {
+    (void)nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+}
+
+Test(tuner, two_at_once_do_not_disturb_each_other) {
+    set_worker("*) sleep 1; answer 10;;");
+    const pid_t child = fork();
+    cr_assert_geq(child, 0);
+    if (child == 0) {
+        (void)tune(&FUSED, (run){.stop_measured = 2});
+        _exit(0);
+    }
+    for (int i = 0; i < 100 && asked() == 0; i++) {
+        pause_briefly();
+    }
+    loglin_tune_options options = FUSED;
+    options.worker = worker;
+    cr_expect_eq(loglin_tune(support_open()->id, &options), LOGLIN_IO);
+    cr_expect(strstr(loglin_last_error(), "another tuner") != NULL, "%s", loglin_last_error());
+    int status;
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_expect_eq(status, 0);
+}
+
+/* Where a file can grow no more the run ends with a word, and the next one goes on from there. */
+Test(tuner, a_full_disk_loses_nothing) {
+    set_worker("*'\"values\":[128'*) answer 5;;");
+    (void)tune(&FUSED, (run){0});
+    const size_t total = asked();
+    for (rlim_t limit = 300; limit < 2000; limit += 333) {
+        const size_t before = asked();
+        const pid_t child = fork();
+        cr_assert_geq(child, 0);
+        if (child == 0) {
+            const struct rlimit size = {limit, limit};
+            loglin_tune_options options = FUSED;
+            options.problems = &PROBLEM;
+            options.problem_count = 1;
+            options.worker = worker;
+            options.seed = 7;
+            (void)signal(SIGXFSZ, SIG_IGN);
+            (void)setrlimit(RLIMIT_FSIZE, &size);
+            _exit(loglin_tune(support_open()->id, &options) == LOGLIN_IO ? 0 : 1);
+        }
+        int status;
+        cr_assert_eq(waitpid(child, &status, 0), child);
+        cr_expect_eq(status, 0, "limit %d: the run does not say that the disk is full", (int)limit);
+        const run at = tune(&FUSED_RESUMED, (run){0});
+        cr_expect(at.complete && at.best_ms == 5);
+        cr_expect_leq(asked() - before, total + 1, "limit %d: %zu asked", (int)limit, asked() - before);
+        loglin_tuning tuning = stored();
+        cr_expect_gt(tuning.count, 0u);
+        loglin_tuning_free(&tuning);
+    }
+}
+
+/* ---- Candidates -------------------------------------------------------------------------------------------------- */
+
+/* Where CLBlast's own parameters are the faster ones for a class, what a plan will run is told, not what it won't. */
+Test(tuner, the_gain_of_a_class_is_that_of_the_device_s_parameters) {
+    loglin_tuning tuning = {.identity = {.device = ""}};
+    loglin_device_info info[64];
+    size_t count = 0;
+    cr_assert_eq(loglin_list_devices(info, 64, &count), LOGLIN_OK);
+    for (size_t i = 0; i < count; i++) {
+        if (info[i].id == support_open()->id) {
+            tuning.identity = loglin_identity_of(&info[i]);
+            loglin_entry entry = {.kind = LOGLIN_ENTRY_GEMM, .stamp = loglin_stamp_of(&info[i]), .ms = 1};
+            entry.configuration.gemm = (loglin_gemm_parameters){{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}};
+            cr_assert_eq(loglin_tuning_add(&tuning, &entry), LOGLIN_OK);
+        }
+    }
+    cr_assert_eq(loglin_tuning_merge(directory, &tuning), LOGLIN_OK);
+    loglin_tuning_free(&tuning);
+    set_worker("*'[0,0,0,0,0,0,0,0,0,0]'*) answer 8;;");
+    const run at = tune(&BLAS, (run){0});
+    cr_expect(at.best_ms == 10 && at.default_ms == 8, "%g, %g", at.best_ms, at.default_ms);
+    cr_expect(strstr(at.best, "gemm=64/8") != NULL, "%s", at.best);
+}
+
+/* Results of an old driver are a start: its parameters of CLBlast are tried. */
+Test(tuner, stale_parameters_are_candidates) {
+    const loglin_device_info info = {.type = CL_DEVICE_TYPE_CPU, .max_work_group_size = 4096, .local_memory = 1 << 20};
+    loglin_tuning known = {.entries = NULL};
+    loglin_entry entry = {.kind = LOGLIN_ENTRY_GEMM, .stamp = {.driver = "old"}};
+    entry.configuration.gemm = (loglin_gemm_parameters){{32, 16, 16, 16, 16, 4, 2, 2, 1, 1}};
+    cr_assert_eq(loglin_tuning_add(&known, &entry), LOGLIN_OK);
+    loglin_candidates list;
+    loglin_candidates_of_gemm(&info, &known, true, 1, &list);
+    cr_assert_eq(list.count, 3u);
+    cr_expect(loglin_gemm_parameters_absent(&list.items[0].gemm));
+    cr_expect_eq(list.items[1].gemm.values[LOGLIN_GEMM_KWID], 4u);
+    const loglin_device_info tiny = {.type = CL_DEVICE_TYPE_GPU, .max_work_group_size = 16, .local_memory = 1024};
+    loglin_candidates_of_gemm(&tiny, &known, false, 1, &list); /* no room for any */
+    cr_expect_eq(list.count, 1u);
+    loglin_tuning_free(&known);
+}
+
+Test(tuner, the_default_of_an_engine_comes_first) {
+    const loglin_gemm_parameters tuned = {{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}};
+    loglin_candidates list;
+    for (int quick = 0; quick < 2; quick++) {
+        loglin_candidates_of_engine(LOGLIN_ENGINE_BLAS, &tuned, quick != 0, &list);
+        const loglin_configuration untuned = loglin_configuration_default(LOGLIN_ENGINE_BLAS);
+        cr_expect_eq(memcmp(&list.items[0], &untuned, sizeof untuned), 0);
+        cr_expect_eq(memcmp(&list.items[1].gemm, &tuned, sizeof tuned), 0);
+        cr_expect_eq(memcmp(list.items[1].values, untuned.values, sizeof untuned.values), 0);
+        for (size_t i = 0; i < list.count; i++) {
+            char text[LOGLIN_CANDIDATE_TEXT_SIZE], other[LOGLIN_CANDIDATE_TEXT_SIZE];
+            loglin_candidate_text(&list.items[i], text);
+            for (size_t j = 0; j < i; j++) {
+                loglin_candidate_text(&list.items[j], other);
+                cr_expect_str_neq(text, other, "two candidates are called \"%s\"", text);
+            }
+        }
+        loglin_candidates_of_engine(LOGLIN_ENGINE_FUSED, &tuned, quick != 0, &list);
+        cr_expect_eq(list.items[0].values[LOGLIN_TUNABLE_CHUNK], 64u);
+    }
+}
+
+/* ---- The command ------------------------------------------------------------------------------------------------- */
+
+static char printed[65536];
+
+/* Runs "loglin tune" with the arguments, its standard output into `printed`; the exit status. */
+static int command(const char *arguments) {
+    char line[512];
+    snprintf(line, sizeof line, "%s tune %s > '%s/out' 2> '%s/err'", LOGLIN_COMMAND, arguments, directory, directory);
+    const int status = system(line);
+    snprintf(line, sizeof line, "%s/out", directory);
+    FILE *stream = fopen(line, "r");
+    cr_assert_not_null(stream);
+    printed[fread(printed, 1, sizeof printed - 1, stream)] = '\0';
+    fclose(stream);
+    cr_assert(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+Test(tuner, the_command_refuses_what_does_not_go_together) {
+    static const char *const wrong[] = {"--op gated_delta",     "--import x --export y", "--import x --quick",
+                                        "--export x --all",     "--all --device 0",      "--import x --device 0",
+                                        "--length 64 --seed 0", "--time-limit 0",        "--engine cuda",
+                                        "--length 1e12",        "--length 64 --dim-k x", "table"};
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        cr_expect_eq(command(wrong[i]), 2, "%s", wrong[i]);
+        cr_expect_str_empty(printed);
+    }
+}
+
+static const char SMALL[] = "--length 64 --dim-k 16 --dim-v 16 --engine fused";
+
+/* Not on a terminal: a head, a row, a sum, and no control characters; as JSON: nothing but that. */
+Test(tuner, the_command_prints_plain_rows_and_json) {
+    char arguments[160];
+    cr_assert_eq(command(SMALL), 0);
+    size_t lines = 0;
+    for (const char *c = printed; *c != '\0'; c++) {
+        lines += *c == '\n';
+        cr_expect(*c == '\n' || (*c >= ' ' && *c <= '~'), "character %d", *c);
+    }
+    cr_expect_eq(lines, 3u, "%s", printed);
+    cr_expect(strstr(printed, "mamba2 f32 K16 V16 shared T64 forward") != NULL, "%s", printed);
+    snprintf(arguments, sizeof arguments, "%s --resume --json --report '%s/page'", SMALL, directory);
+    cr_assert_eq(command(arguments), 0);
+    json_t *report = json_loads(printed, 0, NULL);
+    cr_assert_not_null(report);
+    cr_expect(json_is_true(json_object_get(report, "complete")));
+    cr_expect_eq(json_array_size(json_object_get(report, "choices")), 1u);
+    cr_expect_gt(json_array_size(json_object_get(report, "measurements")), 4u);
+    cr_expect_gt(json_integer_value(json_object_get(report, "seed")), 0);
+    json_decref(report);
+    snprintf(arguments, sizeof arguments, "%s --resume --all --json", SMALL);
+    cr_assert_eq(command(arguments), 0);
+    report = json_loads(printed, 0, NULL);
+    cr_expect_gt(json_array_size(report), 0u, "%s", printed);
+    json_decref(report);
+}
+
+/* The page and its plots name nothing beside each other, so that they open without a network. */
+Test(tuner, the_report_opens_from_disk) {
+    char arguments[160];
+    snprintf(arguments, sizeof arguments, "%s --report '%s/page'", SMALL, directory);
+    cr_assert_eq(command(arguments), 0);
+    char line[256];
+    snprintf(line, sizeof line, "cat '%s'/page/index.html '%s'/page/*.svg > '%s/all'", directory, directory, directory);
+    cr_assert_eq(system(line), 0);
+    snprintf(line, sizeof line, "grep -o 'https*://[^\"'\\'' >]*' '%s/all' | grep -v '^http://www.w3.org/' | grep .",
+             directory);
+    cr_expect_neq(system(line), 0, "the page names an address");
+    snprintf(line, sizeof line, "test $(grep -c '<polyline\\|<path' '%s'/page/speed-*.svg) -gt 0", directory);
+    cr_expect_eq(system(line), 0);
+    snprintf(line, sizeof line, "grep -q 'img src=\"speed-' '%s/page/index.html'", directory);
+    cr_expect_eq(system(line), 0);
+}
+
+/* Starts the command on a terminal of its own, `columns` wide; the terminal's other end. */
+static int start_on_terminal(char *const *arguments, unsigned short columns, pid_t *child) {
+    const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    cr_assert(terminal >= 0 && grantpt(terminal) == 0 && unlockpt(terminal) == 0);
+    const int inner = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+    const struct winsize size = {.ws_row = 24, .ws_col = columns};
+    cr_assert(inner >= 0 && ioctl(inner, TIOCSWINSZ, &size) == 0);
+    *child = fork();
+    cr_assert_geq(*child, 0);
+    if (*child == 0) {
+        setenv("TERM", "xterm", 1);
+        (void)dup2(inner, STDOUT_FILENO);
+        close(terminal);
+        execv(LOGLIN_COMMAND, arguments);
+        _exit(127);
+    }
+    close(inner);
+    return terminal;
+}
+
+/* On a terminal: the best so far and a bar with the time left, drawn over and over, never wider than it is. */
+Test(tuner, the_command_draws_on_a_terminal) {
+    enum { COLUMNS = 70 };
+    char *const arguments[] = {LOGLIN_COMMAND, "tune", "--length", "64",    "--dim-k", "16",
+                               "--dim-v",      "16",   "--engine", "fused", NULL};
+    pid_t child;
+    const int terminal = start_on_terminal(arguments, COLUMNS, &child);
+    size_t length = 0;
+    for (ssize_t got;
+         length < sizeof printed - 1 && (got = read(terminal, printed + length, sizeof printed - 1 - length)) > 0;) {
+        length += (size_t)got;
+    }
+    printed[length] = '\0';
+    int status;
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_expect_eq(status, 0);
+    close(terminal);
+    cr_expect(strstr(printed, "so far") != NULL && strstr(printed, "[##") != NULL, "%s", printed);
+    size_t drawn = 0;
+    for (const char *at = strstr(printed, "\033[J"); at != NULL; at = strstr(at + 1, "\033[J")) {
+        const char *row = at + 3, *bar = strstr(row, "\r\n[");
+        if (bar != NULL && strcspn(row, "\r") == (size_t)(bar - row)) {
+            drawn++;
+            cr_expect_lt(bar - row, COLUMNS);
+            cr_expect_lt(strcspn(bar + 2, "\033\r"), (size_t)COLUMNS);
+        }
+    }
+    cr_expect_gt(drawn, 0u);
+    const char *last = strrchr(printed, '\033');
+    cr_expect(last != NULL && strstr(last, "geometric mean") != NULL, "live lines are left behind the sum");
+}
+
+/* A second interrupt does no harm either: the first has ended the run in good order. */
+Test(tuner, the_command_can_be_interrupted) {
+    char *const arguments[] = {LOGLIN_COMMAND, "tune", "--quick", "--json", NULL};
+    char path[96];
+    snprintf(path, sizeof path, "%s/out", directory);
+    const pid_t child = fork();
+    cr_assert_geq(child, 0);
+    if (child == 0) {
+        (void)freopen(path, "w", stdout);
+        execv(LOGLIN_COMMAND, arguments);
+        _exit(127);
+    }
+    for (int i = 0; i < 40; i++) {
+        pause_briefly();
+    }
+    (void)kill(child, SIGINT);
+    (void)kill(child, SIGINT);
+    int status;
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 1, "status %d", status);
+    json_t *report = json_load_file(path, 0, NULL);
+    cr_expect(json_is_false(json_object_get(report, "complete")));
+    json_decref(report);
+}
