@@ -630,6 +630,26 @@ Test(tuning, children_that_hang_crash_or_babble_cost_one_candidate) {
     cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_STOPPED);
 }
 
+/* Some loaders of OpenCL take OCL_ICD_FILENAMES apart in place; a child gets the list that the process was given. */
+Test(tuning, children_see_all_drivers) {
+    char *list = getenv("OCL_ICD_FILENAMES");
+    if (list == NULL || strcmp(list, "one:two") != 0) { /* the list must be there from the start: once more, with it */
+        char self[512], line[700];
+        const ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
+        cr_assert_gt(length, 0);
+        self[length] = '\0';
+        snprintf(line, sizeof line,
+                 "env -u BXFI_MAP OCL_ICD_FILENAMES=one:two '%s' --filter tuning/children_see_all_drivers > '%s/log'",
+                 self, directory);
+        cr_expect_eq(system(line), 0);
+        return;
+    }
+    list[3] = '\0';
+    const loglin_reply reply = ask_script(
+        "#!/bin/sh\necho '{\"ok\":true,\"reason\":\"\",\"detail\":\"'\"$OCL_ICD_FILENAMES\"'\",\"ms\":[1]}'\n", 60);
+    cr_expect_str_eq(reply.detail, "one:two");
+}
+
 /* The real worker: both operators and phases are right and timed; an impossible request is refused. */
 Test(tuning, the_worker_measures) {
     for (int which = 0; which < 4; which++) {

@@ -2,13 +2,14 @@
 /* The tables of tunables.h, and which values of them go together. */
 #include "engine/tunables.h"
 
-#define LOGLIN_TUNABLE_VALUES(NAME, name, engines, fallback, ...) static const unsigned name##_values[] = {__VA_ARGS__};
+#define LOGLIN_TUNABLE_VALUES(NAME, name, engines, devices, phases, fallback, ...)                                     \
+    static const unsigned name##_values[] = {__VA_ARGS__};
 LOGLIN_TUNABLES(LOGLIN_TUNABLE_VALUES)
 #undef LOGLIN_TUNABLE_VALUES
 
 const loglin_tunable loglin_tunables[LOGLIN_TUNABLE_COUNT] = {
-#define LOGLIN_TUNABLE_ROW(NAME, name, engines, fallback, ...)                                                         \
-    {#name, engines, fallback, name##_values, sizeof name##_values / sizeof name##_values[0]},
+#define LOGLIN_TUNABLE_ROW(NAME, name, engines, devices, phases, fallback, ...)                                        \
+    {#name, engines, devices, phases, fallback, name##_values, sizeof name##_values / sizeof name##_values[0]},
     LOGLIN_TUNABLES(LOGLIN_TUNABLE_ROW)
 #undef LOGLIN_TUNABLE_ROW
 };
@@ -27,7 +28,14 @@ loglin_configuration loglin_configuration_default(loglin_engine engine) {
     return configuration;
 }
 
+bool loglin_tunable_is_read(const loglin_tunable *tunable, loglin_engine engine) {
+    return (tunable->engines & 1u << engine) != 0;
+}
+
 bool loglin_tunable_takes(const loglin_tunable *tunable, unsigned value) {
+    if (value == tunable->fallback) {
+        return true;
+    }
     for (size_t i = 0; i < tunable->value_count; i++) {
         if (tunable->values[i] == value) {
             return true;

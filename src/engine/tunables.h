@@ -7,17 +7,17 @@
 #include <stdbool.h>
 
 /*
- * X(NAME, name, engines, fallback, ...): the engines that read it (a bit each, 1 << loglin_engine), the value where
- * nothing is known, and the values that the tuner tries.
+ * X(NAME, name, engines, devices, phases, fallback, ...): the engines (a bit each, 1 << loglin_engine), the types of
+ * devices and the phases that it matters to, the value where nothing is known, and the values that the tuner tries.
  */
 #define LOGLIN_TUNABLES(X)                                                                                             \
-    X(CHUNK, chunk, LOGLIN_ANY_ENGINE, 64, 16, 32, 64, 128, 256)                                                       \
-    X(PANEL_MIB, panel_mib, 1u << LOGLIN_ENGINE_BLAS, 256, 4, 16, 64, 256)
+    X(CHUNK, chunk, LOGLIN_ANY, CL_DEVICE_TYPE_ALL, LOGLIN_ANY, 64, 16, 32, 64, 128, 256)                              \
+    X(PANEL_MIB, panel_mib, 1u << LOGLIN_ENGINE_BLAS, CL_DEVICE_TYPE_ALL, LOGLIN_ANY, 256, 4, 16, 64, 256)
 
-#define LOGLIN_ANY_ENGINE (~0u)
+#define LOGLIN_ANY (~0u)
 
 enum {
-#define LOGLIN_TUNABLE_ENUM(NAME, name, engines, fallback, ...) LOGLIN_TUNABLE_##NAME,
+#define LOGLIN_TUNABLE_ENUM(NAME, ...) LOGLIN_TUNABLE_##NAME,
     LOGLIN_TUNABLES(LOGLIN_TUNABLE_ENUM)
 #undef LOGLIN_TUNABLE_ENUM
         LOGLIN_TUNABLE_COUNT
@@ -25,7 +25,9 @@ enum {
 
 typedef struct loglin_tunable {
     const char *name;
-    unsigned engines, fallback;
+    unsigned engines;
+    cl_device_type devices;
+    unsigned phases, fallback;
     const unsigned *values; /* ascending */
     size_t value_count;
 } loglin_tunable;
@@ -58,6 +60,9 @@ typedef struct loglin_configuration {
 
 /* Every tunable at its fallback, CLBlast's own parameters. */
 loglin_configuration loglin_configuration_default(loglin_engine engine);
+
+/* Does an engine read it? */
+bool loglin_tunable_is_read(const loglin_tunable *tunable, loglin_engine engine);
 
 /* Is the value one that the table lists? */
 bool loglin_tunable_takes(const loglin_tunable *tunable, unsigned value);

@@ -11,7 +11,8 @@ void loglin_candidate_text(const loglin_configuration *of, char text[LOGLIN_CAND
     const bool is_blas = of->engine == LOGLIN_ENGINE_BLAS, is_own = loglin_gemm_parameters_absent(&of->gemm);
     size_t used = (size_t)snprintf(text, capacity, "%s", is_blas ? "blas" : "fused");
     for (size_t i = 0; i < LOGLIN_TUNABLE_COUNT && used < capacity; i++) {
-        if ((loglin_tunables[i].engines & 1u << of->engine) != 0) {
+        const bool is_plain = i != LOGLIN_TUNABLE_CHUNK && of->values[i] == loglin_tunables[i].fallback;
+        if (!is_plain && loglin_tunable_is_read(&loglin_tunables[i], of->engine)) {
             used += (size_t)snprintf(text + used, capacity - used, " %s=%u", loglin_tunables[i].name, of->values[i]);
         }
     }
@@ -98,34 +99,15 @@ void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_tuni
 
 /* ---- An engine's tunables ---------------------------------------------------------------------------------------- */
 
-/* In a quick run, values next to nothing but the fallback. */
+/* In a quick run, a few values. */
 static bool is_tried(size_t tunable, unsigned value, bool quick) {
-    const unsigned fallback = loglin_tunables[tunable].fallback;
-    return !quick || value == fallback || (tunable == LOGLIN_TUNABLE_CHUNK ? value == 32 || value == 128 : value == 16);
+    return !quick || (tunable == LOGLIN_TUNABLE_CHUNK       ? value >= 32 && value <= 128
+                      : tunable == LOGLIN_TUNABLE_PANEL_MIB ? value == 16
+                                                            : value == loglin_tunables[tunable].fallback);
 }
 
-/* All values of the engine's tunables from the given one on. */
-static void add_values(loglin_configuration *configuration, size_t tunable, bool quick, loglin_candidates *candidates) {
-    if (tunable == LOGLIN_TUNABLE_COUNT) {
-        add(candidates, configuration);
-        return;
-    }
-    const loglin_tunable *of = &loglin_tunables[tunable];
-    if ((of->engines & 1u << configuration->engine) == 0) {
-        add_values(configuration, tunable + 1, quick, candidates);
-        return;
-    }
-    for (size_t i = 0; i < of->value_count; i++) {
-        if (is_tried(tunable, of->values[i], quick)) {
-            configuration->values[tunable] = of->values[i];
-            add_values(configuration, tunable + 1, quick, candidates);
-        }
-    }
-    configuration->values[tunable] = of->fallback;
-}
-
-void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_parameters *gemm, bool quick,
-                                 loglin_candidates *candidates) {
+/* The untuned default, and the same with CLBlast's parameters if they differ: only the blas engine's default has own. */
+static void add_defaults(loglin_engine engine, const loglin_gemm_parameters *gemm, loglin_candidates *candidates) {
     loglin_configuration configuration = loglin_configuration_default(engine);
     candidates->count = 0;
     if (engine == LOGLIN_ENGINE_BLAS) {
@@ -133,5 +115,42 @@ void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_paramet
     }
     configuration.gemm = *gemm;
     add(candidates, &configuration);
-    add_values(&configuration, 0, quick, candidates);
+}
+
+void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_parameters *gemm, bool quick,
+                                 loglin_candidates *candidates) {
+    const loglin_tunable *chunk = &loglin_tunables[LOGLIN_TUNABLE_CHUNK];
+    loglin_configuration configuration = loglin_configuration_default(engine);
+    configuration.gemm = *gemm;
+    add_defaults(engine, gemm, candidates);
+    for (size_t i = 0; i < chunk->value_count; i++) {
+        if (is_tried(LOGLIN_TUNABLE_CHUNK, chunk->values[i], quick)) {
+            configuration.values[LOGLIN_TUNABLE_CHUNK] = chunk->values[i];
+            add(candidates, &configuration);
+        }
+    }
+}
+
+void loglin_candidates_near(const loglin_configuration *from, cl_device_type device, loglin_phase phase, bool quick,
+                            loglin_candidates *candidates) {
+    add_defaults(from->engine, &from->gemm, candidates);
+    const size_t first = candidates->count;
+    add(candidates, from);
+    for (size_t t = LOGLIN_TUNABLE_CHUNK + 1; t < LOGLIN_TUNABLE_COUNT; t++) {
+        const loglin_tunable *tunable = &loglin_tunables[t];
+        if (!loglin_tunable_is_read(tunable, from->engine) || (tunable->devices & device) == 0 ||
+            (tunable->phases & phase) == 0) {
+            continue;
+        }
+        const size_t end = candidates->count; /* each value with all that is listed by now */
+        for (size_t i = first < end ? first : end - 1; i < end; i++) {
+            loglin_configuration configuration = candidates->items[i];
+            for (size_t v = 0; v < tunable->value_count; v++) {
+                configuration.values[t] = tunable->values[v];
+                if (is_tried(t, tunable->values[v], quick)) {
+                    add(candidates, &configuration);
+                }
+            }
+        }
+    }
 }

@@ -20,14 +20,20 @@ void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_tuni
                                loglin_candidates *candidates);
 
 /*
- * All values of an engine's tunables, with CLBlast set as given.  The first candidate is the untuned default, for the
- * blas engine with CLBlast's own parameters; the default's values with the given ones come second if they differ.
- * quick: few values.
+ * An engine's chunk sizes, with CLBlast set as given.  The first candidate is the untuned default, for the blas engine
+ * with CLBlast's own parameters; the default's values with the given ones come second if they differ.  quick: few sizes.
  */
 void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_parameters *gemm, bool quick,
                                  loglin_candidates *candidates);
 
-/* "blas chunk=64 panel_mib=256 gemm=own", of what the engine reads. */
+/*
+ * The same first candidates, and `from` with all values of the engine's other tunables that matter to the type of device
+ * and the phase.  quick: few values.
+ */
+void loglin_candidates_near(const loglin_configuration *from, cl_device_type device, loglin_phase phase, bool quick,
+                            loglin_candidates *candidates);
+
+/* "blas chunk=64 panel_mib=16 gemm=own": the engine, its chunk size, what else is not at its fallback. */
 void loglin_candidate_text(const loglin_configuration *of, char text[LOGLIN_CANDIDATE_TEXT_SIZE]);
 
 #endif

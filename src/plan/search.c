@@ -132,7 +132,7 @@ static void halve(race *at) {
 }
 
 static size_t expected_measurements(const loglin_search *search) {
-    size_t expected = search->count + (search->yardstick ? 6 : 4);
+    size_t expected = search->count + (search->sift ? 0 : search->yardstick ? 6 : 4);
     for (size_t left = kept_of(search->count); left > 1 && !search->one_round; left = kept_of(left)) {
         expected += left;
     }
@@ -202,7 +202,11 @@ loglin_search_result loglin_search_run(const loglin_search *search) {
         at.runners[i].candidate = i + rival_of(search);
     }
     halve(&at);
-    if (at.count > 0 && !at.stopped) {
+    if (at.count > 0 && !at.stopped && search->sift) {
+        result.found = true;
+        result.winner = at.runners[0].candidate;
+        result.ms = at.runners[0].ms;
+    } else if (at.count > 0 && !at.stopped) {
         settle(&at, &result);
     }
     result.complete = !at.stopped;

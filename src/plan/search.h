@@ -31,6 +31,7 @@ typedef struct loglin_search {
     uint64_t seed;  /* of the order in which they are measured */
     unsigned runs;  /* of the first round, at least 1 */
     bool one_round; /* the first round chooses the challenger */
+    bool sift;      /* there are no duels: the fastest is the winner */
     bool yardstick; /* candidate 0 is one; there is a candidate 1 */
     /* Runs a candidate so many times.  `round` tells measurements of one candidate apart. */
     loglin_outcome (*measure)(void *context, size_t candidate, unsigned round, unsigned runs, loglin_sample *sample);
@@ -44,7 +45,7 @@ typedef struct loglin_search_result {
     bool complete;     /* false: the search was stopped */
     size_t winner;     /* candidate 0 (1 with a yardstick) unless a challenger has won */
     double ms, spread; /* the winner's median, and the half of its middle spread */
-    double first_ms;   /* candidate 0's median in the duel; 0 if it failed */
+    double first_ms;   /* candidate 0's median in the duels; 0 if it failed or there were none */
 } loglin_search_result;
 
 loglin_search_result loglin_search_run(const loglin_search *search);

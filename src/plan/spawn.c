@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -18,6 +19,44 @@
 extern char **environ;
 
 enum { REPLY_SIZE = 8192 };
+
+/* ---- The child's environment ------------------------------------------------------------------------------------- */
+
+/*
+ * The Khronos loader takes the list in this variable apart where it stands, so that a child would see its first driver
+ * only.  It is kept as it was when the library was loaded.
+ */
+static const char drivers_variable[] = "OCL_ICD_FILENAMES=";
+static char *drivers;
+
+static bool names_drivers(const char *entry) {
+    return strncmp(entry, drivers_variable, sizeof drivers_variable - 1) == 0;
+}
+
+__attribute__((constructor)) static void keep_drivers(void) {
+    for (char **entry = environ; entry != NULL && *entry != NULL && drivers == NULL; entry++) {
+        drivers = names_drivers(*entry) ? strdup(*entry) : NULL;
+    }
+}
+
+__attribute__((destructor)) static void forget_drivers(void) {
+    free(drivers);
+}
+
+/* An array for the caller to free, of strings that are not; NULL without memory. */
+static char **child_environment(void) {
+    size_t count = 0;
+    while (environ[count] != NULL) {
+        count++;
+    }
+    char **entries = calloc(count + 1, sizeof *entries);
+    for (size_t i = 0; i < count && entries != NULL; i++) {
+        entries[i] = drivers != NULL && names_drivers(environ[i]) ? drivers : environ[i];
+    }
+    return entries;
+}
+
+/* ---- The child --------------------------------------------------------------------------------------------------- */
 
 static double now(void) {
     struct timespec time;
@@ -29,8 +68,10 @@ static double now(void) {
 static int start(const char *program, const char *request, int output, pid_t *child) {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
-    int code = posix_spawn_file_actions_init(&actions);
+    char **environment = child_environment();
+    int code = environment != NULL ? posix_spawn_file_actions_init(&actions) : ENOMEM;
     if (code != 0) {
+        free(environment);
         return code;
     }
     code = posix_spawnattr_init(&attributes);
@@ -40,10 +81,11 @@ static int start(const char *program, const char *request, int output, pid_t *ch
         code = code != 0 ? code : posix_spawn_file_actions_adddup2(&actions, output, STDOUT_FILENO);
         code = code != 0 ? code : posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, "/dev/null", O_WRONLY, 0);
         code = code != 0 ? code : posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-        code = code != 0 ? code : posix_spawnp(child, program, &actions, &attributes, arguments, environ);
+        code = code != 0 ? code : posix_spawnp(child, program, &actions, &attributes, arguments, environment);
         (void)posix_spawnattr_destroy(&attributes);
     }
     (void)posix_spawn_file_actions_destroy(&actions);
+    free(environment);
     return code;
 }
 

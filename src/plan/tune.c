@@ -18,6 +18,7 @@
 
 enum { MAX_PROBLEMS = 64 };
 
+static const char gemm_subject[] = "CLBlast";
 static const double usual_limit = 180; /* seconds: a cold compilation of CLBlast takes 25 on a slow CPU */
 
 typedef struct tuner {
@@ -36,6 +37,7 @@ typedef struct tuner {
     loglin_status status;          /* of what no candidate is to blame for */
     /* What is being searched. */
     char subject[LOGLIN_CLASS_NAME_SIZE];
+    unsigned stage; /* of the subject's searches */
     loglin_problem problem;
     loglin_candidates candidates;
     double share_before, share_of;
@@ -135,10 +137,10 @@ static loglin_request request_for(const tuner *at, loglin_request_kind kind) {
 static loglin_outcome measure(void *context, size_t candidate, unsigned round, unsigned runs, loglin_sample *sample) {
     tuner *at = context;
     const loglin_configuration *configuration = &at->candidates.items[candidate];
-    char text[LOGLIN_CANDIDATE_TEXT_SIZE], subject[264], key[300];
+    char text[LOGLIN_CANDIDATE_TEXT_SIZE], subject[264], key[320];
     loglin_candidate_text(configuration, text);
     (void)snprintf(subject, sizeof subject, "%s: %s", at->subject, text);
-    (void)snprintf(key, sizeof key, "%s: round %u of %u", subject, round, runs);
+    (void)snprintf(key, sizeof key, "%s: stage %u round %u of %u", subject, at->stage, round, runs);
     loglin_request request = request_for(at, LOGLIN_REQUEST_TIME);
     request.configuration = *configuration;
     request.runs = runs;
@@ -233,24 +235,31 @@ static loglin_status finish(tuner *at, loglin_entry_kind kind, const loglin_sear
     return LOGLIN_OK;
 }
 
-/* Searches the candidates; *over: no time is left, or the caller wishes so. */
-static loglin_status search_subject(tuner *at, loglin_entry_kind kind, unsigned runs, bool *over) {
+/* Searches the candidates, as a stage of the subject. */
+static loglin_search_result search_stage(tuner *at, unsigned stage, unsigned runs, bool sift) {
     const loglin_configuration *first = &at->candidates.items[0], *second = &at->candidates.items[1];
+    const bool is_class = strcmp(at->subject, gemm_subject) != 0;
     const loglin_search search = {.count = at->candidates.count,
                                   .seed = at->options.seed,
                                   .runs = runs,
                                   .one_round = at->options.quick != 0,
+                                  .sift = sift,
                                   /* CLBlast is set for a whole device: its own parameters are no choice for a class */
-                                  .yardstick = kind == LOGLIN_ENTRY_CLASS && at->candidates.count > 1 &&
+                                  .yardstick = is_class && at->candidates.count > 1 &&
                                                memcmp(&first->gemm, &second->gemm, sizeof first->gemm) != 0,
                                   .measure = measure,
                                   .advance = advance,
                                   .context = at};
+    at->stage = stage;
     at->event = (loglin_tune_event){.share = at->share_before};
-    const loglin_search_result result = loglin_search_run(&search);
+    return loglin_search_run(&search);
+}
+
+/* Ends a subject; *over: no time is left, or the caller wishes so. */
+static loglin_status conclude(tuner *at, loglin_entry_kind kind, const loglin_search_result *result, bool *over) {
     RETURN_IF_ERROR(at->status);
-    *over = !result.complete;
-    return result.complete ? finish(at, kind, &result, over) : keep(at); /* keep: failures, which are remembered */
+    *over = !result->complete;
+    return result->complete ? finish(at, kind, result, over) : keep(at); /* keep: failures, which are remembered */
 }
 
 static loglin_problem standard_problem(const tuner *at, loglin_op op, loglin_phase phase, size_t length) {
@@ -280,12 +289,13 @@ static void tune_peak(tuner *at) {
 }
 
 static loglin_status tune_gemm(tuner *at, double share, bool *over) {
-    (void)snprintf(at->subject, sizeof at->subject, "CLBlast");
+    (void)snprintf(at->subject, sizeof at->subject, "%s", gemm_subject);
     at->problem = standard_problem(at, LOGLIN_MAMBA2, LOGLIN_FORWARD, 1024);
     at->share_before = 0;
     at->share_of = share;
     loglin_candidates_of_gemm(&at->info, &at->known, at->options.quick != 0, at->options.seed, &at->candidates);
-    return search_subject(at, LOGLIN_ENTRY_GEMM, 3, over);
+    const loglin_search_result result = search_stage(at, 1, 3, false);
+    return conclude(at, LOGLIN_ENTRY_GEMM, &result, over);
 }
 
 /* CLBlast's parameters as they were tuned before, by this version on this driver. */
@@ -348,9 +358,25 @@ static double cost_of_all(const tuner *at, const loglin_problem *problems, size_
     return cost;
 }
 
+/* An engine's chunk size for a class, and then its other values: they depend little on each other. */
+static loglin_status tune_class(tuner *at, loglin_engine engine, bool *over) {
+    const bool quick = at->options.quick != 0;
+    const unsigned runs = 2;
+    at->share_of /= 2;
+    loglin_candidates_of_engine(engine, &at->gemm, quick, &at->candidates);
+    loglin_search_result result = search_stage(at, 1, runs, true);
+    at->share_before += at->share_of;
+    if (result.found && result.complete && at->status == LOGLIN_OK) {
+        const loglin_configuration best = at->candidates.items[result.winner];
+        loglin_candidates_near(&best, at->info.type, (loglin_phase)at->problem.phases, quick, &at->candidates);
+        result = search_stage(at, 2, runs, false);
+    }
+    return conclude(at, LOGLIN_ENTRY_CLASS, &result, over);
+}
+
 /* The best values of each engine for each class; `share` of all work is done. */
 static loglin_status tune_classes(tuner *at, const loglin_problem *problems, size_t count, double share, bool *over) {
-    const double whole = cost_of_all(at, problems, count);
+    const double rest = 1 - share, whole = cost_of_all(at, problems, count);
     for (size_t i = 0; i < count * ENGINE_COUNT && !*over; i++) {
         const loglin_engine engine = engines[i % ENGINE_COUNT];
         loglin_problem filled;
@@ -362,10 +388,9 @@ static loglin_status tune_classes(tuner *at, const loglin_problem *problems, siz
         const loglin_class class = loglin_class_of(&filled);
         loglin_class_name(&class, at->subject, sizeof at->subject);
         at->share_before = share;
-        at->share_of = (1 - share) * cost_of(&at->problem, engine) / fmax(whole, cost_of(&at->problem, engine));
+        at->share_of = rest * cost_of(&at->problem, engine) / whole;
         share += at->share_of;
-        loglin_candidates_of_engine(engine, &at->gemm, at->options.quick != 0, &at->candidates);
-        RETURN_IF_ERROR(search_subject(at, LOGLIN_ENTRY_CLASS, 2, over));
+        RETURN_IF_ERROR(tune_class(at, engine, over));
     }
     return LOGLIN_OK;
 }

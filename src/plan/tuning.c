@@ -163,7 +163,7 @@ void loglin_tuning_free(loglin_tuning *tuning) {
 static json_t *print_values(const loglin_configuration *configuration) {
     json_t *values = json_object();
     for (size_t i = 0; i < LOGLIN_TUNABLE_COUNT; i++) {
-        if ((loglin_tunables[i].engines & 1u << configuration->engine) != 0) {
+        if (loglin_tunable_is_read(&loglin_tunables[i], configuration->engine)) {
             (void)json_object_set_new(values, loglin_tunables[i].name, json_integer(configuration->values[i]));
         }
     }
