@@ -11,6 +11,7 @@
 #define _GNU_SOURCE /* RTLD_NEXT */
 
 #include "engine/gemm.h"
+#include "engine/lanes.h"
 #include "engine/nvidia.h"
 #include "loglin_model.h"
 #include "support.h"
@@ -25,25 +26,26 @@
 typedef struct target {
     const char *name, *vendor;
     size_t group, local;
-    bool has_nvidia_units; /* mma.sync with bfloat16, cp.async */
+    bool has_nvidia_units;   /* mma.sync with bfloat16, cp.async */
+    const char *instruction; /* of cl/mma_layouts.cl, or NULL */
 } target;
 
 static const target targets[] = {
-    {"gfx90a", "Advanced Micro Devices, Inc.", 256, 65536, false},
-    {"gfx942", "Advanced Micro Devices, Inc.", 256, 65536, false},
-    {"gfx950", "Advanced Micro Devices, Inc.", 256, 65536, false},
-    {"gfx1030", "Advanced Micro Devices, Inc.", 256, 65536, false},
-    {"gfx1100", "Advanced Micro Devices, Inc.", 256, 65536, false},
-    {"gfx1201", "Advanced Micro Devices, Inc.", 256, 65536, false},
-    {"skl", "Intel(R) Corporation", 256, 65536, false},
-    {"tgllp", "Intel(R) Corporation", 512, 65536, false},
-    {"dg2", "Intel(R) Corporation", 512, 65536, false},
-    {"pvc", "Intel(R) Corporation", 512, 131072, false},
-    {"sm_70", "NVIDIA Corporation", 1024, 49152, false},
-    {"sm_80", "NVIDIA Corporation", 1024, 49152, true},
-    {"sm_90", "NVIDIA Corporation", 1024, 49152, true},
-    {"sm_120", "NVIDIA Corporation", 1024, 49152, true},
-    {"spirv", "any", 256, 32768, false}, /* what a driver that knows nothing better is given */
+    {"gfx90a", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
+    {"gfx942", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
+    {"gfx950", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
+    {"gfx1030", "Advanced Micro Devices, Inc.", 256, 65536, false, NULL},
+    {"gfx1100", "Advanced Micro Devices, Inc.", 256, 65536, false, "WMMA_GFX11"},
+    {"gfx1201", "Advanced Micro Devices, Inc.", 256, 65536, false, "WMMA_GFX12"},
+    {"skl", "Intel(R) Corporation", 256, 65536, false, NULL},
+    {"tgllp", "Intel(R) Corporation", 512, 65536, false, NULL},
+    {"dg2", "Intel(R) Corporation", 512, 65536, false, "DPAS_8X8X16"},
+    {"pvc", "Intel(R) Corporation", 512, 131072, false, "DPAS_8X16X16"},
+    {"sm_70", "NVIDIA Corporation", 1024, 49152, false, NULL},
+    {"sm_80", "NVIDIA Corporation", 1024, 49152, true, NULL},
+    {"sm_90", "NVIDIA Corporation", 1024, 49152, true, NULL},
+    {"sm_120", "NVIDIA Corporation", 1024, 49152, true, NULL},
+    {"spirv", "any", 256, 32768, false, NULL}, /* what a driver that knows nothing better is given */
 };
 
 static const target *the_target;
@@ -174,6 +176,10 @@ CL_API_ENTRY cl_int CL_API_CALL clEnqueueNDRangeKernel(cl_command_queue queue, c
 
 loglin_status __real_loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
 loglin_status __wrap_loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
+loglin_status __real_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
+                                        const loglin_lane_schedule *schedule);
+loglin_status __wrap_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
+                                        const loglin_lane_schedule *schedule);
 loglin_status __wrap_loglin_gemm_prepare(loglin_device *device, const loglin_gemm_parameters *parameters);
 
 /* The trial run's program is listed; its answer means nothing here. */
@@ -182,6 +188,17 @@ loglin_status __wrap_loglin_nvidia_probe(loglin_device *device, loglin_dtype dty
         return LOGLIN_UNSUPPORTED;
     }
     (void)__real_loglin_nvidia_probe(device, dtype, local_bytes);
+    return LOGLIN_OK;
+}
+
+loglin_status __wrap_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
+                                        const loglin_lane_schedule *schedule) {
+    const bool is_intel = strstr(the_target->vendor, "Intel") != NULL;
+    const char *own = the_target->instruction != NULL ? the_target->instruction : "";
+    if (strcmp(schedule->instruction, own) != 0 && !(is_intel && strcmp(schedule->instruction, "FMA_8X16X16") == 0)) {
+        return LOGLIN_UNSUPPORTED;
+    }
+    (void)__real_loglin_lanes_probe(device, dtype, schedule);
     return LOGLIN_OK;
 }
 

@@ -3,10 +3,11 @@
  * The matrix instructions that this machine has not got: cl/mma_amd.cl and cl/mma_intel.cl with the instruction emulated, by
  * the table of cl/mma_layouts.cl, against double; and that an error in any entry of the table is noticed.
  */
+#include "engine/lanes.h"
 #include "runtime/source.h"
-#include "support.h"
+#include "support_criterion.h"
+#include "support_limits.h"
 
-#include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -108,10 +109,10 @@ static double product_error(const instruction *of, loglin_dtype dtype, const pla
     }
     cl_program program = build(of, dtype, planted);
     cl_kernel kernel = clCreateKernel(program, "mma_probe", NULL);
-    const int32_t no_wave = 0;
-    support_array arrays[] = {
-        support_input(LOGLIN_F32, a, ROWS * DEPTH, 0), support_input(LOGLIN_F32, b, DEPTH * COLUMNS, 0),
-        support_output(LOGLIN_F32, (size_t)ROWS * COLUMNS, 0), support_inout_ints(&no_wave, 1, 0)};
+    const int32_t waves[2] = {0};
+    support_array arrays[] = {support_input(LOGLIN_F32, a, ROWS * DEPTH, 0),
+                              support_input(LOGLIN_F32, b, DEPTH * COLUMNS, 0),
+                              support_output(LOGLIN_F32, (size_t)ROWS * COLUMNS, 0), support_inout_ints(waves, 2, 0)};
     for (cl_uint i = 0; i < 4; i++) {
         support_require(clSetKernelArg(kernel, i, sizeof(cl_mem), &arrays[i].mem), "clSetKernelArg");
     }
@@ -173,4 +174,51 @@ Test(mma, planted_errors_in_copies) {
             expect_noticed(&instructions[i], &errors[j]);
         }
     }
+}
+
+/* ---- The fused kernels ------------------------------------------------------------------------------------------- */
+
+/* On a GPU of this vendor that emulates this instruction: the library tries it out, and takes it. */
+static void expect_fused(const char *vendor, const char *name, loglin_dtype dtype) {
+    /* More, and the library adds an option that Intel's compiler alone knows. */
+    static const size_t gigabyte = (size_t)1 << 30;
+    char limits[128], options[64];
+    (void)snprintf(limits, sizeof limits, "gpu,vendor=%s,memory=%zu,allocation=%zu", vendor, gigabyte, gigabyte);
+    (void)snprintf(options, sizeof options, "-DMMA_EMULATED=%s", name);
+    support_limit_device(limits);
+    (void)setenv("LOGLIN_BUILD_OPTIONS", options, 1);
+    loglin_lane_schedule schedule;
+    support_require(loglin_lanes_choose(support_open()->device, dtype, &schedule), "loglin_lanes_choose");
+    cr_assert_not_null(schedule.instruction);
+    cr_assert_str_eq(schedule.instruction, name);
+    const support_case c = {.dtype = dtype, .length = 50, .heads = 1, .dim_k = 20, .dim_v = 24, .chunk = 16};
+    expect_everywhere(support_check_forward, c);
+    expect_operators(support_check_backward, c);
+}
+
+#define AMD "Advanced Micro Devices"
+
+Test(mma, fused_mfma) {
+    expect_fused(AMD, "MFMA_32X32X8", LOGLIN_F16);
+    expect_fused(AMD, "MFMA_32X32X8", LOGLIN_BF16);
+}
+
+Test(mma, fused_wmma_gfx11) {
+    expect_fused(AMD, "WMMA_GFX11", LOGLIN_BF16);
+}
+
+Test(mma, fused_wmma_gfx12) {
+    expect_fused(AMD, "WMMA_GFX12", LOGLIN_BF16);
+}
+
+Test(mma, fused_dpas_of_8) {
+    expect_fused("Intel", "DPAS_8X8X16", LOGLIN_BF16);
+}
+
+Test(mma, fused_dpas_of_16) {
+    expect_fused("Intel", "DPAS_8X16X16", LOGLIN_BF16);
+}
+
+Test(mma, fused_shuffles) {
+    expect_fused("Intel", "FMA_8X16X16", LOGLIN_F32);
 }
