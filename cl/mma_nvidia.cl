@@ -110,3 +110,13 @@ uint4 transpose_quad(uint4 x) {
     const uint c = shuffle_xor(high ? x.x : x.z, 2), d = shuffle_xor(high ? x.y : x.w, 2);
     return high ? (uint4)(c, d, x.z, x.w) : (uint4)(x.x, x.y, c, d);
 }
+
+/* Four 8 x 8 matrices as they lie; item i gives the address of row i % 8 of matrix i / 8. */
+uint4 load_matrices(const __local void *row) {
+    uint4 x;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(local_address(row))
+                 : "memory");
+    return x;
+}

@@ -8,6 +8,7 @@
  * vectors.  No local memory, no barriers: a work-item is a core's thread, and the operands stay in its caches.
  *
  * VECTOR: floats of a vector, 16 (32 registers of 512 bits) or 8 (16 registers of 256 bits).
+ * TILE_ROWS: 4 or 8; 0: half of the registers hold a tile.
  */
 #ifndef VECTOR
 #define VECTOR 16
@@ -15,10 +16,16 @@
 
 #if VECTOR == 16
 typedef float16 vector;
-#define TILE_ROWS 8
 #else
 typedef float8 vector;
-#define TILE_ROWS 4
+#endif
+
+#ifndef TILE_ROWS
+#define TILE_ROWS 0
+#endif
+#if TILE_ROWS == 0
+#undef TILE_ROWS
+#define TILE_ROWS (VECTOR / 2)
 #endif
 
 /* vload and vstore take four elements at a time on some compilers; a vector of float's alignment is one access. */

@@ -22,18 +22,7 @@ ulong tokens_of(const loglin_panel p) {
 
 /* ---- States, forwards ---------------------------------------------------------------------------------------------- */
 
-#define PLACES(moment) (ARRAY(PLACES) + (moment) * COLUMNS)
-#define DECAYS(moment) (HEAD_ARRAY(DECAYS) + (moment) * COLUMNS)
 #define SAVED(segment, column) (HEAD_ARRAY(SAVED) + ((ulong)(segment) * COLUMNS + (column)) * SIZE_KV)
-
-/* Where the states stand at a moment, and their decays. */
-void note_states(const place *at, const int *where, uint moment) {
-    for (uint j = ITEM; j < COLUMNS; j += LANE_ITEMS) {
-        PLACES(moment)[j] = (float)(where[j] + 1);
-        DECAYS(moment)[j] = where[j] == NOWHERE ? 0.0f : HEAD_ARRAY(DECAY)[where[j]];
-    }
-    SYNC();
-}
 
 /* The states at a segment's start, kept for good. */
 void save_states(const place *at, const int *where, uint segment) {
@@ -134,11 +123,11 @@ void read_gradients(const loglin_panel p, const place *at, uint j, operand state
  * place: D_E = exp(a_C) D_E_END - K_START^T WRITE D_E_END, and what its keys get.  Returns the gradient of a_C.
  */
 float pass_gradients(const place *at, operand state, float decay, matrix d_state) {
-    float16 sums = 0.0f;
-    FOR_BLOCKS(i, SIZE_KV) {
-        sums = fma(get16(state + i), get16(d_state + i), sums);
+    strip sums = 0.0f;
+    FOR_STRIPS(i, SIZE_KV) {
+        sums = fma(get_strip(state + i), get_strip(d_state + i), sums);
     }
-    const float sum = sum_of_items(at, sum16(sums));
+    const float sum = sum_of_items(at, sum_of_strip(sums));
 #if IS_DELTA
     product(at, CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, state, PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
     product(at, CHUNK, PAD_V, DIM_K, ARRAY(WRITE), PAD_K, 1, d_state, PAD_V, ARRAY(GIVEN), PAD_V, 0, 0, 0.0f);
@@ -283,28 +272,28 @@ void share_gradients(const place *at) {
 #endif
     scale_triangle(at, ARRAY(MZ), d_pair, 0, DECAYED); /* MZ has done its part */
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
-        for (uint c = FIRST_COLUMN; c <= r; c += COLUMN_STEP) {
+        for (uint c = FIRST_COLUMN; c < r / 16 * 16 + 16; c += COLUMN_STEP) {
             const uint i = r * CHUNK + c;
-            put16(get16(ARRAY(D_QK) + i) + get16(ARRAY(MZ) + i), ARRAY(D_QK) + i);
+            put_strip(get_strip(ARRAY(D_QK) + i) + get_strip(ARRAY(MZ) + i), ARRAY(D_QK) + i);
         }
         const float start = ARRAY(START)[r], end = ARRAY(END)[r];
-        float16 from_start = 0.0f, from_end = 0.0f;
+        strip from_start = 0.0f, from_end = 0.0f;
         for (uint c = FIRST_COLUMN; c < PAD_K; c += COLUMN_STEP) {
             const uint i = r * PAD_K + c;
-            const float16 key = get16(ARRAY(KEY) + i), at_end = get16(d_end + i), read = get16(ARRAY(D_READ) + i);
-            float16 d_key = end * at_end;
+            const strip key = get_strip(ARRAY(KEY) + i), at_end = get_strip(d_end + i), read = get_strip(ARRAY(D_READ) + i);
+            strip d_key = end * at_end;
             from_end = fma(key, at_end, from_end);
-            from_start = fma(get16(ARRAY(Q) + i), read, from_start);
-            put16(fma((float16)start, read, get16(ARRAY(D_Q) + i)), ARRAY(D_Q) + i);
+            from_start = fma(get_strip(ARRAY(Q) + i), read, from_start);
+            put_strip(fma((strip)start, read, get_strip(ARRAY(D_Q) + i)), ARRAY(D_Q) + i);
 #if IS_DELTA
-            const float16 at_start = get16(ARRAY(D_K_START) + i);
+            const strip at_start = get_strip(ARRAY(D_K_START) + i);
             from_start = fma(key, at_start, from_start);
-            d_key = fma((float16)start, at_start, d_key);
+            d_key = fma((strip)start, at_start, d_key);
 #endif
-            put16(get16(ARRAY(D_KEY) + i) + d_key, ARRAY(D_KEY) + i);
+            put_strip(get_strip(ARRAY(D_KEY) + i) + d_key, ARRAY(D_KEY) + i);
         }
-        PARTIAL(0, r) = sum16(from_start);
-        PARTIAL(1, r) = sum16(from_end);
+        PARTIAL(0, r) = sum_of_strip(from_start);
+        PARTIAL(1, r) = sum_of_strip(from_end);
     }
     SYNC();
     for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
@@ -546,7 +535,7 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
     const ulong of_group = (ulong)(lane % group_parts) * tokens_of(p) * p.groups * DIM_K;
     const parts to = {q_parts + of_group, k_parts + of_group, g_parts + of_values, beta_parts + of_values,
                       level_parts + of_values * p.levels};
-    place at = find_lane(p, ws, lanes);
+    place at = find_lane(p, ws, lanes, (uint)get_group_id(0));
     SHARE_LOCAL_MEMORY(at)
     cu_seqlens += cu_offset;
     values = values ? values + values_offset : 0;

@@ -4,7 +4,7 @@
  * Rows that hold no token are zeros, so are the columns beyond K and V.
  *
  * DIM_K, DIM_V, CHUNK, PAD_K, PAD_V, LANE_HEADS, COLUMNS (at least 1), IS_DELTA, IS_NEAR, IS_NORMALIZED,
- * GRADIENTS: the host's.
+ * GRADIENTS, SPREAD (lanes that share a head's chunks, or 0): the host's.
  */
 #define SIZE_C CHUNK
 #define SIZE_K PAD_K
@@ -28,17 +28,23 @@
 #define WHEN_NEAR IS_NEAR
 #define WHEN_MAPS (IS_DELTA || IS_NEAR || GRADIENTS)
 #define WHEN_PAIRS (IS_DELTA || GRADIENTS)
+#define WHEN_SPREAD (SPREAD > 0)
+#define WHEN_MOMENTS (GRADIENTS || SPREAD > 0)
 #define WHEN_GRADIENTS GRADIENTS
 #define WHEN_DELTA_GRADIENTS (IS_DELTA && GRADIENTS)
 
 /* Offsets of the arrays in a lane's memory. */
 #define PORTABLE_OFFSET(name, count, rows, columns, when)                                                              \
     LANE_##name, LANE_##name##_LAST = LANE_##name + COUNT_##count * SIZE_##rows * SIZE_##columns * (WHEN_##when) - 1,
-enum { PORTABLE_ARRAYS(PORTABLE_OFFSET) LANE_FLOATS };
+enum {
+    PORTABLE_ARRAYS(PORTABLE_OFFSET) POOL_BEGIN,
+    POOL_BEGIN_LAST = POOL_BEGIN - 1,
+    PORTABLE_POOL_ARRAYS(PORTABLE_OFFSET) LANE_FLOATS
+};
 
-#define ARRAY(name) (at->memory + LANE_##name)
+#define ARRAY(name) ((LANE_##name < POOL_BEGIN ? at->memory : at->pool) + LANE_##name)
 /* The head's own copy. */
-#define HEAD_ARRAY(name) (at->memory + LANE_##name + at->head * ((LANE_##name##_LAST - LANE_##name + 1) / LANE_HEADS))
+#define HEAD_ARRAY(name) (ARRAY(name) + at->head * ((LANE_##name##_LAST - LANE_##name + 1) / LANE_HEADS))
 
 /* The caller's buffers, their offsets applied. */
 typedef struct {
@@ -51,46 +57,50 @@ uint head_of(const place *at) { return at->first_head + at->head; }
 
 /* ---- Rows -------------------------------------------------------------------------------------------------------- */
 
-typedef ushort16 loose_ushort16 __attribute__((aligned(2)));
-typedef float16 loose_float16 __attribute__((aligned(4)));
+typedef OF_STRIP(ushort) loose_ushorts __attribute__((aligned(2)));
+typedef strip loose_strip __attribute__((aligned(4)));
 
-float16 load16(const __global storage *p) {
+strip load_strip(const __global storage *p) {
 #if STORAGE == 0
-    return *(const __global loose_float16 *)p;
+    return *(const __global loose_strip *)p;
 #elif STORAGE == 1
-    return vload_half16(0, p);
+    return OF_STRIP(vload_half)(0, p);
 #else
-    return as_float16(convert_uint16(*(const __global loose_ushort16 *)p) << 16);
+    return OF_STRIP(as_float)(OF_STRIP(convert_uint)(*(const __global loose_ushorts *)p) << 16);
 #endif
 }
 
-void store16(__global storage *p, float16 x) {
+void store_strip(__global storage *p, strip x) {
 #if STORAGE == 0
-    *(__global loose_float16 *)p = x;
+    *(__global loose_strip *)p = x;
 #elif STORAGE == 1
+#if LANE_ITEMS == 1
     vstore_half16_rte(x, 0, p);
 #else
-    const uint16 bits = as_uint16(x);
-    const uint16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    *(__global loose_ushort16 *)p = convert_ushort16(select(rounded, (uint16)0x7fc0u, isnan(x)));
+    vstore_half4_rte(x, 0, p);
+#endif
+#else
+    const strip_uint bits = OF_STRIP(as_uint)(x);
+    const strip_uint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    *(__global loose_ushorts *)p = OF_STRIP(convert_ushort)(select(rounded, (strip_uint)0x7fc0u, isnan(x)));
 #endif
 }
 
-/* Elements of the block of 16 columns from c on. */
-float16 load_block(const __global storage *row, uint c, uint columns) {
-    if (c + 16 <= columns) {
-        return load16(row + c);
+/* Elements of a row from column c on, of `columns`; zeros behind them. */
+strip load_columns(const __global storage *row, uint c, uint columns) {
+    if (c + STRIP <= columns) {
+        return load_strip(row + c);
     }
-    float x[16];
-    for (uint i = 0; i < 16; i++) {
+    float x[STRIP];
+    for (uint i = 0; i < STRIP; i++) {
         x[i] = c + i < columns ? load(row, c + i) : 0.0f;
     }
-    return vload16(0, x);
+    return OF_STRIP(vload)(0, x);
 }
 
-void store_block(__global storage *row, uint c, uint columns, operand from) {
-    if (c + 16 <= columns) {
-        store16(row + c, get16(from));
+void store_columns(__global storage *row, uint c, uint columns, operand from) {
+    if (c + STRIP <= columns) {
+        store_strip(row + c, get_strip(from));
         return;
     }
     for (uint i = c; i < columns; i++) {
@@ -109,13 +119,13 @@ float row_dot(operand x, operand y, uint count) {
 
 /* ---- Matrices of the lane, of whole vectors ------------------------------------------------------------------------ */
 
-/* Each item's next 16 floats of `count`. */
-#define FOR_BLOCKS(i, count) for (uint i = 16 * ITEM; i < (count); i += 16 * LANE_ITEMS)
+/* Each item's strips of `count` floats. */
+#define FOR_STRIPS(i, count) for (uint i = STRIP * ITEM; i < (count); i += STRIP * LANE_ITEMS)
 
 void set_zero(const place *at, matrix to, uint count) {
     (void)at;
-    FOR_BLOCKS(i, count) {
-        put16((float16)0.0f, to + i);
+    FOR_STRIPS(i, count) {
+        put_strip((strip)0.0f, to + i);
     }
     SYNC();
 }
@@ -123,8 +133,8 @@ void set_zero(const place *at, matrix to, uint count) {
 /* to = scale from */
 void set_scaled(const place *at, matrix to, operand from, float scale, uint count) {
     (void)at;
-    FOR_BLOCKS(i, count) {
-        put16(scale * get16(from + i), to + i);
+    FOR_STRIPS(i, count) {
+        put_strip(scale * get_strip(from + i), to + i);
     }
     SYNC();
 }
@@ -132,8 +142,8 @@ void set_scaled(const place *at, matrix to, operand from, float scale, uint coun
 /* to = keep to + scale from */
 void add_scaled(const place *at, matrix to, float keep, operand from, float scale, uint count) {
     (void)at;
-    FOR_BLOCKS(i, count) {
-        put16(fma((float16)scale, get16(from + i), keep * get16(to + i)), to + i);
+    FOR_STRIPS(i, count) {
+        put_strip(fma((strip)scale, get_strip(from + i), keep * get_strip(to + i)), to + i);
     }
     SYNC();
 }
@@ -142,9 +152,9 @@ void add_scaled(const place *at, matrix to, float keep, operand from, float scal
 void scale_rows(const place *at, matrix to, operand from, operand x, uint width) {
     (void)at;
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
-        const float16 factor = x[r];
+        const strip factor = x[r];
         for (uint c = FIRST_COLUMN; c < width; c += COLUMN_STEP) {
-            put16(factor * get16(from + r * width + c), to + r * width + c);
+            put_strip(factor * get_strip(from + r * width + c), to + r * width + c);
         }
     }
     SYNC();
@@ -252,14 +262,14 @@ void load_keys(const loglin_panel p, const place *at, matrix to, const __global 
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const long token = row_token(at->slot, r);
         const __global storage *row = from + ((ulong)max(token, 0L) * p.groups + at->group) * DIM_K;
-        float16 squares = 0.0f;
+        strip squares = 0.0f;
         for (uint c = FIRST_COLUMN; c < PAD_K; c += COLUMN_STEP) {
-            const float16 x = token >= 0 ? load_block(row, c, DIM_K) : 0.0f;
+            const strip x = token >= 0 ? load_columns(row, c, DIM_K) : (strip)0.0f;
             squares = fma(x, x, squares);
-            put16(scale * x, to + r * PAD_K + c);
+            put_strip(scale * x, to + r * PAD_K + c);
         }
         if (IS_NORMALIZED) {
-            PARTIAL(0, r) = sum16(squares);
+            PARTIAL(0, r) = sum_of_strip(squares);
         }
     }
     SYNC();
@@ -289,7 +299,7 @@ void load_values(const loglin_panel p, const place *at, matrix to, const __globa
         const long token = row_token(at->slot, r);
         const __global storage *row = from + ((ulong)max(token, 0L) * p.heads + head_of(at)) * DIM_V + at->first_value;
         for (uint c = FIRST_COLUMN; c < PAD_V; c += COLUMN_STEP) {
-            put16(token >= 0 ? load_block(row, c, at->values) : 0.0f, to + r * PAD_V + c);
+            put_strip(token >= 0 ? load_columns(row, c, at->values) : (strip)0.0f, to + r * PAD_V + c);
         }
     }
     SYNC();
@@ -300,7 +310,7 @@ void store_values(const loglin_panel p, const place *at, __global storage *to, o
         const long token = row_token(at->slot, r);
         __global storage *row = to + ((ulong)max(token, 0L) * p.heads + head_of(at)) * DIM_V + at->first_value;
         for (uint c = FIRST_COLUMN; token >= 0 && c < PAD_V; c += COLUMN_STEP) {
-            store_block(row, c, at->values, from + r * PAD_V + c);
+            store_columns(row, c, at->values, from + r * PAD_V + c);
         }
     }
     SYNC();
@@ -336,10 +346,10 @@ void load_gates(const loglin_panel p, const place *at, const inputs *in) {
     SYNC();
     sum = sums[CHUNK - 1];
     rest = sums[2 * CHUNK - 1];
-    FOR_BLOCKS(r, CHUNK) {
-        const float16 main = get16(sums + r), remainder = get16(sums + CHUNK + r);
-        put16(exp(main + remainder), ARRAY(START) + r);
-        put16(exp((sum - main) + (rest - remainder)), ARRAY(END) + r);
+    FOR_STRIPS(r, CHUNK) {
+        const strip main = get_strip(sums + r), remainder = get_strip(sums + CHUNK + r);
+        put_strip(exp(main + remainder), ARRAY(START) + r);
+        put_strip(exp((sum - main) + (rest - remainder)), ARRAY(END) + r);
     }
     SYNC();
 }
@@ -351,14 +361,12 @@ float chunk_decay(const place *at) { return exp(chunk_log_decay(at)); }
 /* The level weights of the rows; zeros where there is no token or no such level. */
 void load_weights(const loglin_panel p, const place *at, const inputs *in) {
     const uint count = min(p.levels, min((uint)PORTABLE_WEIGHTS, p.first_level + p.columns));
-    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
-        matrix row = ARRAY(WEIGHTS) + r * PORTABLE_WEIGHTS;
-        put16((float16)0.0f, row);
-        put16((float16)0.0f, row + 16);
+    set_zero(at, ARRAY(WEIGHTS), CHUNK * PORTABLE_WEIGHTS);
+    for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const long token = row_token(at->slot, r);
         const ulong from = ((ulong)max(token, 0L) * p.heads + head_of(at)) * p.levels;
-        for (uint level = 0; token >= 0 && level < count; level++) {
-            row[level] = load_weight(in->level_scales, from + level);
+        for (uint level = ITEM % ROW_PARTS; token >= 0 && level < count; level += ROW_PARTS) {
+            ARRAY(WEIGHTS)[r * PORTABLE_WEIGHTS + level] = load_weight(in->level_scales, from + level);
         }
     }
     SYNC();
@@ -374,17 +382,22 @@ float16 weights_of(const place *at, uint row, uint level) {
 }
 
 #define COLUMNS_16 ((uint16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))
+#if LANE_ITEMS == 1
+#define STRIP_COLUMNS COLUMNS_16
+#else
+#define STRIP_COLUMNS ((uint4)(0, 1, 2, 3))
+#endif
 
-/* A row's weights for the 16 columns from s of its own chunk. */
-float16 weights_at(const place *at, uint r, uint s) {
+/* A row's weights for the columns from s on of its own chunk. */
+strip weights_at(const place *at, uint r, uint s) {
     operand weights = ARRAY(WEIGHTS) + r * PORTABLE_WEIGHTS;
 #if STRONG
-    return shuffle(get16(weights), vload16(0, (const __global uint *)ARRAY(LEVEL) + r * CHUNK + s));
+    return shuffle(get16(weights), OF_STRIP(vload)(0, (const __global uint *)ARRAY(LEVEL) + r * CHUNK + s));
 #else
-    const uint16 apart = (uint16)r ^ (s + COLUMNS_16);
-    float16 x = select((float16)weights[1], (float16)weights[0], apart == 0u);
+    const strip_uint apart = (strip_uint)r ^ (s + STRIP_COLUMNS);
+    strip x = select((strip)weights[1], (strip)weights[0], apart == 0u);
     for (uint level = 2; level < PORTABLE_WEIGHTS && 1u << (level - 1) <= ((r ^ s) | 15u); level++) {
-        x = select(x, (float16)weights[level], apart >= 1u << (level - 1));
+        x = select(x, (strip)weights[level], apart >= 1u << (level - 1));
     }
     return x;
 #endif
@@ -392,17 +405,17 @@ float16 weights_at(const place *at, uint r, uint s) {
 
 enum { DECAYED = 1, WEIGHED = 2, STRICT = 4 };
 
-/* A row's factors for the 16 columns from s on, of a block on the diagonal or below. */
-float16 triangle_row(const place *at, float16 x, uint r, uint s, int how) {
+/* A row's elements times their factors, for the columns from s on, s <= r. */
+strip triangle_row(const place *at, strip x, uint r, uint s, int how) {
     operand sums = ARRAY(SUMS), remainders = sums + CHUNK;
     if (how & DECAYED) {
-        x *= exp(min((sums[r] - get16(sums + s)) + (remainders[r] - get16(remainders + s)), 0.0f));
+        x *= exp(min((sums[r] - get_strip(sums + s)) + (remainders[r] - get_strip(remainders + s)), 0.0f));
     }
     if (how & WEIGHED) {
         x *= weights_at(at, r, s);
     }
-    const uint16 column = s + COLUMNS_16;
-    return select((float16)0.0f, x, (how & STRICT) ? column < r : column <= r);
+    const strip_uint column = s + STRIP_COLUMNS;
+    return select((strip)0.0f, x, (how & STRICT) ? column < r : column <= r);
 }
 
 /*
@@ -449,9 +462,9 @@ void scale_triangle(const place *at, matrix to, operand from, operand rows, int 
 #else
 void scale_triangle(const place *at, matrix to, operand from, operand rows, int how) {
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
-        for (uint s = FIRST_COLUMN; s <= r; s += COLUMN_STEP) {
-            const float16 x = get16(from + r * CHUNK + s) * (rows ? rows[r] : 1.0f);
-            put16(triangle_row(at, x, r, s, how), to + r * CHUNK + s);
+        for (uint s = FIRST_COLUMN; s < r / 16 * 16 + 16; s += COLUMN_STEP) {
+            const strip x = get_strip(from + r * CHUNK + s) * (rows ? rows[r] : 1.0f);
+            put_strip(triangle_row(at, x, r, s, how), to + r * CHUNK + s);
         }
     }
     SYNC();
@@ -540,7 +553,7 @@ void make_write(const place *at) {
     invert(at);
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         for (uint c = FIRST_COLUMN; c < CHUNK; c += COLUMN_STEP) {
-            put16(get16(ARRAY(XINV) + r * CHUNK + c) * get16(ARRAY(BETA) + c), ARRAY(T) + r * CHUNK + c);
+            put_strip(get_strip(ARRAY(XINV) + r * CHUNK + c) * get_strip(ARRAY(BETA) + c), ARRAY(T) + r * CHUNK + c);
         }
     }
     SYNC();
@@ -603,13 +616,13 @@ void load_head(const loglin_panel p, const place *at, const inputs *in) {
     at.shared = (__local float *)local_memory;
 #endif
 
-/* The lane's sequence, group, heads and values: a lane is a work-group. */
-place find_lane(const loglin_panel p, __global float *ws, ulong lanes) {
-    const uint lane = (uint)get_group_id(0);
+/* The lane's sequence, group, heads and values, from its number. */
+place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane) {
     const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, head_parts = p.heads / p.groups / LANE_HEADS;
     const uint of_heads = lane / value_parts, of_group = of_heads / head_parts;
     place at;
     at.memory = ws + lanes + (ulong)lane * ((LANE_FLOATS + 15) / 16 * 16); /* whole vectors, as the host has it */
+    at.pool = at.memory;
     at.sequence = of_group / p.groups;
     at.group = of_group % p.groups;
     at.head = 0;

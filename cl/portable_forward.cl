@@ -13,8 +13,8 @@ void chunk_output(const loglin_panel p, const place *at, const int *where) {
             read_weights(p, at, j);
 #if !IS_DELTA
             const float decay = exp(HEAD_ARRAY(DECAY)[where[j]]);
-            FOR_BLOCKS(r, CHUNK) {
-                put16(decay * get16(ARRAY(ROWS) + r) * get16(ARRAY(START) + r), ARRAY(ROWS) + r);
+            FOR_STRIPS(r, CHUNK) {
+                put_strip(decay * get_strip(ARRAY(ROWS) + r) * get_strip(ARRAY(START) + r), ARRAY(ROWS) + r);
             }
             SYNC();
 #endif
@@ -56,7 +56,7 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
                  ulong final_offset) {
     const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
                        beta ? beta + beta_offset : 0};
-    place at = find_lane(p, ws, lanes);
+    place at = find_lane(p, ws, lanes, (uint)get_group_id(0));
     SHARE_LOCAL_MEMORY(at)
     cu_seqlens += cu_offset;
     int where[COLUMNS], next[COLUMNS];
@@ -77,7 +77,7 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
                 advance_states(&at, where, next, NOWHERE);
                 keep_near(&at);
             } else if (final_values) {
-                end_states(p, &at, where, final_values + final_offset);
+                end_states(p, &at, where, vacant_place(&at, where), final_values + final_offset);
             }
         }
         for (uint j = 0; j < COLUMNS; j++) {

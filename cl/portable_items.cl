@@ -23,20 +23,31 @@
 #define TEAMS_ROWS 1
 #endif
 
-/* Rows of matrices are shared out in blocks of 16 columns: ITEM's rows and columns, and the steps to its next ones. */
+/*
+ * Rows of matrices are shared out in strips, neighbours to neighbouring items: ITEM's rows and columns, and the steps to
+ * its next ones.
+ */
 #if LANE_ITEMS == 1
 #define ITEM 0u
 #define SYNC()
 #define ROW_PARTS 1u
+#define STRIP 16u
+#define OF_STRIP(name) name##16
+typedef float16 strip;
+typedef uint16 strip_uint;
 #else
 #define ITEM ((uint)get_local_id(0))
 #define SYNC() barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE)
 #define ROW_PARTS 4u
+#define STRIP 4u
+#define OF_STRIP(name) name##4
+typedef float4 strip;
+typedef uint4 strip_uint;
 #endif
 #define FIRST_ROW (ITEM / ROW_PARTS)
 #define ROW_STEP (LANE_ITEMS / ROW_PARTS)
-#define FIRST_COLUMN (ITEM % ROW_PARTS * 16)
-#define COLUMN_STEP (ROW_PARTS * 16)
+#define FIRST_COLUMN (ITEM % ROW_PARTS * STRIP)
+#define COLUMN_STEP (ROW_PARTS * STRIP)
 
 typedef __global float *matrix;
 typedef const __global float *operand;
@@ -44,12 +55,16 @@ typedef const __global float *operand;
 /* Vectors of a lane's memory.  A CPU's compiler makes one access of them at any alignment; a GPU's must know it. */
 #if LANE_ITEMS == 1
 typedef float16 lane_float16 __attribute__((aligned(4)));
+typedef lane_float16 lane_strip;
 #else
 typedef float16 lane_float16;
+typedef float4 lane_strip;
 #endif
 
 float16 get16(operand p) { return *(const __global lane_float16 *)p; }
 void put16(float16 x, matrix p) { *(__global lane_float16 *)p = x; }
+strip get_strip(operand p) { return *(const __global lane_strip *)p; }
+void put_strip(strip x, matrix p) { *(__global lane_strip *)p = x; }
 
 float sum16(float16 x) {
     const float8 a = x.lo + x.hi;
@@ -57,9 +72,17 @@ float sum16(float16 x) {
     return (b.x + b.y) + (b.z + b.w);
 }
 
+float sum_of_strip(strip x) {
+#if LANE_ITEMS == 1
+    return sum16(x);
+#else
+    return (x.x + x.y) + (x.z + x.w);
+#endif
+}
+
 /* Where a lane stands. */
 typedef struct {
-    matrix memory;
+    matrix memory, pool; /* of the lane; of its states, from which it counts on */
 #if LANE_ITEMS > 1
     __local float *shared; /* for the products' slabs, and for sums */
 #endif

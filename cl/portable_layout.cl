@@ -4,7 +4,8 @@
  *
  * A lane is one work-group, on a CPU of one work-item.  It walks one sequence chunk by chunk, with LANE_HEADS heads of one
  * group and PAD_V columns of their values, so what it keeps between two products stays in its core's caches.  K and V are
- * padded to whole vectors.
+ * padded to whole vectors.  Where there are too few lanes of that kind, those of cl/portable_spread.cl share the chunks and
+ * the states of a head.
  */
 
 /*
@@ -48,7 +49,6 @@
     ARRAY(V_BEFORE, HEAD, C, V, NEAR)      /* values of the chunk before */                                            \
     ARRAY(WRITE_BEFORE_T, HEAD, K, C, NEAR) /* and its WRITE, transposed */                                            \
     ARRAY(DECAY, HEAD, D, 1, ALWAYS)       /* a state of the pool is exp(its DECAY) times what stands in E */          \
-    ARRAY(E, HEAD, P, KV, ALWAYS)          /* the pool of level states */                                              \
     ARRAY(READ_T, ONE, K, C, GRADIENTS)                                                                                \
     ARRAY(V_T, ONE, V, C, GRADIENTS)                                                                                   \
     ARRAY(D_O, ONE, C, V, GRADIENTS)                                                                                   \
@@ -82,8 +82,13 @@
     ARRAY(D_K_START, ONE, C, K, DELTA_GRADIENTS)                                                                       \
     ARRAY(D_K_END, ONE, C, K, DELTA_GRADIENTS)                                                                         \
     ARRAY(SAVED, HEAD, SJ, KV, GRADIENTS)  /* states at the start of segments */                                       \
-    ARRAY(D_E, HEAD, A, KV, GRADIENTS)     /* adjoints of states */                                                    \
-    ARRAY(PLACES, ONE, M, J, GRADIENTS)    /* of the states at the moments: 1 + place, 0 if there is none */           \
-    ARRAY(DECAYS, HEAD, M, J, GRADIENTS)   /* and their log decays */
+    ARRAY(D_E, HEAD, A, KV, GRADIENTS)     /* adjoints of states */
 
-enum { PORTABLE_WEIGHTS = 32 };
+/* Those that lanes of one head may share. */
+#define PORTABLE_POOL_ARRAYS(ARRAY)                                                                                    \
+    ARRAY(E, HEAD, P, KV, ALWAYS)          /* the pool of level states */                                              \
+    ARRAY(PLACES, ONE, M, J, MOMENTS)      /* of the states at the moments: 1 + place, 0 if there is none */           \
+    ARRAY(DECAYS, HEAD, M, J, MOMENTS)     /* and their log decays */                                                  \
+    ARRAY(CHUNK_DECAY, ONE, M, 1, SPREAD)  /* log decay through a chunk */
+
+enum { PORTABLE_WEIGHTS = 32, PORTABLE_SLICES = 8 };

@@ -38,41 +38,75 @@
 #error "the teams' tiles do not cover a slab"
 #endif
 
+#ifndef PRODUCT_CALL
+#define PRODUCT_CALL
+#endif
 #define SLAB_FLOATS ((MMA_A_SIZE + MMA_B_SIZE) * sizeof(mma_element) / sizeof(float))
 
-/* A slab of A from (row, k) on, where rows and k end; four elements that are neighbours in memory at a time. */
-void copy_a(__local mma_element *slab, operand a, uint a_row, uint a_column, uint row, uint rows, uint k, uint depth,
-            int how) {
-    for (uint i = ITEM; i < SLAB_ROWS * SLAB_DEPTH / 4; i += LANE_ITEMS) {
-        const uint along = a_column == 1;
-        const uint r = along ? i / (SLAB_DEPTH / 4) : i % (SLAB_ROWS / 4) * 4;
-        const uint c = along ? i % (SLAB_DEPTH / 4) * 4 : i / (SLAB_ROWS / 4);
-        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (row + r < rows && k + c < depth) {
-            vstore4(*(const __global float4 *)(a + (row + r) * a_row + (k + c) * a_column), 0, x);
-        }
+/* An item's vectors of a slab: four elements each that are neighbours in memory. */
+#define A_VECTORS ((SLAB_ROWS * SLAB_DEPTH / 4 + LANE_ITEMS - 1) / LANE_ITEMS)
+#define B_VECTORS ((SLAB_COLUMNS * SLAB_DEPTH / 4 + LANE_ITEMS - 1) / LANE_ITEMS)
+
+/* The first element of vector i of A's slab, whose rows are neighbours' (along = 1), or its columns. */
+uint2 a_place(uint i, uint along) {
+    return along ? (uint2)(i / (SLAB_DEPTH / 4), i % (SLAB_DEPTH / 4) * 4)
+                 : (uint2)(i % (SLAB_ROWS / 4) * 4, i / (SLAB_ROWS / 4));
+}
+
+uint2 b_place(uint i) { return (uint2)(i / (SLAB_COLUMNS / 4), i % (SLAB_COLUMNS / 4) * 4); }
+
+/* A's slab from (row, k) on, where rows and depth end. */
+void fetch_a(float4 x[A_VECTORS], operand a, uint a_row, uint a_column, uint row, uint rows, uint k, uint depth,
+             int how) {
+    const uint along = a_column == 1;
 #pragma unroll
-        for (uint j = 0; j < 4; j++) {
-            const uint in_row = r + (along ? 0 : j), in_column = c + (along ? j : 0);
-            const uint at_row = row + in_row, at_column = k + in_column;
-            const int is_zero = at_column >= depth || ((how & A_LOWER) && at_column > at_row) ||
-                                ((how & A_UPPER) && at_column < at_row);
-            slab[mma_a_at(in_row, in_column)] = mma_round(is_zero ? 0.0f : x[j]);
+    for (uint i = 0; i < A_VECTORS; i++) {
+        const uint2 place_of = a_place(ITEM + i * LANE_ITEMS, along);
+        const uint r = row + place_of.x, c = k + place_of.y;
+        x[i] = r < rows && c < depth ? *(const __global float4 *)(a + r * a_row + c * a_column) : 0.0f;
+        const uint4 steps = (uint4)(0, 1, 2, 3), rows_of = r + (along ? 0u : 1u) * steps,
+                    columns_of = c + along * steps;
+        if ((how & (A_LOWER | A_UPPER)) || c + 4 > depth) {
+            const int4 is_zero = columns_of >= depth || ((how & A_LOWER) ? columns_of > rows_of : (int4)0) ||
+                                 ((how & A_UPPER) ? columns_of < rows_of : (int4)0);
+            x[i] = select(x[i], (float4)0.0f, is_zero);
         }
     }
 }
 
-void copy_b(__local mma_element *slab, operand b, uint b_row, uint k, uint depth, uint column, uint columns, int how) {
-    for (uint i = ITEM; i < SLAB_COLUMNS * SLAB_DEPTH / 4; i += LANE_ITEMS) {
-        const uint r = i / (SLAB_COLUMNS / 4), c = i % (SLAB_COLUMNS / 4) * 4;
-        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (k + r < depth && column + c < columns) {
-            vstore4(*(const __global float4 *)(b + (k + r) * b_row + column + c), 0, x);
-        }
+void fetch_b(float4 x[B_VECTORS], operand b, uint b_row, uint k, uint depth, uint column, uint columns, int how) {
 #pragma unroll
-        for (uint j = 0; j < 4; j++) {
-            const int is_zero = (how & B_LOWER) && k + r < column + c + j;
-            slab[mma_b_at(r, c + j)] = mma_round(is_zero ? 0.0f : x[j]);
+    for (uint i = 0; i < B_VECTORS; i++) {
+        const uint2 place_of = b_place(ITEM + i * LANE_ITEMS);
+        const uint r = k + place_of.x, c = column + place_of.y;
+        x[i] = r < depth && c < columns ? *(const __global float4 *)(b + r * b_row + c) : 0.0f;
+        if (how & B_LOWER) {
+            x[i] = select(x[i], (float4)0.0f, c + (uint4)(0, 1, 2, 3) > r);
+        }
+    }
+}
+
+void place_slabs(__local mma_element *slab_a, __local mma_element *slab_b, const float4 a[A_VECTORS], uint along,
+                 const float4 b[B_VECTORS]) {
+#pragma unroll
+    for (uint i = 0; i < A_VECTORS; i++) {
+        const uint2 at = a_place(ITEM + i * LANE_ITEMS, along);
+        const uint row = along ? 0 : 1;
+        if (at.x < SLAB_ROWS && at.y < SLAB_DEPTH) {
+            slab_a[mma_a_at(at.x, at.y)] = mma_round(a[i].x);
+            slab_a[mma_a_at(at.x + row, at.y + along)] = mma_round(a[i].y);
+            slab_a[mma_a_at(at.x + 2 * row, at.y + 2 * along)] = mma_round(a[i].z);
+            slab_a[mma_a_at(at.x + 3 * row, at.y + 3 * along)] = mma_round(a[i].w);
+        }
+    }
+#pragma unroll
+    for (uint i = 0; i < B_VECTORS; i++) {
+        const uint2 at = b_place(ITEM + i * LANE_ITEMS);
+        if (at.x < SLAB_DEPTH) {
+            slab_b[mma_b_at(at.x, at.y)] = mma_round(b[i].x);
+            slab_b[mma_b_at(at.x, at.y + 1)] = mma_round(b[i].y);
+            slab_b[mma_b_at(at.x, at.y + 2)] = mma_round(b[i].z);
+            slab_b[mma_b_at(at.x, at.y + 3)] = mma_round(b[i].w);
         }
     }
 }
@@ -103,7 +137,7 @@ void store_product(float x, matrix to, float weight, int how, float keep) {
     *to = (how & (ADD | SUBTRACT)) ? fma((how & ADD) ? 1.0f : -1.0f, x, keep * *to) : x;
 }
 
-void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column, operand b,
+PRODUCT_CALL void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column, operand b,
              uint b_row, matrix c, uint c_row, operand weights, int how, float keep) {
     __local mma_element *slab_a = (__local mma_element *)at->shared, *slab_b = slab_a + MMA_A_SIZE;
     const uint team = ITEM / MMA_TEAM, team_row = team % TEAMS_ROWS * TILES_ROWS * MMA_ROWS,
@@ -117,10 +151,17 @@ void product(const place *at, uint rows, uint columns, uint depth, operand a, ui
             for (uint i = 0; i < TILES_ROWS * TILES_COLUMNS * MMA_ELEMENTS; i++) {
                 sums[i / MMA_ELEMENTS / TILES_COLUMNS][i / MMA_ELEMENTS % TILES_COLUMNS].x[i % MMA_ELEMENTS] = 0.0f;
             }
+            /* The next slabs are on their way while these are multiplied. */
+            float4 next_a[A_VECTORS], next_b[B_VECTORS];
+            fetch_a(next_a, a, a_row, a_column, m, rows, begin, end, how);
+            fetch_b(next_b, b, b_row, begin, end, n, columns, how);
             for (uint k = begin; k < end; k += SLAB_DEPTH) {
-                copy_a(slab_a, a, a_row, a_column, m, rows, k, end, how);
-                copy_b(slab_b, b, b_row, k, end, n, columns, how);
+                place_slabs(slab_a, slab_b, next_a, a_column == 1, next_b);
                 barrier(CLK_LOCAL_MEM_FENCE);
+                if (k + SLAB_DEPTH < end) {
+                    fetch_a(next_a, a, a_row, a_column, m, rows, k + SLAB_DEPTH, end, how);
+                    fetch_b(next_b, b, b_row, k + SLAB_DEPTH, end, n, columns, how);
+                }
                 multiply_slabs(sums, slab_a, slab_b, team_row, team_column);
                 barrier(CLK_LOCAL_MEM_FENCE);
             }

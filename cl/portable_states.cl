@@ -72,6 +72,10 @@ int free_place(const int *where) {
     return (int)(63 - clz(~taken & (taken + 1)));
 }
 
+matrix vacant_place(const place *at, const int *where) {
+    return STATE(free_place(where));
+}
+
 /* Is column j's state read?  The last one is not while its keys are read one by one. */
 int is_read(uint j, int index) {
     return index != NOWHERE && j + IS_NEAR < COLUMNS;
@@ -153,6 +157,36 @@ int advance_states(const place *at, const int *where, int *next, int fresh) {
     return fresh;
 }
 
+/* ---- Moments: the places of the states and their decays, noted down ------------------------------------------------- */
+
+#define PLACES(moment) (ARRAY(PLACES) + (moment) * COLUMNS)
+#define DECAYS(moment) (HEAD_ARRAY(DECAYS) + (moment) * COLUMNS)
+
+/* decays: of the columns' states. */
+void note_places(const place *at, uint moment, const int *where, const float *decays) {
+    for (uint j = ITEM; j < COLUMNS; j += LANE_ITEMS) {
+        PLACES(moment)[j] = (float)(where[j] + 1);
+        DECAYS(moment)[j] = decays[j];
+    }
+    SYNC();
+}
+
+void recall_places(const place *at, uint moment, int *where, float *decays) {
+    for (uint j = 0; j < COLUMNS; j++) {
+        where[j] = (int)PLACES(moment)[j] - 1;
+        decays[j] = DECAYS(moment)[j];
+    }
+}
+
+/* The same with the decays of the lane's states. */
+void note_states(const place *at, const int *where, uint moment) {
+    float decays[COLUMNS];
+    for (uint j = 0; j < COLUMNS; j++) {
+        decays[j] = where[j] == NOWHERE ? 0.0f : HEAD_ARRAY(DECAY)[where[j]];
+    }
+    note_places(at, moment, where, decays);
+}
+
 /* ---- The final states ---------------------------------------------------------------------------------------------- */
 
 /* The caller's state of a level += scale * from. */
@@ -190,9 +224,8 @@ void near_keys(const place *at) {
 }
 #endif
 
-/* The states after the last token, from the last chunk of a sequence; the pool is used up. */
-void end_states(const loglin_panel p, const place *at, const int *where, __global float *values) {
-    matrix scratch = STATE(free_place(where));
+/* The states after the last token, from the last chunk of a sequence.  scratch: a place that no column has. */
+void end_states(const loglin_panel p, const place *at, const int *where, matrix scratch, __global float *values) {
     for (uint level = 0; level < p.levels; level++) {
         for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
             for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {

@@ -55,10 +55,57 @@ Test(matrix_units, options) {
     }
 }
 
-/* A plan for both phases: the forward pass is the engine's own, the backward pass may be another's. */
-Test(matrix_units, backward) {
+static void expect_16_bit_gradients(support_case c) {
     for (int dtype = LOGLIN_F16; dtype <= LOGLIN_BF16; dtype++) {
-        const support_case c = {.dtype = (loglin_dtype)dtype, .length = 200, .dim_k = 32, .dim_v = 16};
+        c.dtype = (loglin_dtype)dtype;
+        expect_pass(support_check_backward(&c));
+    }
+}
+
+Test(matrix_units, backward_lengths) {
+    static const size_t lengths[] = {1, 65, 128, 129, 513};
+    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+        expect_16_bit_gradients((support_case){.length = lengths[i], .dim_k = 32, .dim_v = 64});
+    }
+}
+
+Test(matrix_units, backward_dimensions) {
+    static const struct { size_t k, v; } shapes[] = {{16, 16}, {80, 112}, {128, 64}, {192, 32}};
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        expect_16_bit_gradients((support_case){.length = 300, .heads = 1, .dim_k = shapes[i].k, .dim_v = shapes[i].v});
+    }
+}
+
+Test(matrix_units, backward_many_chunks) {
+    const support_case c = {.dtype = LOGLIN_BF16, .length = 4609, .heads = 1, .dim_k = 16, .dim_v = 16};
+    expect_pass(support_check_backward(&c));
+}
+
+Test(matrix_units, backward_groups_and_batch) {
+    for (size_t groups = 1; groups <= 4; groups *= 2) {
+        expect_16_bit_gradients(
+            (support_case){.batch = 2, .length = 200, .heads = 4, .groups = groups, .dim_k = 32, .dim_v = 32});
+    }
+}
+
+Test(matrix_units, backward_options) {
+    for (int i = 0; i < 8; i++) {
+        const support_case c = {
+            .length = 300,
+            .dim_k = 32,
+            .dim_v = 32,
+            .weight_dtype = i % 2 == 1 ? LOGLIN_BF16 : LOGLIN_F32,
+            .dtype = i % 4 < 2 ? LOGLIN_BF16 : LOGLIN_F16,
+            .normalize_qk = i == 0,
+            .scale = i == 1 ? 0.125f : 0.0f,
+            .no_gates = i == 2,
+            .offset = i == 3 ? 3 : 0,
+            .extra_levels = i == 4 ? 5 : 0,
+            .out_of_order = i == 5,
+            .events = i == 5,
+            .skip_optional = i == 6,
+            .final_states = i == 7,
+        };
         expect_pass(support_check_backward(&c));
     }
 }

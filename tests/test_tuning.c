@@ -450,7 +450,7 @@ Test(tuning, an_export_can_be_imported) {
 
 static loglin_choice find(const loglin_source *sources, size_t count, unsigned length) {
     const loglin_class class = class_entry(length, 64, 1, 1).class;
-    return loglin_tuning_find(sources, count, &NOW, &class, LOGLIN_ENGINE_AUTO);
+    return loglin_tuning_find(sources, count, &NOW, &class, LOGLIN_ENGINE_BLAS);
 }
 
 static void expect_choice(const loglin_source *sources, size_t count, unsigned length, unsigned chunk,
@@ -479,12 +479,34 @@ Test(tuning, lookups_go_from_the_class_to_the_default) {
     expect_choice(NULL, 0, 1024, 64, "default");
     const loglin_class other = {
         .op = LOGLIN_GATED_DELTA, .dim_k = 128, .dim_v = 64, .length = 1024, .phase = LOGLIN_FORWARD};
-    cr_expect_not(loglin_tuning_find(sources, 3, &NOW, &other, LOGLIN_ENGINE_AUTO).found);
+    cr_expect_not(loglin_tuning_find(sources, 3, &NOW, &other, LOGLIN_ENGINE_BLAS).found);
     const loglin_class class = class_entry(1024, 64, 1, 1).class;
     cr_expect_not(loglin_tuning_find(sources, 3, &NOW, &class, LOGLIN_ENGINE_FUSED).found);
     loglin_tuning_free(&own);
     loglin_tuning_free(&table);
     loglin_tuning_free(&family);
+}
+
+/* One engine's results say nothing of which is the faster: both must be known, for the same class. */
+Test(tuning, an_engine_is_preferred_where_both_are_known) {
+    loglin_tuning own = one_class(1024, 128);
+    const loglin_source source = {LOGLIN_SOURCE_OWN, &own};
+    loglin_entry fused = class_entry(2048, 64, 0.1, 1);
+    const loglin_class class = class_entry(1024, 64, 1, 1).class;
+    fused.configuration.engine = LOGLIN_ENGINE_FUSED;
+    cr_expect_not(loglin_tuning_find(&source, 1, &NOW, &class, LOGLIN_ENGINE_AUTO).found);
+    cr_assert_eq(loglin_tuning_add(&own, &fused), LOGLIN_OK);
+    cr_expect_not(loglin_tuning_find(&source, 1, &NOW, &class, LOGLIN_ENGINE_AUTO).found);
+    fused.class.length = 1024;
+    for (int faster = 0; faster < 2; faster++) {
+        fused.ms = faster != 0 ? 0.1 : 10;
+        fused.tuned_at++;
+        cr_assert_eq(loglin_tuning_add(&own, &fused), LOGLIN_OK);
+        const loglin_choice choice = loglin_tuning_find(&source, 1, &NOW, &class, LOGLIN_ENGINE_AUTO);
+        cr_expect(choice.found);
+        cr_expect_eq(choice.configuration.engine, faster != 0 ? LOGLIN_ENGINE_FUSED : LOGLIN_ENGINE_BLAS);
+    }
+    loglin_tuning_free(&own);
 }
 
 /* A plan finds what was written for its device, says so, and what is asked for goes first. */
@@ -493,7 +515,14 @@ Test(tuning, plans_follow_results) {
     loglin_device_info info;
     size_t count = 0;
     cr_assert_eq(loglin_list_devices(&info, 1, &count), LOGLIN_OK);
-    loglin_problem problem = {.batch = 1, .length = 64, .heads = 2, .groups = 1, .dim_k = 8, .dim_v = 8, .levels = 7};
+    loglin_problem problem = {.engine = LOGLIN_ENGINE_BLAS,
+                              .batch = 1,
+                              .length = 64,
+                              .heads = 2,
+                              .groups = 1,
+                              .dim_k = 8,
+                              .dim_v = 8,
+                              .levels = 7};
     loglin_tuning tuning = {.identity = loglin_identity_of(&info)};
     loglin_entry entry = class_entry(64, 32, 1, 1);
     entry.stamp = loglin_stamp_of(&info);
@@ -675,6 +704,37 @@ Test(tuning, the_worker_measures) {
         cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_FAILED);
         cr_expect(strstr(reply.detail, "levels") != NULL, "%s", reply.detail);
         free(text);
+    }
+}
+
+/* Whatever the fused engine of a CPU is tuned to, its results are right; the odd shape meets the ends of segments. */
+Test(tuning, all_values_of_the_fused_engine_are_right) {
+    loglin_device_info info;
+    size_t count = 0;
+    cr_assert_eq(loglin_list_devices(&info, 1, &count), LOGLIN_OK);
+    for (size_t t = LOGLIN_TUNABLE_CHUNK + 1; t < LOGLIN_TUNABLE_COUNT && info.type == CL_DEVICE_TYPE_CPU; t++) {
+        const loglin_tunable *tunable = &loglin_tunables[t];
+        for (size_t i = 0; i < tunable->value_count && loglin_tunable_is_read(tunable, LOGLIN_ENGINE_FUSED); i++) {
+            loglin_request request = {.problem = {.op = i % 2 != 0 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2,
+                                                  .batch = 1,
+                                                  .length = 1085,
+                                                  .heads = 8,
+                                                  .groups = 1,
+                                                  .dim_k = 16,
+                                                  .dim_v = 24,
+                                                  .levels = 12,
+                                                  .phases = LOGLIN_BACKWARD},
+                                      .configuration = loglin_configuration_default(LOGLIN_ENGINE_FUSED),
+                                      .runs = 1};
+            snprintf(request.name, sizeof request.name, "%s", info.name);
+            request.configuration.values[LOGLIN_TUNABLE_CHUNK] = 16;
+            request.configuration.values[t] = tunable->values[i];
+            char *text = loglin_request_print(&request);
+            const loglin_reply reply = loglin_worker_ask(LOGLIN_COMMAND, text, 300, NULL, NULL);
+            cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_OK, "%s %u: %s: %s", tunable->name, tunable->values[i],
+                         reply.reason, reply.detail);
+            free(text);
+        }
     }
 }
 

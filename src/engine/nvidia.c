@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The engine for NVIDIA's matrix units: the scalar-gated forward pass in four launches, see cl/nvidia_mamba2.cl.  The
- * backward pass is the blas engine's.
+ * backward pass is nvidia_backward.c's, and the blas engine's where that does not do.
  */
 #include "engine/nvidia.h"
 
 #include "engine/engine.h"
+#include "engine/nvidia_backward.h"
 #include "plan/problem.h"
 #include "runtime/device.h"
 #include "runtime/program.h"
@@ -30,9 +31,10 @@ typedef enum nvidia_kernel {
 struct loglin_engine_state {
     cl_kernel kernels[KERNEL_COUNT];
     loglin_nvidia_call call;
-    size_t items[KERNEL_COUNT];    /* of each launch */
-    size_t workspace;              /* bytes */
-    loglin_engine_state *backward; /* the blas engine's, or NULL */
+    size_t items[KERNEL_COUNT];       /* of each launch */
+    size_t workspace;                 /* bytes */
+    loglin_nvidia_backward *backward; /* or NULL */
+    loglin_engine_state *blas;        /* for other backward passes, or NULL */
 };
 
 /* A launch goes behind the one before it. */
@@ -157,7 +159,8 @@ static void destroy(loglin_engine_state *state) {
             clReleaseKernel(state->kernels[i]);
         }
     }
-    loglin_blas_engine.destroy(state->backward);
+    loglin_nvidia_backward_destroy(state->backward);
+    loglin_blas_engine.destroy(state->blas);
     free(state);
 }
 
@@ -170,10 +173,13 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
     RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, walk_bytes));
     lay_out(problem, state);
     RETURN_IF_ERROR(create_kernels(device, problem, state));
-    if ((problem->phases & LOGLIN_BACKWARD) != 0) {
-        return loglin_blas_engine.create(device, problem, configuration, &state->backward);
+    if ((problem->phases & LOGLIN_BACKWARD) == 0) {
+        return LOGLIN_OK;
     }
-    return LOGLIN_OK;
+    if (loglin_nvidia_backward_refuses(problem) == NULL) {
+        RETURN_IF_ERROR(loglin_nvidia_backward_create(device, problem, &state->backward));
+    }
+    return loglin_blas_engine.create(device, problem, configuration, &state->blas);
 }
 
 static loglin_status create(loglin_device *device, const loglin_problem *problem,
@@ -192,14 +198,20 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
 }
 
 static const char *backward_remark(const loglin_engine_state *state) {
-    return state->backward == NULL ? NULL : "by the blas engine: only the forward pass is fused";
+    if (state->blas == NULL) {
+        return NULL;
+    }
+    return state->backward != NULL ? "by the blas engine where gradients of final states are given"
+                                   : "by the blas engine: the fused pass takes dim_k and dim_v up to 128";
 }
 
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {
     if (phase == LOGLIN_FORWARD) {
         return state->workspace;
     }
-    return state->backward != NULL ? loglin_blas_engine.workspace_size(state->backward, phase) : 0;
+    const size_t fused = state->backward != NULL ? loglin_nvidia_backward_workspace(state->backward) : 0;
+    const size_t blas = state->blas != NULL ? loglin_blas_engine.workspace_size(state->blas, phase) : 0;
+    return fused > blas ? fused : blas;
 }
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
@@ -290,7 +302,10 @@ static loglin_status forward(loglin_engine_state *state, const loglin_call *call
 
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                               cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
-    return loglin_blas_engine.backward(state->backward, call, workspace, queue, num_wait, wait, event);
+    if (state->backward != NULL && call->dfinal_states.mem == NULL) {
+        return loglin_nvidia_backward_enqueue(state->backward, call, workspace, queue, num_wait, wait, event);
+    }
+    return loglin_blas_engine.backward(state->blas, call, workspace, queue, num_wait, wait, event);
 }
 
 const loglin_engine_class loglin_nvidia_engine = {

@@ -16,15 +16,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* More heads to a lane share q k^T, but their states leave the core's cache. */
-static const size_t most_lane_heads = 4;
+/* Lanes of a core that share the chunks of a head: several, so that the cores end together. */
+static const size_t spread_lanes = 4;
 
-/* Chunks whose states the backward pass holds at a time, of a long sequence, and of one that needs no second walk. */
-static const size_t most_segment_chunks = 32, one_segment_chunks = 64;
-
-/* X(name): the kernels; the last two are the backward program's. */
+/* X(name): the kernels: of the slots, of the forward pass, of the spread one, of the backward pass. */
 #define PORTABLE_KERNELS(X)                                                                                            \
-    X(chunk_layout) X(chunk_keep) X(chunk_positions) X(portable_forward) X(portable_backward) X(portable_reduce)
+    X(chunk_layout)                                                                                                    \
+    X(chunk_keep)                                                                                                      \
+    X(chunk_positions)                                                                                                 \
+    X(portable_forward)                                                                                                \
+    X(portable_own) X(portable_merge) X(portable_read) X(portable_backward) X(portable_reduce)
 
 typedef enum portable_kernel {
 #define PORTABLE_KERNEL_ENUM(name) KERNEL_##name,
@@ -41,12 +42,13 @@ typedef struct lane_shape {
     size_t pool;                    /* places for states */
     size_t head_parts, value_parts; /* of a group, of its values */
     size_t lanes;
+    size_t spread;            /* lanes that share the chunks of a head; 0: a lane walks over all of them */
     size_t segment, segments; /* backward: chunks, and how many of them a sequence has at most; 0: forward */
 } lane_shape;
 
 /* Where the parts of the workspace begin, in floats from its start. */
 typedef struct workspace_layout {
-    size_t lanes;
+    size_t lanes, pools;
     size_t q_parts, k_parts, g_parts, beta_parts, level_parts; /* backward */
     size_t floats;
 } workspace_layout;
@@ -55,6 +57,7 @@ struct loglin_engine_state {
     cl_kernel kernels[KERNEL_COUNT];
     loglin_panel panel; /* table from the workspace's start */
     loglin_lane_schedule schedule;
+    size_t waves; /* at most, of a sequence */
     lane_shape shape, backward_shape;
     workspace_layout forward, backward;
     loglin_engine_state *blas; /* for the backward pass where this engine has none, or NULL */
@@ -87,13 +90,16 @@ static double busy_share(size_t lanes, size_t cores) {
     return (double)lanes / (double)(ceil_div(lanes, cores) * cores);
 }
 
-/* As few parts as keep the cores busy: of the heads of a group first, as they only share q k^T, then of the values. */
-static lane_shape divide(const loglin_problem *problem, const loglin_panel *panel, size_t cores) {
+/*
+ * As few parts as keep the cores busy: of the heads of a group first, as they only share q k^T, then of the values.  A lane
+ * has most_heads at most: more share q k^T, but their states leave the core's cache.
+ */
+static lane_shape divide(const loglin_problem *problem, const loglin_panel *panel, size_t cores, size_t most_heads) {
     const size_t matrices = loglin_problem_sequences(problem) * problem->groups,
                  heads = problem->heads / problem->groups;
     lane_shape best = {0};
     for (size_t value_parts = 1; value_parts <= ceil_div(problem->dim_v, 32); value_parts *= 2) {
-        for (size_t head_parts = ceil_div(heads, most_lane_heads); head_parts <= heads; head_parts++) {
+        for (size_t head_parts = ceil_div(heads, most_heads); head_parts <= heads; head_parts++) {
             const size_t lanes = matrices * head_parts * value_parts;
             if (heads % head_parts == 0 &&
                 (best.lanes == 0 || busy_share(lanes, cores) > busy_share(best.lanes, cores) + 0.1)) {
@@ -111,10 +117,14 @@ static lane_shape divide(const loglin_problem *problem, const loglin_panel *pane
     return best;
 }
 
-/* Floats of a lane's memory. */
-static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bool strong) {
-    const bool gradients = shape->segment > 0;
-    enum { ALWAYS, DELTA, SCALAR, STRONG, NEAR, MAPS, PAIRS, GRADIENTS, DELTA_GRADIENTS, WHEN_COUNT };
+static bool is_backward(const lane_shape *shape) {
+    return shape->segment > 0 && shape->spread == 0;
+}
+
+/* Floats of a lane's memory; *pool: of those the ones of its states. */
+static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bool strong, size_t *pool) {
+    const bool gradients = is_backward(shape);
+    enum { ALWAYS, DELTA, SCALAR, STRONG, NEAR, MAPS, PAIRS, SPREAD, MOMENTS, GRADIENTS, DELTA_GRADIENTS, WHEN_COUNT };
     enum {
         SIZE_1,
         SIZE_2,
@@ -140,6 +150,8 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
         [NEAR] = panel->near,
         [MAPS] = panel->delta || panel->near || gradients,
         [PAIRS] = panel->delta || gradients,
+        [SPREAD] = shape->spread > 0,
+        [MOMENTS] = gradients || shape->spread > 0,
         [GRADIENTS] = gradients,
         [DELTA_GRADIENTS] = panel->delta && gradients,
     };
@@ -163,8 +175,11 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
 #define PORTABLE_ADD(name, count, rows, columns, condition)                                                            \
     floats += when[condition] ? counts[count] * sizes[SIZE_##rows] * sizes[SIZE_##columns] : 0;
     PORTABLE_ARRAYS(PORTABLE_ADD)
+    const size_t own = floats;
+    PORTABLE_POOL_ARRAYS(PORTABLE_ADD)
 #undef PORTABLE_ADD
-    return ceil_div(floats, 16) * 16;
+    *pool = pad(floats - own);
+    return pad(floats);
 }
 
 static size_t reserve(size_t *end, size_t floats) {
@@ -173,12 +188,31 @@ static size_t reserve(size_t *end, size_t floats) {
     return at;
 }
 
-/* The shape of the backward pass's lanes. */
-static lane_shape divide_backward(const loglin_problem *problem, const loglin_engine_state *state) {
-    lane_shape shape = state->shape;
-    const size_t waves = problem->sequences > 0 ? problem->max_length / problem->chunk + 2 : state->panel.waves;
-    shape.segment = waves <= one_segment_chunks ? waves : most_segment_chunks;
-    shape.segments = ceil_div(waves, shape.segment);
+/*
+ * The shape of the forward pass's lanes: parts of the values would all make the same maps, so where nothing but the states
+ * ties the chunks together they are spread instead.
+ */
+static lane_shape spread(const loglin_problem *problem, const loglin_engine_state *state, lane_shape shape,
+                         size_t cores) {
+    if (shape.value_parts == 1 || state->waves < cores || state->panel.delta || problem->partition == LOGLIN_STRONG) {
+        return shape;
+    }
+    const size_t heads = loglin_problem_sequences(problem) * problem->heads;
+    shape.heads = 1;
+    shape.head_parts = problem->heads / problem->groups;
+    shape.value_parts = 1;
+    shape.pad_v = pad(problem->dim_v);
+    shape.spread = ceil_div(spread_lanes * cores, heads);
+    shape.lanes = heads * shape.spread;
+    shape.segment = state->waves;
+    shape.pool = shape.columns + state->waves;
+    return shape;
+}
+
+/* The shape of the backward pass's lanes, which hold the states of `chunks` at a time; twice as many save a second walk. */
+static lane_shape divide_backward(const loglin_engine_state *state, lane_shape shape, size_t chunks) {
+    shape.segment = state->waves <= 2 * chunks ? state->waves : chunks;
+    shape.segments = ceil_div(state->waves, shape.segment);
     /* Those at a segment's start, and what each of its chunks makes: its own, and anew all others for the delta rule. */
     shape.pool = shape.columns + shape.segment * (state->panel.delta ? shape.columns + 1 : 1);
     return shape;
@@ -187,14 +221,16 @@ static lane_shape divide_backward(const loglin_problem *problem, const loglin_en
 /* The workspace behind the slot table: the lanes, and backwards the parts of the gradients. */
 static loglin_status lay_out_workspace(const loglin_problem *problem, const loglin_panel *panel,
                                        const lane_shape *shape, workspace_layout *layout) {
-    const size_t floats = lane_floats(shape, panel, problem->partition == LOGLIN_STRONG);
+    size_t pool = 0;
+    const size_t floats = lane_floats(shape, panel, problem->partition == LOGLIN_STRONG, &pool);
     if (floats > INT32_MAX) {
         return loglin_fail(LOGLIN_UNSUPPORTED, "a lane takes %zu floats, expected below 2^31", floats);
     }
     size_t end = 0;
     (void)reserve(&end, (size_t)panel->slots * SLOT_INTS);
-    layout->lanes = reserve(&end, shape->lanes * floats);
-    if (shape->segment > 0) {
+    layout->lanes = reserve(&end, shape->lanes * (shape->spread > 0 ? floats - pool : floats));
+    layout->pools = reserve(&end, shape->spread > 0 ? shape->lanes / shape->spread * pool : 0);
+    if (is_backward(shape)) {
         const size_t tokens = problem->batch * problem->length, values = tokens * problem->heads * shape->value_parts;
         const size_t keys = tokens * problem->groups * problem->dim_k * shape->head_parts * shape->value_parts;
         layout->q_parts = reserve(&end, keys);
@@ -211,16 +247,19 @@ static bool has_backward(const loglin_problem *problem) {
     return (problem->phases & LOGLIN_BACKWARD) != 0 && problem->partition == LOGLIN_WEAK;
 }
 
-static loglin_status lay_out(const loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
+static loglin_status lay_out(const loglin_device *device, const loglin_problem *problem, const unsigned *tuned,
+                             loglin_engine_state *state) {
     loglin_panel *panel = &state->panel;
     *panel = loglin_panel_of(problem);
     panel->batch_width = panel->packed ? 1 : panel->sequences;
     panel->waves = (unsigned)loglin_count_waves(problem);
     panel->slots = panel->waves * panel->batch_width;
-    state->shape = divide(problem, panel, device->info.compute_units);
+    state->waves = problem->sequences > 0 ? problem->max_length / problem->chunk + 2 : panel->waves;
+    const lane_shape shape = divide(problem, panel, device->info.compute_units, tuned[LOGLIN_TUNABLE_LANE_HEADS]);
+    state->shape = spread(problem, state, shape, device->info.compute_units);
     RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->shape, &state->forward));
     if (has_backward(problem)) {
-        state->backward_shape = divide_backward(problem, state);
+        state->backward_shape = divide_backward(state, shape, tuned[LOGLIN_TUNABLE_SEGMENT_CHUNKS]);
         RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->backward_shape, &state->backward));
     }
     return LOGLIN_OK;
@@ -268,44 +307,39 @@ static loglin_status create_slot_kernels(loglin_device *device, const loglin_pro
 }
 
 static loglin_status create_lane_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
-                                         portable_kernel first, portable_kernel end, loglin_engine_state *state) {
-    const char *const files[] = {"panel.cl",
-                                 "common.cl",
-                                 "chunk_layout.cl",
-                                 "portable_items.cl",
-                                 "mma_layouts.cl",
-                                 state->schedule.mma,
-                                 "mma_fragments.cl",
-                                 "portable_product.cl",
-                                 "portable_layout.cl",
-                                 "portable_chunk.cl",
-                                 "portable_states.cl",
-                                 "portable_forward.cl",
-                                 "portable_backward.cl",
-                                 NULL};
+                                         unsigned tile_rows, portable_kernel first, portable_kernel end,
+                                         loglin_engine_state *state) {
+    const char *const files[] = {
+        "panel.cl",           "common.cl",           "chunk_layout.cl",     "portable_items.cl",    "mma_layouts.cl",
+        state->schedule.mma,  "mma_fragments.cl",    "portable_product.cl", "portable_layout.cl",   "portable_chunk.cl",
+        "portable_states.cl", "portable_forward.cl", "portable_spread.cl",  "portable_backward.cl", NULL};
     char lanes[LOGLIN_LANE_OPTIONS], options[LOGLIN_LANE_OPTIONS + 640];
     loglin_lanes_options(&state->schedule, lanes);
     (void)snprintf(options, sizeof options,
-                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d %s -DVECTOR=%d -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
+                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d %s -DVECTOR=%d -DTILE_ROWS=%u -DDIM_K=%zu -DDIM_V=%zu "
+                   "-DCHUNK=%zu "
                    "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
-                   "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
+                   "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSPREAD=%zu -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
                    (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG, lanes,
-                   vector_width(device), problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v,
-                   shape->heads, shape->columns, shape->pool, state->panel.delta, state->panel.near,
-                   problem->normalize_qk != 0, shape->segment > 0, shape->segment, shape->segments);
+                   vector_width(device), tile_rows, problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k,
+                   shape->pad_v, shape->heads, shape->columns, shape->pool, state->panel.delta, state->panel.near,
+                   problem->normalize_qk != 0, is_backward(shape), shape->spread, shape->segment, shape->segments);
     return create_kernels(device, files, options, first, end, state);
 }
 
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     RETURN_IF_ERROR(loglin_lanes_choose(device, problem->dtype, &state->schedule));
-    RETURN_IF_ERROR(lay_out(device, problem, state));
+    RETURN_IF_ERROR(lay_out(device, problem, configuration->values, state));
     RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
-    RETURN_IF_ERROR(
-        create_lane_kernels(device, problem, &state->shape, KERNEL_portable_forward, KERNEL_portable_backward, state));
+    const bool spread = state->shape.spread > 0;
+    const unsigned tile_rows = configuration->values[LOGLIN_TUNABLE_TILE_ROWS];
+    RETURN_IF_ERROR(create_lane_kernels(device, problem, &state->shape, tile_rows,
+                                        spread ? KERNEL_portable_own : KERNEL_portable_forward,
+                                        spread ? KERNEL_portable_backward : KERNEL_portable_own, state));
     if (has_backward(problem)) {
-        return create_lane_kernels(device, problem, &state->backward_shape, KERNEL_portable_backward, KERNEL_COUNT,
-                                   state);
+        return create_lane_kernels(device, problem, &state->backward_shape, tile_rows, KERNEL_portable_backward,
+                                   KERNEL_COUNT, state);
     }
     return (problem->phases & LOGLIN_BACKWARD) == 0
                ? LOGLIN_OK
@@ -370,15 +404,36 @@ static void launch_lanes(loglin_tape *tape, portable_kernel kernel, size_t lanes
     loglin_tape_enqueue(tape, (int)kernel, global, local, arguments);
 }
 
+static void walk_spread(const loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
+                        loglin_tape *tape) {
+    const lane_shape *shape = &state->shape;
+    const size_t items = state->schedule.items;
+    const size_t lanes = workspace.offset + state->forward.lanes, pools = workspace.offset + state->forward.pools;
+    launch_lanes(tape, KERNEL_portable_own, shape->lanes, items,
+                 ARGUMENTS(ULONG(lanes), ULONG(pools), BUFFER(call->in.cu_seqlens), BUFFER(call->in.k),
+                           BUFFER(call->in.v), BUFFER(call->in.g), BUFFER(call->initial.values),
+                           BUFFER(call->initial.log_decay)));
+    launch_lanes(tape, KERNEL_portable_merge, shape->lanes / shape->spread * PORTABLE_SLICES, items,
+                 ARGUMENTS(ULONG(lanes), ULONG(pools), BUFFER(call->in.cu_seqlens)));
+    launch_lanes(tape, KERNEL_portable_read, shape->lanes, items,
+                 ARGUMENTS(ULONG(lanes), ULONG(pools), BUFFER(call->in.cu_seqlens), BUFFER(call->in.q),
+                           BUFFER(call->in.k), BUFFER(call->in.v), BUFFER(call->in.g), BUFFER(call->in.level_scales),
+                           BUFFER(call->o), BUFFER(call->final.values)));
+}
+
 static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
     workspace = align(workspace);
     loglin_tape tape = start(state, call, workspace, queue, num_wait, wait);
-    launch_lanes(&tape, KERNEL_portable_forward, state->shape.lanes, state->schedule.items,
-                 ARGUMENTS(ULONG(workspace.offset + state->forward.lanes), BUFFER(call->in.cu_seqlens),
-                           BUFFER(call->in.q), BUFFER(call->in.k), BUFFER(call->in.v), BUFFER(call->in.g),
-                           BUFFER(call->in.level_scales), BUFFER(call->in.beta), BUFFER(call->initial.values),
-                           BUFFER(call->initial.log_decay), BUFFER(call->o), BUFFER(call->final.values)));
+    if (state->shape.spread > 0) {
+        walk_spread(state, call, workspace, &tape);
+    } else {
+        launch_lanes(&tape, KERNEL_portable_forward, state->shape.lanes, state->schedule.items,
+                     ARGUMENTS(ULONG(workspace.offset + state->forward.lanes), BUFFER(call->in.cu_seqlens),
+                               BUFFER(call->in.q), BUFFER(call->in.k), BUFFER(call->in.v), BUFFER(call->in.g),
+                               BUFFER(call->in.level_scales), BUFFER(call->in.beta), BUFFER(call->initial.values),
+                               BUFFER(call->initial.log_decay), BUFFER(call->o), BUFFER(call->final.values)));
+    }
     if (call->final.values.mem != NULL) {
         if (state->panel.packed) {
             keep_states(&tape, call, call->initial.values, call->initial.log_decay, call->final.values);
@@ -399,7 +454,7 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
     const workspace_layout *layout = &state->backward;
     const size_t at = workspace.offset, tokens = state->panel.packed ? 1 : state->panel.sequences;
     loglin_tape tape = start(state, call, workspace, queue, num_wait, wait);
-    launch_lanes(&tape, KERNEL_portable_backward, state->shape.lanes, state->schedule.items,
+    launch_lanes(&tape, KERNEL_portable_backward, state->backward_shape.lanes, state->schedule.items,
                  ARGUMENTS(ULONG(at + layout->lanes), ULONG(at + layout->q_parts), ULONG(at + layout->k_parts),
                            ULONG(at + layout->g_parts), ULONG(at + layout->beta_parts), ULONG(at + layout->level_parts),
                            BUFFER(call->in.cu_seqlens), BUFFER(call->in.q), BUFFER(call->in.k), BUFFER(call->in.v),

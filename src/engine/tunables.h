@@ -12,7 +12,10 @@
  */
 #define LOGLIN_TUNABLES(X)                                                                                             \
     X(CHUNK, chunk, LOGLIN_ANY, CL_DEVICE_TYPE_ALL, LOGLIN_ANY, 64, 16, 32, 64, 128, 256)                              \
-    X(PANEL_MIB, panel_mib, 1u << LOGLIN_ENGINE_BLAS, CL_DEVICE_TYPE_ALL, LOGLIN_ANY, 256, 4, 16, 64, 256)
+    X(PANEL_MIB, panel_mib, 1u << LOGLIN_ENGINE_BLAS, CL_DEVICE_TYPE_ALL, LOGLIN_ANY, 256, 4, 16, 64, 256)             \
+    X(LANE_HEADS, lane_heads, 1u << LOGLIN_ENGINE_FUSED, CL_DEVICE_TYPE_CPU, LOGLIN_ANY, 4, 2, 4, 8)                   \
+    X(TILE_ROWS, tile_rows, 1u << LOGLIN_ENGINE_FUSED, CL_DEVICE_TYPE_CPU, LOGLIN_ANY, 0, 4, 8)                        \
+    X(SEGMENT_CHUNKS, segment_chunks, 1u << LOGLIN_ENGINE_FUSED, CL_DEVICE_TYPE_CPU, LOGLIN_BACKWARD, 32, 16, 32, 64)
 
 #define LOGLIN_ANY (~0u)
 

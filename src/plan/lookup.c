@@ -74,8 +74,7 @@ static best_entry find_class(const loglin_source *sources, size_t count, const l
     for (size_t s = 0; s < count; s++) {
         for (size_t i = 0; i < sources[s].tuning->count; i++) {
             const loglin_entry *entry = &sources[s].tuning->entries[i];
-            if (entry->kind != LOGLIN_ENTRY_CLASS ||
-                (engine != LOGLIN_ENGINE_AUTO && engine != entry->configuration.engine)) {
+            if (entry->kind != LOGLIN_ENTRY_CLASS || engine != entry->configuration.engine) {
                 continue;
             }
             const unsigned distance = class_distance(&entry->class, class);
@@ -85,6 +84,18 @@ static best_entry find_class(const loglin_source *sources, size_t count, const l
         }
     }
     return best;
+}
+
+/* The faster of the engines, if the same tuner has measured them for the same class: else nothing is known of which. */
+static best_entry find_engine(const loglin_source *sources, size_t count, const loglin_stamp *stamp,
+                              const loglin_class *class) {
+    const best_entry blas = find_class(sources, count, stamp, class, LOGLIN_ENGINE_BLAS),
+                     fused = find_class(sources, count, stamp, class, LOGLIN_ENGINE_FUSED);
+    if (blas.entry == NULL || fused.entry == NULL || blas.rank != fused.rank || blas.source != fused.source ||
+        class_distance(&blas.entry->class, &fused.entry->class) != 0) {
+        return (best_entry){.entry = NULL};
+    }
+    return blas.entry->ms < fused.entry->ms ? blas : fused;
 }
 
 static best_entry find_gemm(const loglin_source *sources, size_t count, const loglin_stamp *stamp) {
@@ -118,7 +129,8 @@ static void describe(const best_entry *best, const loglin_stamp *stamp, char *wh
 loglin_choice loglin_tuning_find(const loglin_source *sources, size_t count, const loglin_stamp *stamp,
                                  const loglin_class *class, loglin_engine engine) {
     loglin_choice choice = {.configuration = loglin_configuration_default(engine), .where = "default"};
-    const best_entry best = find_class(sources, count, stamp, class, engine);
+    const best_entry best = engine == LOGLIN_ENGINE_AUTO ? find_engine(sources, count, stamp, class)
+                                                         : find_class(sources, count, stamp, class, engine);
     if (best.entry != NULL) {
         choice.configuration = best.entry->configuration;
         choice.found = true;

@@ -98,6 +98,7 @@ static loglin_engine find_favourite(loglin_plan *plan, const wish *from) {
 /* The first engine that takes the problem, of those asked for; the favourite before the others. */
 static loglin_status choose_engine(loglin_plan *plan, const wish *from) {
     const loglin_engine asked = plan->problem.engine, favourite = find_favourite(plan, from);
+    loglin_engine first_refused = LOGLIN_ENGINE_AUTO;
     loglin_status status = LOGLIN_UNSUPPORTED;
     char refusals[1024] = "";
     for (size_t i = 0; i < 2 * (size_t)ENGINE_COUNT; i++) {
@@ -111,12 +112,13 @@ static loglin_status choose_engine(loglin_plan *plan, const wish *from) {
         status = try_engine(plan, engines[at].engine, &configuration, refusal, sizeof refusal);
         if (status == LOGLIN_OK) {
             plan->engine = engines[at].engine;
-            if (used > 0) {
+            if (used > 0 && first_refused != engines[at].choice) {
                 (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "not %.*s",
                                (int)sizeof plan->engine_reason - 8, refusals);
             }
             return LOGLIN_OK;
         }
+        first_refused = used == 0 ? engines[at].choice : first_refused;
         (void)snprintf(refusals + used, sizeof refusals - used, "%s%s: %s", used > 0 ? "; " : "",
                        engines[at].engine->name, refusal);
         if (status != LOGLIN_UNSUPPORTED && status != LOGLIN_BUILD_FAILED) {

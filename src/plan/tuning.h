@@ -122,8 +122,9 @@ typedef struct loglin_choice {
 } loglin_choice;
 
 /*
- * The best that the sources know for a class and an engine (LOGLIN_ENGINE_AUTO: any): the exact class before its
- * neighbours, the device before its family, results of this stamp before stale ones.  gemm is chosen for itself.
+ * The best that the sources know for a class and an engine: the exact class before its neighbours, the device before
+ * its family, results of this stamp before stale ones.  LOGLIN_ENGINE_AUTO: that of the faster engine, if both were
+ * measured for the same class by the same tuner.  gemm is chosen for itself.
  */
 loglin_choice loglin_tuning_find(const loglin_source *sources, size_t count, const loglin_stamp *stamp,
                                  const loglin_class *class, loglin_engine engine);

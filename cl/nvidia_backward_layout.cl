@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the host tells the kernels of the NVIDIA engine's backward pass: C and OpenCL C alike, included by both.
+ *
+ * N chunks; a tile is half a chunk.  Places in the workspace are bytes from its start.
+ */
+
+/* Tokens of a tile, which masked products are made of, and of a chunk, which has a state. */
+#define NB_TILE 64
+#define NB_CHUNK 128
+
+/* Columns of V that are held together. */
+#define NB_COLUMNS 64
+
+/* Work-items of a group, but for the sums, where a head has half of them. */
+#define NB_ITEMS 256
+
+/* Sequences have fewer than 2 to the power of this many chunks. */
+#define NB_CHUNK_BITS 20
+
+/* Arrays of a float for each token and head, of which dc is the sum: of the levels above a chunk in four parts, of the
+ * tile itself, of the tile before (odd tiles only); then, to be subtracted, v . dv in two parts. */
+#define NB_DOTS 8
+
+typedef struct loglin_nvidia_gradients {
+    unsigned long queries, keys; /* [b][group][128 N][NV_K] normalised, with zeros behind the last token and column */
+    unsigned long gates;         /* [b][head][128 N] the gates' running sum from the chunk's start, and its remainder */
+    unsigned long factors;       /* [b][head][128 N] four decays, see nb_gates */
+    unsigned long since;         /* [b][head][N + 1] the sum of all gates before a chunk, and its remainder */
+    unsigned long kept;          /* [b][head][N][level] decay, times scale, from the block that is read to the chunk */
+    unsigned long states;        /* [b][head][tile of V][N] of the block that ends with a chunk */
+    unsigned long adjoints;      /* likewise: first from the block's right neighbour, then of everything behind it */
+    unsigned long parts;         /* [b][head][tile of V][level][unit]: parts of such sums for large blocks */
+    unsigned long crossings;     /* [b][head][part][N] a block's share of dc that crosses its end, in parts */
+    unsigned long level_dots;    /* [b][head][4 N][level] sums of level_scales . dlevel_scales over 32 tokens */
+    unsigned long suffixes;      /* [b][head][N][level] of these, from a chunk to its block's end */
+    unsigned long dots;          /* [NB_DOTS][b][head][128 N] */
+    unsigned long query_parts;   /* [3][block of heads][b][group][128 N][NV_K]: levels, tile, tile before */
+    unsigned long key_parts;     /* [2][block of heads][b][group][128 N][NV_K]: chunks behind, own chunk */
+    unsigned int batch, length, chunks, units;
+    float scale;
+} loglin_nvidia_gradients;

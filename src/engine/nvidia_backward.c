@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The backward pass of the NVIDIA engine: nine launches, see cl/nvidia_backward.cl. */
+#include "engine/nvidia_backward.h"
+
+#include "engine/nvidia.h"
+#include "plan/problem.h"
+#include "runtime/device.h"
+#include "runtime/program.h"
+#include "runtime/status.h"
+
+#include "../../cl/nvidia_backward_layout.cl"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+/* As many work-groups as keep a large device busy for some turns; more blocks of heads only make more partial sums. */
+static const size_t enough_groups = 512;
+
+/* X(name): the kernels, in the order of their launches. */
+#define BACKWARD_KERNELS(X)                                                                                            \
+    X(nb_prepare) X(nb_since) X(nb_sums) X(nb_tree) X(nb_rows) X(nb_tiles) X(nb_crossings) X(nb_gates) X(nb_reduce)
+
+typedef enum backward_kernel {
+#define BACKWARD_ENUM(name) KERNEL_##name,
+    BACKWARD_KERNELS(BACKWARD_ENUM)
+#undef BACKWARD_ENUM
+        KERNEL_COUNT
+} backward_kernel;
+
+struct loglin_nvidia_backward {
+    cl_kernel kernels[KERNEL_COUNT];
+    loglin_nvidia_gradients call;
+    size_t items[KERNEL_COUNT], group[KERNEL_COUNT]; /* of each launch; no items: no launch */
+    size_t workspace;                                /* bytes */
+};
+
+/* What the kernels are compiled for. */
+typedef struct backward_shape {
+    size_t padded_k, tiles_v;
+    size_t chunks, chunk_levels;
+    size_t unit_bits, unit_count;  /* chunks of a unit of the sums; units of a level */
+    size_t sum_heads, block_heads; /* heads of a work-group */
+    size_t head_blocks;            /* of a group */
+} backward_shape;
+
+static size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+const char *loglin_nvidia_backward_refuses(const loglin_problem *problem) {
+    return problem->dim_k > 128 || problem->dim_v > 128 ? "dim_k or dim_v is above 128" : NULL;
+}
+
+/* ---- Creation ---------------------------------------------------------------------------------------------------- */
+
+static backward_shape find_shape(const loglin_problem *problem) {
+    const size_t group_heads = problem->heads / problem->groups;
+    backward_shape shape = {
+        .padded_k = ceil_div(problem->dim_k, 64) * 64,
+        .tiles_v = ceil_div(problem->dim_v, NB_COLUMNS),
+        .chunks = ceil_div(problem->length, NB_CHUNK),
+        .sum_heads = group_heads % 2 == 0 ? 2 : 1,
+        .head_blocks = 1,
+    };
+    for (size_t last = shape.chunks - 1; last > 0; last /= 2) {
+        shape.chunk_levels++;
+    }
+    shape.unit_bits = shape.chunks > 32 ? 3 : 2;
+    shape.unit_count = ceil_div(ceil_div(shape.chunks, 2), (size_t)1 << shape.unit_bits);
+    const size_t groups = problem->batch * problem->groups * 2 * shape.chunks;
+    while (groups * shape.head_blocks < enough_groups && shape.head_blocks < group_heads) {
+        do {
+            shape.head_blocks++;
+        } while (group_heads % shape.head_blocks != 0);
+    }
+    shape.block_heads = group_heads / shape.head_blocks;
+    return shape;
+}
+
+static unsigned long reserve(size_t *end, size_t bytes) {
+    const size_t at = *end;
+    *end += ceil_div(bytes, 128) * 128;
+    return at;
+}
+
+static void lay_out(const loglin_problem *problem, const backward_shape *shape, loglin_nvidia_backward *backward) {
+    const size_t chunks = shape->chunks, heads = problem->batch * problem->heads,
+                 groups = problem->batch * problem->groups;
+    const size_t head_tokens = heads * chunks * NB_CHUNK, group_rows = groups * chunks * NB_CHUNK * shape->padded_k;
+    const size_t state = shape->padded_k * NB_COLUMNS * 2, matrices = heads * shape->tiles_v;
+    const size_t slices = shape->padded_k / 4;
+    size_t end = 0;
+    backward->call = (loglin_nvidia_gradients){
+        .queries = reserve(&end, group_rows * 2),
+        .keys = reserve(&end, group_rows * 2),
+        .gates = reserve(&end, head_tokens * sizeof(float[2])),
+        .factors = reserve(&end, head_tokens * sizeof(float[4])),
+        .since = reserve(&end, heads * (chunks + 1) * sizeof(float[2])),
+        .kept = reserve(&end, heads * chunks * shape->chunk_levels * sizeof(float)),
+        .states = reserve(&end, matrices * chunks * state),
+        .adjoints = reserve(&end, matrices * chunks * state),
+        .parts = reserve(&end, matrices * shape->chunk_levels * shape->unit_count * state),
+        .crossings = reserve(&end, matrices * slices * chunks * sizeof(float)),
+        .level_dots = reserve(&end, heads * 4 * chunks * shape->chunk_levels * sizeof(float)),
+        .suffixes = reserve(&end, heads * chunks * (shape->chunk_levels + 1) * sizeof(float)),
+        .dots = reserve(&end, NB_DOTS * head_tokens * sizeof(float)),
+        .query_parts = reserve(&end, 3 * shape->head_blocks * group_rows * sizeof(float)),
+        .key_parts = reserve(&end, 2 * shape->head_blocks * group_rows * sizeof(float)),
+        .batch = (unsigned)problem->batch,
+        .length = (unsigned)problem->length,
+        .chunks = (unsigned)chunks,
+        .units = (unsigned)shape->unit_count,
+        .scale = problem->scale,
+    };
+    backward->workspace = end + 16; /* its start is rounded up */
+}
+
+static void count_items(const loglin_problem *problem, const backward_shape *shape, loglin_nvidia_backward *backward) {
+    const size_t chunks = shape->chunks, heads = problem->batch * problem->heads,
+                 groups = problem->batch * problem->groups;
+    const size_t matrices = heads * shape->tiles_v, warps = NB_ITEMS / 32, rows = groups * chunks * NB_CHUNK;
+    const size_t tiles = groups * shape->head_blocks * 2 * chunks;
+    /* Two units of states and one of each level at a time; none for a single chunk. */
+    const size_t jobs = chunks > 1 ? shape->unit_count * (2 + shape->chunk_levels) : 0;
+    const struct {
+        size_t groups, size;
+    } launches[KERNEL_COUNT] = {
+        [KERNEL_nb_prepare] = {2 * rows / warps + ceil_div(heads * chunks, warps), NB_ITEMS},
+        [KERNEL_nb_since] = {heads, 32},
+        [KERNEL_nb_sums] = {matrices / shape->sum_heads * jobs, 128 * shape->sum_heads},
+        [KERNEL_nb_tree] = {chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS},
+        [KERNEL_nb_rows] = {2 * tiles, NB_ITEMS},
+        [KERNEL_nb_tiles] = {tiles, NB_ITEMS},
+        [KERNEL_nb_crossings] = {chunks > 1 ? heads : 0, NB_ITEMS},
+        [KERNEL_nb_gates] = {heads * chunks, 32},
+        [KERNEL_nb_reduce] = {2 * rows / warps, NB_ITEMS},
+    };
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        backward->items[i] = launches[i].groups * launches[i].size;
+        backward->group[i] = launches[i].size;
+    }
+}
+
+static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, const backward_shape *shape,
+                                    loglin_nvidia_backward *backward) {
+#define BACKWARD_NAME(name) #name,
+    static const char *const names[KERNEL_COUNT] = {BACKWARD_KERNELS(BACKWARD_NAME)};
+#undef BACKWARD_NAME
+    static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_backward_layout.cl", "nvidia_backward.cl",
+                                        NULL};
+    char options[512]; /* 13 numbers of at most 20 digits and their names */
+    (void)snprintf(options, sizeof options,
+                   "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DCHUNK_LEVELS=%zu"
+                   " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu -DSUM_HEADS=%zu -DBLOCK_HEADS=%zu",
+                   shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
+                   shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
+                   shape->unit_bits, shape->sum_heads, shape->block_heads);
+    return loglin_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
+}
+
+/* Local memory of the tiles, which need the most. */
+static size_t local_bytes(const backward_shape *shape) {
+    const size_t columns = (size_t)NB_TILE * NB_COLUMNS * 2, rows = NB_TILE * shape->padded_k * 2;
+    const size_t state = shape->padded_k * NB_COLUMNS * 2;
+    const size_t inputs =
+        shape->tiles_v * (3 * columns + state) + NB_CHUNK * sizeof(float[6]) + sizeof(float[NB_TILE * 8]);
+    return 2 * inputs + rows + sizeof(float[2 * 4 * 4 * 32 * 4]) + sizeof(float[13 * NB_TILE]);
+}
+
+loglin_status loglin_nvidia_backward_create(loglin_device *device, const loglin_problem *problem,
+                                            loglin_nvidia_backward **backward) {
+    const backward_shape shape = find_shape(problem);
+    RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, local_bytes(&shape)));
+    loglin_nvidia_backward *made = calloc(1, sizeof *made);
+    if (made == NULL) {
+        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "NVIDIA engine: out of host memory");
+    }
+    lay_out(problem, &shape, made);
+    count_items(problem, &shape, made);
+    const loglin_status status = create_kernels(device, problem, &shape, made);
+    if (status != LOGLIN_OK) {
+        loglin_nvidia_backward_destroy(made);
+        return status;
+    }
+    *backward = made;
+    return LOGLIN_OK;
+}
+
+void loglin_nvidia_backward_destroy(loglin_nvidia_backward *backward) {
+    if (backward == NULL) {
+        return;
+    }
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        if (backward->kernels[i] != NULL) {
+            clReleaseKernel(backward->kernels[i]);
+        }
+    }
+    free(backward);
+}
+
+size_t loglin_nvidia_backward_workspace(const loglin_nvidia_backward *backward) {
+    return backward->workspace;
+}
+
+/* ---- Execution --------------------------------------------------------------------------------------------------- */
+
+/* A launch goes behind the one before it; the first waits for the caller's events. */
+typedef struct backward_run {
+    const loglin_nvidia_backward *backward;
+    loglin_buffer workspace;
+    cl_command_queue queue;
+    bool in_order;
+    cl_uint num_wait;
+    const cl_event *wait;
+} backward_run;
+
+static cl_int set_buffer(cl_kernel kernel, cl_uint *count, loglin_buffer buffer) {
+    const cl_ulong offset = buffer.offset;
+    const cl_int code = clSetKernelArg(kernel, (*count)++, sizeof(cl_mem), buffer.mem != NULL ? &buffer.mem : NULL);
+    return code == CL_SUCCESS ? clSetKernelArg(kernel, (*count)++, sizeof offset, &offset) : code;
+}
+
+/* Behind the buffers comes `aligned`, for kernels that have it. */
+static loglin_status launch(backward_run *run, backward_kernel id, const loglin_buffer *buffers, size_t num_buffers,
+                            const cl_uint *aligned, cl_event *event) {
+    const loglin_nvidia_backward *backward = run->backward;
+    if (backward->items[id] == 0) {
+        return LOGLIN_OK;
+    }
+    cl_kernel kernel = backward->kernels[id];
+    cl_uint count = 0;
+    cl_int code = clSetKernelArg(kernel, count++, sizeof backward->call, &backward->call);
+    if (code == CL_SUCCESS) {
+        code = set_buffer(kernel, &count, run->workspace);
+    }
+    for (size_t i = 0; code == CL_SUCCESS && i < num_buffers; i++) {
+        code = set_buffer(kernel, &count, buffers[i]);
+    }
+    if (code == CL_SUCCESS && aligned != NULL) {
+        code = clSetKernelArg(kernel, count, sizeof *aligned, aligned);
+    }
+    if (code == CL_SUCCESS && !run->in_order && run->num_wait == 0) {
+        code = clEnqueueBarrierWithWaitList(run->queue, 0, NULL, NULL);
+    }
+    if (code == CL_SUCCESS) {
+        code = clEnqueueNDRangeKernel(run->queue, kernel, 1, NULL, &backward->items[id], &backward->group[id],
+                                      run->num_wait, run->num_wait > 0 ? run->wait : NULL, event);
+    }
+    run->num_wait = 0;
+    return code == CL_SUCCESS
+               ? LOGLIN_OK
+               : loglin_fail(code, "NVIDIA engine, backward kernel %d: %s", (int)id, loglin_strerror(code));
+}
+
+/* Can its rows be moved 16 bytes at a time? */
+static bool is_aligned(loglin_buffer buffer) {
+    return buffer.offset % 8 == 0;
+}
+
+static loglin_status enqueue(backward_run *run, const loglin_call *call, cl_event *event) {
+    const loglin_inputs *in = &call->in;
+    const loglin_gradients *out = &call->out;
+    const cl_uint inputs_aligned = is_aligned(in->v) && is_aligned(call->d_o);
+    const cl_uint all_aligned = inputs_aligned | (cl_uint)is_aligned(out->dv) << 1;
+    const loglin_buffer prepare[] = {in->q, in->k, in->g};
+    const loglin_buffer sums[] = {in->v, call->d_o, in->level_scales};
+    const loglin_buffer rows[] = {in->v, call->d_o, in->level_scales, out->dlevel_scales};
+    const loglin_buffer tiles[] = {in->v, call->d_o, in->level_scales, out->dv, out->dlevel_scales};
+    const loglin_buffer reduce[] = {in->q, in->k, out->dq, out->dk};
+    RETURN_IF_ERROR(launch(run, KERNEL_nb_prepare, prepare, 3, NULL, NULL));
+    RETURN_IF_ERROR(launch(run, KERNEL_nb_since, NULL, 0, NULL, NULL));
+    RETURN_IF_ERROR(launch(run, KERNEL_nb_sums, sums, 3, &inputs_aligned, NULL));
+    RETURN_IF_ERROR(launch(run, KERNEL_nb_tree, NULL, 0, NULL, NULL));
+    RETURN_IF_ERROR(launch(run, KERNEL_nb_rows, rows, 4, &inputs_aligned, NULL));
+    RETURN_IF_ERROR(launch(run, KERNEL_nb_tiles, tiles, 5, &all_aligned, NULL));
+    if (out->dg.mem != NULL) {
+        RETURN_IF_ERROR(launch(run, KERNEL_nb_crossings, NULL, 0, NULL, NULL));
+        RETURN_IF_ERROR(launch(run, KERNEL_nb_gates, &out->dg, 1, NULL, NULL));
+    }
+    return launch(run, KERNEL_nb_reduce, reduce, 4, NULL, event);
+}
+
+loglin_status loglin_nvidia_backward_enqueue(loglin_nvidia_backward *backward, const loglin_call *call,
+                                             loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait,
+                                             const cl_event *wait, cl_event *event) {
+    cl_command_queue_properties properties = 0;
+    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL));
+    backward_run run = {
+        .backward = backward,
+        .workspace = workspace,
+        .queue = queue,
+        .in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0,
+        .num_wait = num_wait,
+        .wait = wait,
+    };
+    return enqueue(&run, call, event);
+}
