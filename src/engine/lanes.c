@@ -21,16 +21,37 @@ typedef struct row {
  * on the architectures that have the instruction.
  */
 static const row table[LOGLIN_LANE_ROWS] = {
-    {"Advanced Micro Devices", true, 12288, {"mma_amd.cl", "MFMA_32X32X8", 256, 32, 2}},
-    {"Advanced Micro Devices", true, 12288, {"mma_amd.cl", "WMMA_GFX11", 256, 32, 4}},
-    {"Advanced Micro Devices", true, 12288, {"mma_amd.cl", "WMMA_GFX12", 256, 32, 4}},
-    {"Intel", true, 12288, {"mma_intel.cl", "DPAS_8X16X16", 256, 32, 4}},
-    {"Intel", true, 12288, {"mma_intel.cl", "DPAS_8X8X16", 256, 32, 4}},
-    {"Intel", false, 16384, {"mma_intel.cl", "FMA_8X16X16", 256, 32, 4}},
-    {NULL, false, 20480, {"mma_portable.cl", NULL, 256, 32, 4}},
-    {NULL, false, 20480, {"mma_portable.cl", NULL, 128, 32, 2}},
-    {NULL, false, 12288, {"mma_portable.cl", NULL, 64, 16, 2}},
+    {"Advanced Micro Devices",
+     true,
+     12288,
+     {.mma = "mma_amd.cl", .instruction = "MFMA_32X32X8", .items = 256, .slab_depth = 32, .teams_rows = 2}},
+    {"Advanced Micro Devices",
+     true,
+     12288,
+     {.mma = "mma_amd.cl", .instruction = "WMMA_GFX11", .items = 256, .slab_depth = 32, .teams_rows = 4}},
+    {"Advanced Micro Devices",
+     true,
+     12288,
+     {.mma = "mma_amd.cl", .instruction = "WMMA_GFX12", .items = 256, .slab_depth = 32, .teams_rows = 4}},
+    {"Intel",
+     true,
+     12288,
+     {.mma = "mma_intel.cl", .instruction = "DPAS_8X16X16", .items = 256, .slab_depth = 32, .teams_rows = 4}},
+    {"Intel",
+     true,
+     12288,
+     {.mma = "mma_intel.cl", .instruction = "DPAS_8X8X16", .items = 256, .slab_depth = 32, .teams_rows = 4}},
+    {"Intel",
+     false,
+     16384,
+     {.mma = "mma_intel.cl", .instruction = "FMA_8X16X16", .items = 256, .slab_depth = 32, .teams_rows = 4}},
+    {NULL, false, 20480, {.mma = "mma_portable.cl", .items = 256, .slab_depth = 32, .teams_rows = 4}},
+    {NULL, false, 20480, {.mma = "mma_portable.cl", .items = 128, .slab_depth = 32, .teams_rows = 2}},
+    {NULL, false, 12288, {.mma = "mma_portable.cl", .items = 64, .slab_depth = 16, .teams_rows = 2}},
 };
+
+const loglin_lane_schedule loglin_small_lanes = {
+    .mma = "mma_portable.cl", .items = 32, .slab_depth = 16, .teams_rows = 1, .slab_rows = 16, .slab_columns = 32};
 
 /* Are the matrix units right?  The device remembers. */
 static bool passes_probe(loglin_device *device, loglin_dtype dtype, size_t at) {
@@ -78,8 +99,14 @@ loglin_status loglin_lanes_choose(loglin_device *device, loglin_dtype dtype, log
 }
 
 void loglin_lanes_options(const loglin_lane_schedule *schedule, char options[LOGLIN_LANE_OPTIONS]) {
-    (void)snprintf(options, LOGLIN_LANE_OPTIONS, "-DLANE_ITEMS=%u -DSLAB_DEPTH=%u -DTEAMS_ROWS=%u%s%s", schedule->items,
-                   schedule->slab_depth, schedule->teams_rows,
-                   schedule->instruction != NULL ? " -DMMA_INSTRUCTION=" : "",
-                   schedule->instruction != NULL ? schedule->instruction : "");
+    int length = snprintf(options, LOGLIN_LANE_OPTIONS, "-DLANE_ITEMS=%u -DSLAB_DEPTH=%u -DTEAMS_ROWS=%u",
+                          schedule->items, schedule->slab_depth, schedule->teams_rows);
+    if (schedule->slab_rows > 0) {
+        length += snprintf(options + length, LOGLIN_LANE_OPTIONS - (size_t)length, " -DSLAB_ROWS=%u -DSLAB_COLUMNS=%u",
+                           schedule->slab_rows, schedule->slab_columns);
+    }
+    if (schedule->instruction != NULL) {
+        (void)snprintf(options + length, LOGLIN_LANE_OPTIONS - (size_t)length, " -DMMA_INSTRUCTION=%s",
+                       schedule->instruction);
+    }
 }

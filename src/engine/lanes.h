@@ -10,7 +10,8 @@ typedef struct loglin_lane_schedule {
     const char *mma;         /* the implementation of the tile interface, a file of cl/ */
     const char *instruction; /* a name of cl/mma_layouts.cl, or NULL */
     unsigned items;
-    unsigned slab_depth, teams_rows; /* of no meaning to a single item */
+    unsigned slab_depth, teams_rows;  /* of no meaning to a single item */
+    unsigned slab_rows, slab_columns; /* 0: those of cl/portable_items.cl */
 } loglin_lane_schedule;
 
 enum { LOGLIN_LANE_OPTIONS = 128 }; /* room for the text below */
@@ -29,5 +30,8 @@ void loglin_lanes_options(const loglin_lane_schedule *schedule, char options[LOG
  * right, and the sub-groups are the size that the instruction needs.
  */
 loglin_status loglin_lanes_probe(loglin_device *device, loglin_dtype dtype, const loglin_lane_schedule *schedule);
+
+/* One team on one tile, for matrices of up to 32 by 32, which would leave most of a larger slab empty. */
+extern const loglin_lane_schedule loglin_small_lanes;
 
 #endif

@@ -327,10 +327,18 @@ static loglin_status create_lane_kernels(loglin_device *device, const loglin_pro
     return create_kernels(device, files, options, first, end, state);
 }
 
+/* Do small tiles cover the lane's matrices? */
+static bool is_small(const loglin_problem *problem, const lane_shape *shape) {
+    return problem->chunk <= 32 && shape->pad_k <= 32 && shape->pad_v <= 32;
+}
+
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     RETURN_IF_ERROR(loglin_lanes_choose(device, problem->dtype, &state->schedule));
     RETURN_IF_ERROR(lay_out(device, problem, configuration->values, state));
+    if (state->schedule.items > loglin_small_lanes.items && is_small(problem, &state->shape)) {
+        state->schedule = loglin_small_lanes;
+    }
     RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
     const bool spread = state->shape.spread > 0;
     const unsigned tile_rows = configuration->values[LOGLIN_TUNABLE_TILE_ROWS];
