@@ -38,8 +38,13 @@
 #error "the teams' tiles do not cover a slab"
 #endif
 
+/* Inlined some thirty times, a product takes so many registers on AMD that they are spilled. */
 #ifndef PRODUCT_CALL
+#ifdef __AMDGCN__
+#define PRODUCT_CALL __attribute__((noinline))
+#else
 #define PRODUCT_CALL
+#endif
 #endif
 #define SLAB_FLOATS ((MMA_A_SIZE + MMA_B_SIZE) * sizeof(mma_element) / sizeof(float))
 
