@@ -16,7 +16,8 @@
 typedef struct device_limits {
     bool given; /* any of those below */
     bool gpu, no_double, no_half, no_subgroups;
-    size_t local, group, allocation; /* 0: the device's own */
+    size_t local, group, allocation, memory; /* 0: the device's own */
+    char vendor[64];                         /* "": the device's own */
 } device_limits;
 
 static device_limits limits;
@@ -33,7 +34,10 @@ static void parse_word(const char *word) {
     const struct {
         const char *name;
         size_t *size;
-    } sizes[] = {{"local=", &limits.local}, {"group=", &limits.group}, {"allocation=", &limits.allocation}};
+    } sizes[] = {{"local=", &limits.local},
+                 {"group=", &limits.group},
+                 {"allocation=", &limits.allocation},
+                 {"memory=", &limits.memory}};
     for (size_t i = 0; i < sizeof flags / sizeof flags[0]; i++) {
         if (strcmp(word, flags[i].name) == 0) {
             *flags[i].flag = true;
@@ -49,6 +53,10 @@ static void parse_word(const char *word) {
                 return;
             }
         }
+    }
+    if (strncmp(word, "vendor=", 7) == 0 && strlen(word + 7) < sizeof limits.vendor) {
+        (void)snprintf(limits.vendor, sizeof limits.vendor, "%s", word + 7);
+        return;
     }
     support_die("the limits of the device have \"%s\", which support_limits.h does not know", word);
 }
@@ -142,6 +150,9 @@ static void limit_answer(cl_device_info what, size_t size, void *value, const de
     case CL_DEVICE_MAX_MEM_ALLOC_SIZE:
         cap_ulong(value, of->allocation);
         return;
+    case CL_DEVICE_GLOBAL_MEM_SIZE:
+        cap_ulong(value, of->memory);
+        return;
     case CL_DEVICE_MAX_WORK_GROUP_SIZE:
         cap_size(value, of->group);
         return;
@@ -173,9 +184,26 @@ static void limit_answer(cl_device_info what, size_t size, void *value, const de
     }
 }
 
+static cl_int answer_text(const char *text, size_t capacity, char *value, size_t *size) {
+    const size_t whole = strlen(text) + 1;
+    if (value != NULL && capacity < whole) {
+        return CL_INVALID_VALUE;
+    }
+    if (value != NULL) {
+        memcpy(value, text, whole);
+    }
+    if (size != NULL) {
+        *size = whole;
+    }
+    return CL_SUCCESS;
+}
+
 CL_API_ENTRY cl_int CL_API_CALL clGetDeviceInfo(cl_device_id device, cl_device_info what, size_t capacity, void *value,
                                                 size_t *size) {
     NEXT(clGetDeviceInfo)
+    if (what == CL_DEVICE_VENDOR && get_limits()->vendor[0] != '\0') {
+        return answer_text(limits.vendor, capacity, value, size);
+    }
     size_t written = 0;
     const cl_int code = next(device, what, capacity, value, &written);
     if (code == CL_SUCCESS && value != NULL && support_is_limited()) {

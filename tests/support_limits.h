@@ -13,9 +13,11 @@
 /*
  * The limits of this process, before its first OpenCL call: words apart by commas, "" or NULL for none.
  *     gpu              says that it is a GPU, with vectors of one float
+ *     vendor=NAME      says that it is this vendor's
  *     local=BYTES      of local memory
  *     group=ITEMS      of a work-group
  *     allocation=BYTES of a buffer
+ *     memory=BYTES     in all
  *     no-double        and source text that uses it does not compile
  *     no-half          cl_khr_fp16 is not offered
  *     no-subgroups     nor are sub-groups

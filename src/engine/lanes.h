@@ -7,14 +7,29 @@
 
 /* A lane's work-items, and how they share a product out: see cl/portable_product.cl. */
 typedef struct loglin_lane_schedule {
-    const char *mma; /* the implementation of the tile interface, a file of cl/ */
+    const char *mma;         /* the implementation of the tile interface, a file of cl/ */
+    const char *instruction; /* a name of cl/mma_layouts.cl, or NULL */
     unsigned items;
     unsigned slab_depth, teams_rows;  /* of no meaning to a single item */
     unsigned slab_rows, slab_columns; /* 0: those of cl/portable_items.cl */
 } loglin_lane_schedule;
 
-/* The first schedule of the table that the device can run; LOGLIN_UNSUPPORTED if it can run none. */
-loglin_status loglin_lanes_choose(loglin_device *device, loglin_lane_schedule *schedule);
+enum { LOGLIN_LANE_OPTIONS = 128 }; /* room for the text below */
+
+/*
+ * The first schedule of the table that the device can run with storage of this type: matrix units are tried out before they
+ * are trusted.  LOGLIN_UNSUPPORTED if it can run none.
+ */
+loglin_status loglin_lanes_choose(loglin_device *device, loglin_dtype dtype, loglin_lane_schedule *schedule);
+
+/* The build options of a schedule. */
+void loglin_lanes_options(const loglin_lane_schedule *schedule, char options[LOGLIN_LANE_OPTIONS]);
+
+/*
+ * Multiplies two small matrices on the device by a schedule with an instruction, cl/mma_probe.cl: LOGLIN_OK if the product is
+ * right, and the sub-groups are the size that the instruction needs.
+ */
+loglin_status loglin_lanes_probe(loglin_device *device, loglin_dtype dtype, const loglin_lane_schedule *schedule);
 
 /* One team on one tile, for matrices of up to 32 by 32, which would leave most of a larger slab empty. */
 extern const loglin_lane_schedule loglin_small_lanes;

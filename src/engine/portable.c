@@ -313,35 +313,21 @@ static loglin_status create_slot_kernels(loglin_device *device, const loglin_pro
 static loglin_status create_lane_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
                                          unsigned tile_rows, portable_kernel first, portable_kernel end,
                                          loglin_engine_state *state) {
-    const loglin_lane_schedule *schedule = &state->schedule;
-    const char *const files[] = {"panel.cl",
-                                 "common.cl",
-                                 "chunk_layout.cl",
-                                 "portable_items.cl",
-                                 schedule->mma,
-                                 "portable_product.cl",
-                                 "portable_layout.cl",
-                                 "portable_chunk.cl",
-                                 "portable_states.cl",
-                                 "portable_forward.cl",
-                                 "portable_spread.cl",
-                                 "portable_backward.cl",
-                                 NULL};
-    char slab[64] = "", options[896];
-    if (schedule->slab_rows > 0) {
-        (void)snprintf(slab, sizeof slab, " -DSLAB_ROWS=%u -DSLAB_COLUMNS=%u", schedule->slab_rows,
-                       schedule->slab_columns);
-    }
+    const char *const files[] = {
+        "panel.cl",           "common.cl",           "chunk_layout.cl",     "portable_items.cl",    "mma_layouts.cl",
+        state->schedule.mma,  "mma_fragments.cl",    "portable_product.cl", "portable_layout.cl",   "portable_chunk.cl",
+        "portable_states.cl", "portable_forward.cl", "portable_spread.cl",  "portable_backward.cl", NULL};
+    char lanes[LOGLIN_LANE_OPTIONS], options[LOGLIN_LANE_OPTIONS + 640];
+    loglin_lanes_options(&state->schedule, lanes);
     (void)snprintf(options, sizeof options,
-                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d -DLANE_ITEMS=%u -DSLAB_DEPTH=%u -DTEAMS_ROWS=%u%s "
-                   "-DVECTOR=%d -DTILE_ROWS=%u -DDIM_K=%zu -DDIM_V=%zu -DCHUNK=%zu "
+                   "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d %s -DVECTOR=%d -DTILE_ROWS=%u -DDIM_K=%zu -DDIM_V=%zu "
+                   "-DCHUNK=%zu "
                    "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
                    "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSPREAD=%zu -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
-                   (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG,
-                   schedule->items, schedule->slab_depth, schedule->teams_rows, slab, vector_width(device), tile_rows,
-                   problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k, shape->pad_v, shape->heads,
-                   shape->columns, shape->pool, state->panel.delta, state->panel.near, problem->normalize_qk != 0,
-                   is_backward(shape), shape->spread, shape->segment, shape->segments);
+                   (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG, lanes,
+                   vector_width(device), tile_rows, problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k,
+                   shape->pad_v, shape->heads, shape->columns, shape->pool, state->panel.delta, state->panel.near,
+                   problem->normalize_qk != 0, is_backward(shape), shape->spread, shape->segment, shape->segments);
     return create_kernels(device, files, options, first, end, state);
 }
 
@@ -352,7 +338,7 @@ static bool is_small(const loglin_problem *problem, const lane_shape *shape) {
 
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
-    RETURN_IF_ERROR(loglin_lanes_choose(device, &state->schedule));
+    RETURN_IF_ERROR(loglin_lanes_choose(device, problem->dtype, &state->schedule));
     RETURN_IF_ERROR(lay_out(device, problem, configuration->values, state));
     if (state->schedule.items > loglin_small_lanes.items && is_small(problem, &state->shape)) {
         state->schedule = loglin_small_lanes;

@@ -16,7 +16,7 @@ enum { SMALL_LAYER_BYTES = 2 << 20 };
 enum { TOKEN_LOCAL = 512, TOKEN_GROUPS = 1 };
 #define TOKEN_OPTIONS " -cl-nv-maxrregcount=128 -DIN_FLIGHT=16" /* so many registers leave room for such a group */
 
-enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 12 };
+enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 12, GPU_TILE = 1 };
 
 static const char *const kernel_names[] = {
 #define LOGLIN_MODEL_KERNEL_NAME(name) #name,
@@ -106,6 +106,11 @@ static void write_token_options(const loglin_session *session, char *options, si
         loglin_whole_blocks(lm->vocabulary));
 }
 
+/* Tokens of a tile of registers; a GPU has no use for the kernels that take one. */
+static int tile_tokens(const loglin_device *device) {
+    return !device->is_cpu ? GPU_TILE : vector_width(device) >= 16 ? TILE_OF_16 : TILE_OF_8;
+}
+
 loglin_status loglin_session_build(loglin_session *session, const loglin_problem *step) {
     static const char *const files[] = {"common.cl", "model.cl", NULL};
     static const char *const token_files[] = {"common.cl", "step.cl", "model.cl", "token.cl", NULL};
@@ -133,7 +138,7 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
         "-DSTORAGE=%d -DMATRIX=%d -DLOCAL=%zu -DTILE=%d -DBLOCKS=%d -DHEADS=%zu -DDIM_V=%zu -DLEVELS=%zu -DTAPS=%zu "
         "-DCHANNELS=%zu -DQ_AT=%zu -DK_AT=%zu -DV_AT=%zu -DQK_CHANNELS=%zu -DZ_AT=%zu -DCONV_AT=%zu "
         "-DDT_AT=%zu -DBETA_AT=%zu -DLEVEL_AT=%zu -DSEGMENT=%zu -DDELTA=%d -DGATE_FIRST=%d -DSHUFFLES=%d %s%s%s",
-        (int)model->options.dtype, (int)model->matrix_dtype, program->local, wide ? TILE_OF_16 : TILE_OF_8,
+        (int)model->options.dtype, (int)model->matrix_dtype, program->local, tile_tokens(device),
         wide ? 2 : 1, lm->heads, lm->dim_v, lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v,
         lm->groups * lm->dim_k, in->z, in->conv, in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA,
         lm->gate_first, program->shuffles, program->token_groups > 0 ? of_step : "", of_token,

@@ -15,6 +15,10 @@ struct loglin_nvidia_probe {
     size_t passed, failed;
 };
 
+/* Whether matrix units have given right products, for each row of engine/lanes.c's table and each storage type. */
+enum { LOGLIN_LANE_ROWS = 9 };
+enum loglin_probe_outcome { LOGLIN_PROBE_UNKNOWN, LOGLIN_PROBE_PASSED, LOGLIN_PROBE_FAILED };
+
 struct loglin_device {
     atomic_uint references;
     cl_context context;
@@ -27,6 +31,7 @@ struct loglin_device {
     mtx_t lock;            /* of all below */
     struct loglin_program *programs;
     struct loglin_nvidia_probe nvidia_probe[2][2]; /* of bfloat16, of half; with mma.sync, with wgmma */
+    enum loglin_probe_outcome lane_probes[LOGLIN_LANE_ROWS][LOGLIN_BF16 + 1];
     bool gemm_ready;                               /* engine/gemm.c has set CLBlast up for this device */
 };
 

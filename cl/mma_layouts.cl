@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Which item of a team, and which of its registers, holds which element of the operands of a matrix instruction: one
+ * table for all of them, in both directions.  C (ROWS by COLUMNS) += A (ROWS by DEPTH) B (DEPTH by COLUMNS); i is a row of
+ * C, j a column, k the inner index; `lane` is an item's number in its team and x counts the 16-bit (C: 32-bit) elements
+ * that an item holds, in the order of its registers, low halves first.
+ *
+ *     A_LANE A_INDEX B_LANE B_INDEX C_LANE C_INDEX     element -> lane, x: as the vendor's document puts it
+ *     A_ROW A_K B_K B_COLUMN C_ROW C_COLUMN            lane, x -> element: what the kernels use
+ *
+ * The emulation of an instruction (cl/mma_fragments.cl) goes by the first direction alone, and the kernels that feed it by
+ * the second: an error in either gives wrong products.  A_COPIES: lanes 16 apart that must hold the same elements of A, B.
+ *
+ * MMA_INSTRUCTION: one of the names below; not defined: the tile products do without one, and this file is empty.  MMA_EMULATED, if it is defined, names the instruction that is emulated; a
+ * device that emulates one has no other.
+ */
+#ifdef MMA_INSTRUCTION
+#define MFMA_32X32X8 1
+#define WMMA_GFX11 2
+#define WMMA_GFX12 3
+#define DPAS_8X8X16 4
+#define DPAS_8X16X16 5
+#define FMA_8X16X16 6
+
+#if defined(MMA_EMULATED) && MMA_EMULATED != MMA_INSTRUCTION
+#error "this device has no such instruction"
+#endif
+
+/*
+ * v_mfma_f32_32x32x8_f16 and _bf16_1k, waves of 64: gfx90a, gfx942, gfx950.  AMD Matrix Instruction Calculator,
+ * `matrix_calculator.py -a cdna3 -i v_mfma_f32_32x32x8_f16 -d`: "A[i][k] GPR: (floor(k / 2) % 2).[16*(k % 2)+15 :
+ * 16*(k % 2)], Lane: 32 * floor(k / 4) + i"; "D[i][j] GPR: 4 * floor(i / 8) + (i % 4), Lane: (32 * floor(i / 4)) % 64 + j".
+ */
+#if MMA_INSTRUCTION == MFMA_32X32X8
+#define MMA_TEAM 64
+#define MMA_ROWS 32
+#define MMA_COLUMNS 32
+#define MMA_DEPTH 8
+#define A_COPIES 1
+#define A_LANE(i, k) (32 * ((k) / 4) + (i))
+#define A_INDEX(i, k) ((k) % 4)
+#define B_LANE(k, j) (32 * ((k) / 4) + (j))
+#define B_INDEX(k, j) ((k) % 4)
+#define C_LANE(i, j) (32 * ((i) / 4) % 64 + (j))
+#define C_INDEX(i, j) (4 * ((i) / 8) + (i) % 4)
+#define A_ROW(lane, x) ((lane) % 32)
+#define A_K(lane, x) ((lane) / 32 * 4 + (x))
+#define B_K(lane, x) ((lane) / 32 * 4 + (x))
+#define B_COLUMN(lane, x) ((lane) % 32)
+#define C_ROW(lane, x) ((x) / 4 * 8 + (lane) / 32 * 4 + (x) % 4)
+#define C_COLUMN(lane, x) ((lane) % 32)
+
+/*
+ * v_wmma_f32_16x16x16_f16 and _bf16, waves of 32: gfx11.  AMD Matrix Instruction Calculator, `-a rdna3 -i
+ * v_wmma_f32_16x16x16_f16 -w 32`: A[i][k] is in element k % 2 of GPR floor(k / 2) of lanes i and i + 16, B[k][j] likewise of
+ * j and j + 16; D[i][j] in GPR floor((16 * i) / 32), lane (16 * i) % 32 + j.  The same: "How to accelerate AI applications
+ * on RDNA 3 using WMMA", gpuopen.com/learn/wmma_on_rdna3.
+ */
+#elif MMA_INSTRUCTION == WMMA_GFX11
+#define MMA_TEAM 32
+#define MMA_ROWS 16
+#define MMA_COLUMNS 16
+#define MMA_DEPTH 16
+#define A_COPIES 2
+#define A_LANE(i, k) (i)
+#define A_INDEX(i, k) (k)
+#define B_LANE(k, j) (j)
+#define B_INDEX(k, j) (k)
+#define C_LANE(i, j) (16 * (i) % 32 + (j))
+#define C_INDEX(i, j) (16 * (i) / 32)
+#define A_ROW(lane, x) ((lane) % 16)
+#define A_K(lane, x) (x)
+#define B_K(lane, x) (x)
+#define B_COLUMN(lane, x) ((lane) % 16)
+#define C_ROW(lane, x) ((x) * 2 + (lane) / 16)
+#define C_COLUMN(lane, x) ((lane) % 16)
+
+/*
+ * v_wmma_f32_16x16x16_f16 and _bf16, waves of 32: gfx12, where nothing is held twice.  "Using the Matrix Cores of AMD RDNA 4
+ * architecture GPUs", gpuopen.com/learn/using_matrix_core_amd_rdna4: a lane holds 8 elements of a row of A, or of a column of
+ * B, lanes 0 to 15 those of k = 0 .. 7 and lanes 16 to 31 the others; of D the rows 0 .. 7 of a column, or 8 .. 15.
+ */
+#elif MMA_INSTRUCTION == WMMA_GFX12
+#define MMA_TEAM 32
+#define MMA_ROWS 16
+#define MMA_COLUMNS 16
+#define MMA_DEPTH 16
+#define A_COPIES 1
+#define A_LANE(i, k) (16 * ((k) / 8) + (i))
+#define A_INDEX(i, k) ((k) % 8)
+#define B_LANE(k, j) (16 * ((k) / 8) + (j))
+#define B_INDEX(k, j) ((k) % 8)
+#define C_LANE(i, j) (16 * ((i) / 8) + (j))
+#define C_INDEX(i, j) ((i) % 8)
+#define A_ROW(lane, x) ((lane) % 16)
+#define A_K(lane, x) ((lane) / 16 * 8 + (x))
+#define B_K(lane, x) ((lane) / 16 * 8 + (x))
+#define B_COLUMN(lane, x) ((lane) % 16)
+#define C_ROW(lane, x) ((lane) / 16 * 8 + (x))
+#define C_COLUMN(lane, x) ((lane) % 16)
+
+/*
+ * intel_sub_group_f16_f16_matrix_mad_k16 and _bf16_bf16_, 8 rows.  The text of the extension
+ * cl_intel_subgroup_matrix_multiply_accumulate: component i of the first operand is row i, of which each item contributes
+ * 32 bits where the smallest sub-group is 8, that is two elements, and 16 bits where it is 16; "each work item contributes
+ * one column" of B, its elements packed in the order of k, and one column of C, component i being row i.
+ */
+#elif MMA_INSTRUCTION == DPAS_8X8X16
+#define MMA_TEAM 8
+#define MMA_ROWS 8
+#define MMA_COLUMNS 8
+#define MMA_DEPTH 16
+#define A_COPIES 1
+#define A_LANE(i, k) ((k) / 2)
+#define A_INDEX(i, k) (2 * (i) + (k) % 2)
+#define B_LANE(k, j) (j)
+#define B_INDEX(k, j) (k)
+#define C_LANE(i, j) (j)
+#define C_INDEX(i, j) (i)
+#define A_ROW(lane, x) ((x) / 2)
+#define A_K(lane, x) ((lane) * 2 + (x) % 2)
+#define B_K(lane, x) (x)
+#define B_COLUMN(lane, x) (lane)
+#define C_ROW(lane, x) (x)
+#define C_COLUMN(lane, x) (lane)
+
+/* The same for sub-groups of 16, and our own sequence of fused multiply-adds and shuffles, which holds floats. */
+#elif MMA_INSTRUCTION == DPAS_8X16X16 || MMA_INSTRUCTION == FMA_8X16X16
+#define MMA_TEAM 16
+#define MMA_ROWS 8
+#define MMA_COLUMNS 16
+#define MMA_DEPTH 16
+#define A_COPIES 1
+#define A_LANE(i, k) (k)
+#define A_INDEX(i, k) (i)
+#define B_LANE(k, j) (j)
+#define B_INDEX(k, j) (k)
+#define C_LANE(i, j) (j)
+#define C_INDEX(i, j) (i)
+#define A_ROW(lane, x) (x)
+#define A_K(lane, x) (lane)
+#define B_K(lane, x) (x)
+#define B_COLUMN(lane, x) (lane)
+#define C_ROW(lane, x) (x)
+#define C_COLUMN(lane, x) (lane)
+#endif
+
+/* ---- What all of them have in common ----------------------------------------------------------------------------- */
+
+#define A_HELD (A_COPIES * MMA_ROWS * MMA_DEPTH / MMA_TEAM) /* elements of an item */
+#define B_HELD (A_COPIES * MMA_DEPTH * MMA_COLUMNS / MMA_TEAM)
+#define MMA_ELEMENTS (MMA_ROWS * MMA_COLUMNS / MMA_TEAM)
+#define MMA_LANE ((uint)get_local_id(0) % MMA_TEAM)
+
+uint mma_row(uint i) { return C_ROW(MMA_LANE, i); }
+uint mma_column(uint i) { return C_COLUMN(MMA_LANE, i); }
+
+#if MMA_INSTRUCTION == FMA_8X16X16
+typedef float mma_element;
+mma_element mma_round(float x) { return x; }
+float mma_widen(mma_element x) { return x; }
+#elif STORAGE == 2
+typedef ushort mma_element;
+mma_element mma_round(float x) { return float_to_bfloat(x); }
+float mma_widen(mma_element x) { return bfloat_to_float(x); }
+#else
+typedef ushort mma_element;
+mma_element mma_round(float x) {
+    mma_element bits;
+    vstore_half_rte(x, 0, (half *)&bits);
+    return bits;
+}
+float mma_widen(mma_element x) { return vload_half(0, (const half *)&x); }
+#endif
+#endif

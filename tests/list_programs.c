@@ -1,0 +1,304 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * list_programs [--all] TARGET FOLDER: the programs that the library builds on a GPU that is not there.
+ *
+ * Plans are made, and models opened, as on a device of that kind; for this some of OpenCL's functions are defined here, in
+ * front of the loader's: the device describes itself as the target, programs are written to FOLDER in place of being built,
+ * and nothing runs.  What a device is asked by a trial run (the --wrap options in CMakeLists.txt) is answered by the table
+ * of targets.  For each program there is FOLDER/HASH.cl, and a line on standard output:
+ *     HASH, what it was first wanted for, its build options        with tabs between
+ */
+#define _GNU_SOURCE /* RTLD_NEXT */
+
+#include "engine/gemm.h"
+#include "engine/lanes.h"
+#include "engine/nvidia.h"
+#include "loglin_model.h"
+#include "support.h"
+
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- The targets ------------------------------------------------------------------------------------------------- */
+
+typedef struct target {
+    const char *name, *vendor;
+    size_t group, local;
+    bool has_nvidia_units;   /* mma.sync with bfloat16, cp.async */
+    const char *instruction; /* of cl/mma_layouts.cl, or NULL */
+} target;
+
+static const target targets[] = {
+    {"gfx90a", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
+    {"gfx942", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
+    {"gfx950", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
+    {"gfx1030", "Advanced Micro Devices, Inc.", 256, 65536, false, NULL},
+    {"gfx1100", "Advanced Micro Devices, Inc.", 256, 65536, false, "WMMA_GFX11"},
+    {"gfx1201", "Advanced Micro Devices, Inc.", 256, 65536, false, "WMMA_GFX12"},
+    {"skl", "Intel(R) Corporation", 256, 65536, false, NULL},
+    {"tgllp", "Intel(R) Corporation", 512, 65536, false, NULL},
+    {"dg2", "Intel(R) Corporation", 512, 65536, false, "DPAS_8X8X16"},
+    {"pvc", "Intel(R) Corporation", 512, 131072, false, "DPAS_8X16X16"},
+    {"sm_70", "NVIDIA Corporation", 1024, 49152, false, NULL},
+    {"sm_80", "NVIDIA Corporation", 1024, 49152, true, NULL},
+    {"sm_90", "NVIDIA Corporation", 1024, 49152, true, NULL},
+    {"sm_120", "NVIDIA Corporation", 1024, 49152, true, NULL},
+    {"spirv", "any", 256, 32768, false, NULL}, /* what a driver that knows nothing better is given */
+};
+
+static const target *the_target;
+
+/* ---- The device that is not there -------------------------------------------------------------------------------- */
+
+#pragma GCC visibility push(default)
+
+CL_API_ENTRY cl_int CL_API_CALL clGetDeviceInfo(cl_device_id device, cl_device_info what, size_t capacity, void *value,
+                                                size_t *size) {
+    static __typeof__(&clGetDeviceInfo) next;
+    *(void **)&next = dlsym(RTLD_NEXT, "clGetDeviceInfo");
+    const cl_device_type type = CL_DEVICE_TYPE_GPU;
+    const cl_ulong local = the_target->local, memory = (cl_ulong)64 << 30;
+    const cl_uint units = 64, width = 1;
+    const struct {
+        cl_device_info what;
+        const void *value;
+        size_t size;
+    } answers[] = {{CL_DEVICE_TYPE, &type, sizeof type},
+                   {CL_DEVICE_NAME, the_target->name, strlen(the_target->name) + 1},
+                   {CL_DEVICE_VENDOR, the_target->vendor, strlen(the_target->vendor) + 1},
+                   {CL_DEVICE_MAX_WORK_GROUP_SIZE, &the_target->group, sizeof(size_t)},
+                   {CL_DEVICE_LOCAL_MEM_SIZE, &local, sizeof local},
+                   {CL_DEVICE_MAX_MEM_ALLOC_SIZE, &memory, sizeof memory},
+                   {CL_DEVICE_GLOBAL_MEM_SIZE, &memory, sizeof memory},
+                   {CL_DEVICE_MAX_COMPUTE_UNITS, &units, sizeof units},
+                   {CL_DEVICE_NATIVE_VECTOR_WIDTH_FLOAT, &width, sizeof width}};
+    for (size_t i = 0; i < sizeof answers / sizeof answers[0]; i++) {
+        if (answers[i].what == what) {
+            if (value != NULL) {
+                memcpy(value, answers[i].value, answers[i].size < capacity ? answers[i].size : capacity);
+            }
+            if (size != NULL) {
+                *size = answers[i].size;
+            }
+            return CL_SUCCESS;
+        }
+    }
+    return next(device, what, capacity, value, size);
+}
+
+/* What programs and kernels are here. */
+typedef struct listed {
+    char *text;
+} listed;
+
+CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithSource(cl_context context, cl_uint count, const char **strings,
+                                                              const size_t *lengths, cl_int *code) {
+    (void)context;
+    size_t length = 0;
+    listed *made = support_alloc(1, sizeof *made);
+    for (cl_uint i = 0; i < count; i++) {
+        const size_t more = lengths != NULL && lengths[i] > 0 ? lengths[i] : strlen(strings[i]);
+        char *grown = realloc(made->text, length + more + 1);
+        if (grown == NULL) {
+            support_die("out of memory for %zu bytes", length + more);
+        }
+        memcpy(grown + length, strings[i], more);
+        length += more;
+        grown[length] = '\0';
+        made->text = grown;
+    }
+    *code = CL_SUCCESS;
+    return (cl_program)made;
+}
+
+static const char *folder, *purpose;
+
+CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count, const cl_device_id *devices,
+                                               const char *options,
+                                               void(CL_CALLBACK *notify)(cl_program program, void *data), void *data) {
+    (void)count, (void)devices, (void)notify, (void)data;
+    const listed *of = (const listed *)program;
+    uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
+    const char *const parts[] = {of->text, options};
+    for (size_t i = 0; i < 2; i++) {
+        for (const char *at = parts[i]; *at != '\0'; at++) {
+            hash = (hash ^ (unsigned char)*at) * 0x100000001b3u;
+        }
+    }
+    char path[512];
+    (void)snprintf(path, sizeof path, "%s/%016llx.cl", folder, (unsigned long long)hash);
+    FILE *file = fopen(path, "wx");
+    if (file != NULL) { /* else it was listed before */
+        (void)fputs(of->text, file);
+        (void)fclose(file);
+        (void)printf("%016llx\t%s\t%s\n", (unsigned long long)hash, purpose, options);
+    }
+    return CL_SUCCESS;
+}
+
+CL_API_ENTRY cl_kernel CL_API_CALL clCreateKernel(cl_program program, const char *name, cl_int *code) {
+    (void)program, (void)name;
+    *code = CL_SUCCESS;
+    return (cl_kernel)support_alloc(1, sizeof(listed));
+}
+
+CL_API_ENTRY cl_int CL_API_CALL clReleaseKernel(cl_kernel kernel) {
+    free(kernel);
+    return CL_SUCCESS;
+}
+
+CL_API_ENTRY cl_int CL_API_CALL clReleaseProgram(cl_program program) {
+    free(((listed *)program)->text);
+    free(program);
+    return CL_SUCCESS;
+}
+
+CL_API_ENTRY cl_int CL_API_CALL clSetKernelArg(cl_kernel kernel, cl_uint index, size_t size, const void *value) {
+    (void)kernel, (void)index, (void)size, (void)value;
+    return CL_SUCCESS;
+}
+
+CL_API_ENTRY cl_int CL_API_CALL clEnqueueNDRangeKernel(cl_command_queue queue, cl_kernel kernel, cl_uint dimensions,
+                                                       const size_t *offset, const size_t *global, const size_t *local,
+                                                       cl_uint num_wait, const cl_event *wait, cl_event *event) {
+    (void)queue, (void)kernel, (void)dimensions, (void)offset, (void)global, (void)local, (void)num_wait, (void)wait;
+    if (event != NULL) {
+        *event = NULL;
+    }
+    return CL_SUCCESS;
+}
+
+#pragma GCC visibility pop
+
+/* ---- What a device is asked by a trial run ----------------------------------------------------------------------- */
+
+loglin_status __real_loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
+loglin_status __wrap_loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
+loglin_status __real_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
+                                        const loglin_lane_schedule *schedule);
+loglin_status __wrap_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
+                                        const loglin_lane_schedule *schedule);
+loglin_status __wrap_loglin_gemm_prepare(loglin_device *device, const loglin_gemm_parameters *parameters);
+
+/* The trial run's program is listed; its answer means nothing here. */
+loglin_status __wrap_loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
+    if (!the_target->has_nvidia_units) {
+        return LOGLIN_UNSUPPORTED;
+    }
+    (void)__real_loglin_nvidia_probe(device, dtype, local_bytes);
+    return LOGLIN_OK;
+}
+
+loglin_status __wrap_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
+                                        const loglin_lane_schedule *schedule) {
+    const bool is_intel = strstr(the_target->vendor, "Intel") != NULL;
+    const char *own = the_target->instruction != NULL ? the_target->instruction : "";
+    if (strcmp(schedule->instruction, own) != 0 && !(is_intel && strcmp(schedule->instruction, "FMA_8X16X16") == 0)) {
+        return LOGLIN_UNSUPPORTED;
+    }
+    (void)__real_loglin_lanes_probe(device, dtype, schedule);
+    return LOGLIN_OK;
+}
+
+/* CLBlast's kernels are CLBlast's. */
+loglin_status __wrap_loglin_gemm_prepare(loglin_device *device, const loglin_gemm_parameters *parameters) {
+    (void)device, (void)parameters;
+    return LOGLIN_OK;
+}
+
+/* ---- What is planned --------------------------------------------------------------------------------------------- */
+
+static void plan(loglin_device *device, loglin_problem problem, loglin_engine engine) {
+    static const char *const dtypes[] = {"f32", "f16", "bf16"};
+    static const char *const phases[] = {
+        [LOGLIN_FORWARD] = "forward", [LOGLIN_FORWARD | LOGLIN_BACKWARD] = "backward", [LOGLIN_STEP] = "step"};
+    char text[128];
+    (void)snprintf(text, sizeof text, "%s %s %s %s K%zu V%zu%s", problem.op == LOGLIN_MAMBA2 ? "mamba2" : "delta",
+                   problem.partition == LOGLIN_STRONG ? "strong" : "weak", dtypes[problem.dtype],
+                   phases[problem.phases], problem.dim_k, problem.dim_v, problem.normalize_qk ? " normalised" : "");
+    purpose = text;
+    problem.engine = engine;
+    loglin_plan *made = NULL;
+    const loglin_status status = loglin_plan_create(device, &problem, &made);
+    if (status != LOGLIN_OK && status != LOGLIN_UNSUPPORTED) {
+        support_die("%s: %s", text, loglin_last_error());
+    }
+    loglin_plan_destroy(made);
+}
+
+/* Every phase of a problem on every engine. */
+static void plan_phases(loglin_device *device, loglin_problem problem) {
+    static const unsigned phases[] = {LOGLIN_FORWARD, LOGLIN_FORWARD | LOGLIN_BACKWARD, LOGLIN_STEP};
+    for (size_t i = 0; i < sizeof phases / sizeof phases[0]; i++) {
+        problem.phases = phases[i];
+        plan(device, problem, LOGLIN_ENGINE_FUSED);
+        plan(device, problem, LOGLIN_ENGINE_BLAS);
+    }
+}
+
+typedef struct dimensions {
+    size_t k, v;
+} dimensions;
+
+/* The paper's shape in every type for both operators; with `all`, every combination. */
+static void plan_classes(loglin_device *device, bool all) {
+    static const dimensions shapes[] = {{128, 64}, {128, 128}, {64, 64}, {256, 256}, {20, 24}};
+    for (size_t shape = 0; shape < (all ? sizeof shapes / sizeof shapes[0] : 1); shape++) {
+        for (int kind = 0; kind < 24; kind++) {
+            loglin_problem problem = {.op = kind % 2 == 0 ? LOGLIN_MAMBA2 : LOGLIN_GATED_DELTA,
+                                      .partition = kind / 2 % 2 == 0 ? LOGLIN_WEAK : LOGLIN_STRONG,
+                                      .dtype = (loglin_dtype)(kind / 4 % 3),
+                                      .batch = 2,
+                                      .length = 8192,
+                                      .heads = 8,
+                                      .groups = 1,
+                                      .dim_k = shapes[shape].k,
+                                      .dim_v = shapes[shape].v,
+                                      .levels = loglin_num_levels(8192),
+                                      .normalize_qk = kind / 12 % 2};
+            problem.weight_dtype = problem.dtype;
+            if (all || (problem.partition == LOGLIN_WEAK && !problem.normalize_qk) ||
+                (problem.partition == LOGLIN_STRONG && problem.normalize_qk && problem.dtype == LOGLIN_BF16)) {
+                plan_phases(device, problem);
+            }
+        }
+    }
+}
+
+static void open_models(loglin_device *device, cl_command_queue queue) {
+    static const char *const models[] = {TEST_DATA_DIR "/kjv-loglin-mamba2", TEST_DATA_DIR "/kjv-loglin-gdn"};
+    for (size_t i = 0; i < sizeof models / sizeof models[0]; i++) {
+        loglin_model *model = NULL;
+        loglin_session *session = NULL;
+        purpose = i == 0 ? "model mamba2" : "model delta";
+        support_require(loglin_model_open(device, queue, models[i], NULL, &model), models[i]);
+        support_require(loglin_session_create(model, queue, 1, &session), models[i]);
+        loglin_session_destroy(session);
+        loglin_model_close(model);
+    }
+}
+
+static int list(bool all) {
+    (void)setenv("LOGLIN_CACHE_DIR", "", 1); /* a stored program is not built */
+    const support_device *device = support_open();
+    plan_classes(device->device, all);
+    open_models(device->device, device->queue);
+    return 0;
+}
+
+int main(int count, char **arguments) {
+    const bool all = count > 1 && strcmp(arguments[1], "--all") == 0;
+    if (count != (all ? 4 : 3)) {
+        support_die("usage: %s [--all] TARGET FOLDER", arguments[0]);
+    }
+    folder = arguments[count - 1];
+    for (size_t i = 0; i < sizeof targets / sizeof targets[0]; i++) {
+        if (strcmp(targets[i].name, arguments[count - 2]) == 0) {
+            the_target = &targets[i];
+            return list(all);
+        }
+    }
+    support_die("there is no target %s", arguments[count - 2]);
+}

@@ -1,0 +1,206 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The matrix instructions that this machine has not got: cl/mma_amd.cl and cl/mma_intel.cl with the instruction emulated, by
+ * the table of cl/mma_layouts.cl, against double; and that an error in any entry of the table is noticed.
+ */
+#include "engine/lanes.h"
+#include "runtime/source.h"
+#include "support_criterion.h"
+#include "support_limits.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ROWS = 80, COLUMNS = 112, DEPTH = 48 }; /* as cl/mma_probe.cl has them */
+
+typedef struct instruction {
+    const char *name, *file;
+    unsigned items, teams_rows; /* of the work-group that multiplies */
+    bool is_float;
+    bool has_copies; /* of the operands, in lanes 16 apart */
+} instruction;
+
+static const instruction instructions[] = {
+    {"MFMA_32X32X8", "mma_amd.cl", 64, 1, false, false},   {"WMMA_GFX11", "mma_amd.cl", 128, 2, false, true},
+    {"WMMA_GFX12", "mma_amd.cl", 128, 2, false, false},    {"DPAS_8X8X16", "mma_intel.cl", 64, 2, false, false},
+    {"DPAS_8X16X16", "mma_intel.cl", 64, 2, false, false}, {"FMA_8X16X16", "mma_intel.cl", 64, 2, true, false},
+};
+
+enum { INSTRUCTIONS = sizeof instructions / sizeof instructions[0] };
+
+/* ---- One product ------------------------------------------------------------------------------------------------- */
+
+/* An entry of the table, and what is done to its value: "^ 1" exchanges neighbours. */
+typedef struct planted_error {
+    const char *entry, *change;
+} planted_error;
+
+/* The file's text with the entry's lines "#define ENTRY(...) VALUE" changed to "((VALUE) CHANGE)"; for the caller to free. */
+static char *plant(const char *text, const planted_error *error) {
+    char *changed = support_alloc(2 * strlen(text) + 1, 1), *to = changed;
+    char head[32];
+    const size_t length = (size_t)snprintf(head, sizeof head, "#define %s(", error->entry);
+    size_t planted = 0;
+    for (const char *line = text; *line != '\0';) {
+        const size_t whole = strcspn(line, "\n") + 1;
+        if (strncmp(line, head, length) == 0) {
+            const size_t name = strcspn(line, ")") + 1;
+            to +=
+                sprintf(to, "%.*s ((%.*s) %s)\n", (int)name, line, (int)(whole - 1 - name), line + name, error->change);
+            planted++;
+        } else {
+            memcpy(to, line, whole);
+            to += whole;
+        }
+        line += whole;
+    }
+    cr_assert_gt(planted, 0, "cl/mma_layouts.cl has no entry %s", error->entry);
+    return changed;
+}
+
+static cl_program build(const instruction *of, loglin_dtype dtype, const planted_error *error) {
+    const char *const files[] = {"common.cl",        "portable_items.cl",   "mma_layouts.cl", of->file,
+                                 "mma_fragments.cl", "portable_product.cl", "mma_probe.cl"};
+    enum { FILES = sizeof files / sizeof files[0] };
+    const support_device *device = support_open();
+    const char *texts[FILES];
+    char *changed = NULL;
+    for (size_t i = 0; i < FILES; i++) {
+        size_t length = 0;
+        texts[i] = loglin_kernel_source(files[i], &length);
+        cr_assert_not_null(texts[i], "%s", files[i]);
+        if (error != NULL && strcmp(files[i], "mma_layouts.cl") == 0) {
+            texts[i] = changed = plant(texts[i], error);
+        }
+    }
+    char options[256];
+    (void)snprintf(
+        options, sizeof options,
+        "-cl-std=CL1.2 -DSTORAGE=%d -DMMA_INSTRUCTION=%s -DMMA_EMULATED=%s -DLANE_ITEMS=%u -DTEAMS_ROWS=%u%s",
+        (int)dtype, of->name, of->name, of->items, of->teams_rows,
+        error != NULL ? " -DSLAB_ROWS=32 -DSLAB_COLUMNS=32 -DSLAB_DEPTH=16" : "" /* compiles faster */);
+    cl_program program = clCreateProgramWithSource(device->context, FILES, texts, NULL, NULL);
+    const cl_int code = clBuildProgram(program, 1, &device->id, options, NULL, NULL);
+    if (code != CL_SUCCESS) {
+        char log[2048] = "";
+        (void)clGetProgramBuildInfo(program, device->id, CL_PROGRAM_BUILD_LOG, sizeof log - 1, log, NULL);
+        cr_assert_fail("%s: %s", of->name, log);
+    }
+    free(changed);
+    return program;
+}
+
+/* The error of A B by the emulated instruction, with an error planted in the table or not (NULL). */
+static double product_error(const instruction *of, loglin_dtype dtype, const planted_error *planted) {
+    static double a[ROWS * DEPTH], b[DEPTH * COLUMNS], expected[ROWS * COLUMNS], got[ROWS * COLUMNS];
+    support_random random = {.state = 7};
+    for (size_t i = 0; i < ROWS * DEPTH; i++) {
+        a[i] = support_round(dtype, support_normal(&random));
+    }
+    for (size_t i = 0; i < DEPTH * COLUMNS; i++) {
+        b[i] = support_round(dtype, support_normal(&random));
+    }
+    for (size_t i = 0; i < (size_t)ROWS * COLUMNS; i++) {
+        expected[i] = 0;
+        for (size_t k = 0; k < DEPTH; k++) {
+            expected[i] += a[i / COLUMNS * DEPTH + k] * b[k * COLUMNS + i % COLUMNS];
+        }
+    }
+    cl_program program = build(of, dtype, planted);
+    cl_kernel kernel = clCreateKernel(program, "mma_probe", NULL);
+    const int32_t waves[2] = {0};
+    support_array arrays[] = {support_input(LOGLIN_F32, a, ROWS * DEPTH, 0),
+                              support_input(LOGLIN_F32, b, DEPTH * COLUMNS, 0),
+                              support_output(LOGLIN_F32, (size_t)ROWS * COLUMNS, 0), support_inout_ints(waves, 2, 0)};
+    for (cl_uint i = 0; i < 4; i++) {
+        support_require(clSetKernelArg(kernel, i, sizeof(cl_mem), &arrays[i].mem), "clSetKernelArg");
+    }
+    const size_t items = of->items;
+    support_require(clEnqueueNDRangeKernel(support_open()->queue, kernel, 1, NULL, &items, &items, 0, NULL, NULL),
+                    "mma_probe");
+    cr_expect(support_read(&arrays[2], got), "%s writes out of bounds", of->name);
+    for (size_t i = 0; i < 4; i++) {
+        support_array_free(&arrays[i]);
+    }
+    clReleaseKernel(kernel);
+    clReleaseProgram(program);
+    return support_error(got, expected, (size_t)ROWS * COLUMNS);
+}
+
+/* ---- Tests ------------------------------------------------------------------------------------------------------- */
+
+Test(mma, products) {
+    for (size_t i = 0; i < INSTRUCTIONS; i++) {
+        for (int dtype = instructions[i].is_float ? LOGLIN_F32 : LOGLIN_F16; dtype <= LOGLIN_BF16; dtype++) {
+            const double error = product_error(&instructions[i], (loglin_dtype)dtype, NULL);
+            cr_expect_leq(error, 1e-6, "%s, %s: %g", instructions[i].name, support_dtype_name((loglin_dtype)dtype),
+                          error);
+        }
+    }
+}
+
+static void expect_noticed(const instruction *of, const planted_error *planted) {
+    const double error = product_error(of, LOGLIN_BF16, planted);
+    cr_expect_gt(error, 1e-2, "%s: %s %s is not noticed: %g", of->name, planted->entry, planted->change, error);
+}
+
+/* Every entry that the kernels use, and every one of the documents, wrong: numbers are exchanged. */
+Test(mma, planted_errors) {
+    static const planted_error errors[] = {{"A_ROW", "^ 1"},
+                                           {"A_K", "^ (MMA_DEPTH / 2)"},
+                                           {"B_K", "^ (MMA_DEPTH / 2)"},
+                                           {"B_COLUMN", "^ 1"},
+                                           {"C_ROW", "^ 1"},
+                                           {"C_COLUMN", "^ 1"},
+                                           {"A_LANE", "^ 1"},
+                                           {"A_INDEX", "^ 1"},
+                                           {"B_LANE", "^ 1"},
+                                           {"B_INDEX", "^ 1"},
+                                           {"C_LANE", "^ 1"},
+                                           {"C_INDEX", "^ 1"}};
+    for (size_t i = 0; i < INSTRUCTIONS; i++) {
+        for (size_t j = 0; j < sizeof errors / sizeof errors[0]; j++) {
+            expect_noticed(&instructions[i], &errors[j]);
+        }
+    }
+}
+
+/* Lanes 16 apart must hold the same. */
+Test(mma, planted_errors_in_copies) {
+    static const planted_error errors[] = {{"A_ROW", "^ ((lane) / 16)"}, {"B_COLUMN", "^ ((lane) / 16)"}};
+    for (size_t i = 0; i < INSTRUCTIONS; i++) {
+        for (size_t j = 0; instructions[i].has_copies && j < 2; j++) {
+            expect_noticed(&instructions[i], &errors[j]);
+        }
+    }
+}
+
+/* ---- The fused kernels ------------------------------------------------------------------------------------------- */
+
+/* On a GPU of this vendor that emulates this instruction: the library tries it out, and takes it. */
+static void expect_fused(const char *vendor, const char *name, loglin_dtype dtype) {
+    /* More, and the library adds an option that Intel's compiler alone knows. */
+    static const size_t gigabyte = (size_t)1 << 30;
+    char limits[128], options[64];
+    (void)snprintf(limits, sizeof limits, "gpu,vendor=%s,memory=%zu,allocation=%zu", vendor, gigabyte, gigabyte);
+    (void)snprintf(options, sizeof options, "-DMMA_EMULATED=%s -cl-opt-disable", name); /* compiles faster */
+    support_limit_device(limits);
+    (void)setenv("LOGLIN_BUILD_OPTIONS", options, 1);
+    loglin_lane_schedule schedule;
+    support_require(loglin_lanes_choose(support_open()->device, dtype, &schedule), "loglin_lanes_choose");
+    cr_assert_not_null(schedule.instruction);
+    cr_assert_str_eq(schedule.instruction, name);
+    /* Larger than what small tiles without matrix units cover. */
+    const support_case c = {
+        .op = LOGLIN_GATED_DELTA, .dtype = dtype, .length = 50, .heads = 1, .dim_k = 40, .dim_v = 24, .chunk = 16};
+    expect_pass(support_check_forward(&c));
+}
+
+Test(mma, fused_dpas_of_8) {
+    expect_fused("Intel", "DPAS_8X8X16", LOGLIN_BF16);
+}
+
+Test(mma, fused_dpas_of_16) {
+    expect_fused("Intel", "DPAS_8X16X16", LOGLIN_BF16);
+}
