@@ -17,8 +17,8 @@ typedef struct row {
 } row;
 
 /*
- * The work-groups and tiles are those that scripts/vendorcheck finds without spills and with two or more waves in flight
- * on the architectures that have the instruction.
+ * What scripts/vendorcheck prints decides here: it finds no spills on gfx90a and gfx942, but some kernels there have one wave
+ * in flight only, and gfx1030 and gfx1100 spill in the backward pass (docs/implementations.md).
  */
 static const row table[LOGLIN_LANE_ROWS] = {
     {"Advanced Micro Devices",

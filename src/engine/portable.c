@@ -61,6 +61,7 @@ struct loglin_engine_state {
     lane_shape shape, backward_shape;
     workspace_layout forward, backward;
     loglin_engine_state *blas; /* for the backward pass where this engine has none, or NULL */
+    const char *obstacle;      /* why, where there is one */
 };
 
 /* ---- Which problems ---------------------------------------------------------------------------------------------- */
@@ -247,8 +248,19 @@ static loglin_status lay_out_workspace(const loglin_problem *problem, const logl
     return LOGLIN_OK;
 }
 
-static bool has_backward(const loglin_problem *problem) {
-    return (problem->phases & LOGLIN_BACKWARD) != 0 && problem->partition == LOGLIN_WEAK;
+/* What keeps this engine's backward pass from the problem, NULL if nothing does. */
+static const char *backward_obstacle(const loglin_device *device, const loglin_problem *problem) {
+    if (problem->partition == LOGLIN_STRONG) {
+        return "by the blas engine: the strong partition's is not fused";
+    }
+    if (problem->op == LOGLIN_GATED_DELTA && !device->is_cpu) {
+        return "by the blas engine: a GPU's compiler takes minutes for the delta rule's fused one";
+    }
+    return NULL;
+}
+
+static bool has_backward(const loglin_device *device, const loglin_problem *problem) {
+    return (problem->phases & LOGLIN_BACKWARD) != 0 && backward_obstacle(device, problem) == NULL;
 }
 
 static loglin_status lay_out(const loglin_device *device, const loglin_problem *problem, const unsigned *tuned,
@@ -262,7 +274,7 @@ static loglin_status lay_out(const loglin_device *device, const loglin_problem *
     const lane_shape shape = divide(problem, panel, device->info.compute_units, tuned[LOGLIN_TUNABLE_LANE_HEADS]);
     state->shape = spread(problem, state, shape, device->info.compute_units);
     RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->shape, &state->forward));
-    if (has_backward(problem)) {
+    if (has_backward(device, problem)) {
         state->backward_shape = divide_backward(state, shape, tuned[LOGLIN_TUNABLE_SEGMENT_CHUNKS]);
         RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->backward_shape, &state->backward));
     }
@@ -349,10 +361,11 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
     RETURN_IF_ERROR(create_lane_kernels(device, problem, &state->shape, tile_rows,
                                         spread ? KERNEL_portable_own : KERNEL_portable_forward,
                                         spread ? KERNEL_portable_backward : KERNEL_portable_own, state));
-    if (has_backward(problem)) {
+    if (has_backward(device, problem)) {
         return create_lane_kernels(device, problem, &state->backward_shape, tile_rows, KERNEL_portable_backward,
                                    KERNEL_COUNT, state);
     }
+    state->obstacle = backward_obstacle(device, problem);
     return (problem->phases & LOGLIN_BACKWARD) == 0
                ? LOGLIN_OK
                : loglin_blas_engine.create(device, problem, configuration, &state->blas);
@@ -374,7 +387,7 @@ static loglin_status create(loglin_device *device, const loglin_problem *problem
 }
 
 static const char *backward_remark(const loglin_engine_state *state) {
-    return state->blas == NULL ? NULL : "by the blas engine: the strong partition's is not fused";
+    return state->blas == NULL ? NULL : state->obstacle;
 }
 
 static size_t workspace_size(const loglin_engine_state *state, loglin_phase phase) {

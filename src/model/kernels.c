@@ -138,8 +138,8 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
         "-DSTORAGE=%d -DMATRIX=%d -DLOCAL=%zu -DTILE=%d -DBLOCKS=%d -DHEADS=%zu -DDIM_V=%zu -DLEVELS=%zu -DTAPS=%zu "
         "-DCHANNELS=%zu -DQ_AT=%zu -DK_AT=%zu -DV_AT=%zu -DQK_CHANNELS=%zu -DZ_AT=%zu -DCONV_AT=%zu "
         "-DDT_AT=%zu -DBETA_AT=%zu -DLEVEL_AT=%zu -DSEGMENT=%zu -DDELTA=%d -DGATE_FIRST=%d -DSHUFFLES=%d %s%s%s",
-        (int)model->options.dtype, (int)model->matrix_dtype, program->local, tile_tokens(device),
-        wide ? 2 : 1, lm->heads, lm->dim_v, lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v,
+        (int)model->options.dtype, (int)model->matrix_dtype, program->local, tile_tokens(device), wide ? 2 : 1,
+        lm->heads, lm->dim_v, lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v,
         lm->groups * lm->dim_k, in->z, in->conv, in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA,
         lm->gate_first, program->shuffles, program->token_groups > 0 ? of_step : "", of_token,
         program->token_groups > 1 ? TOKEN_OPTIONS : "");

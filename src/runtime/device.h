@@ -27,12 +27,12 @@ struct loglin_device {
     bool is_cpu;
     char *cache_directory; /* NULL: no cache on disk */
     char *build_options;   /* LOGLIN_BUILD_OPTIONS, never NULL */
-    mtx_t meetings;        /* held while groups of a kernel wait for each other: two such kernels may block each other */
-    mtx_t lock;            /* of all below */
+    mtx_t meetings; /* held while groups of a kernel wait for each other: two such kernels may block each other */
+    mtx_t lock;     /* of all below */
     struct loglin_program *programs;
     struct loglin_nvidia_probe nvidia_probe[2][2]; /* of bfloat16, of half; with mma.sync, with wgmma */
     enum loglin_probe_outcome lane_probes[LOGLIN_LANE_ROWS][LOGLIN_BF16 + 1];
-    bool gemm_ready;                               /* engine/gemm.c has set CLBlast up for this device */
+    bool gemm_ready; /* engine/gemm.c has set CLBlast up for this device */
 };
 
 /* A plan keeps its device alive with these. */
