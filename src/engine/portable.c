@@ -500,7 +500,7 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
 /* Both classes are one engine with another count of work-items to a lane. */
 #define PORTABLE_ENGINE(of_device, refuses_of_device)                                                                  \
     {                                                                                                                  \
-        .name = "fused (" of_device ")", .refuses = refuses_of_device, .create = create, .destroy = destroy,           \
+        .name = "fused (" of_device ")", .refuses = (refuses_of_device), .create = create, .destroy = destroy,         \
         .backward_remark = backward_remark, .workspace_size = workspace_size, .forward = forward,                      \
         .backward = backward,                                                                                          \
     }
