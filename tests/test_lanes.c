@@ -39,17 +39,6 @@ Test(lanes, the_plan_names_the_engine) {
     loglin_plan_destroy(plan);
 }
 
-Test(lanes, one_team) {
-    be_gpu("gpu");
-    expect_everywhere(support_check_forward,
-                      (support_case){.length = 37, .dim_k = 12, .dim_v = 20, .chunk = 16, .final_states = true});
-}
-
-Test(lanes, several_teams) {
-    be_gpu("gpu,group=64");
-    expect_operators(support_check_forward, (support_case){.length = 70, .dim_k = 40, .dim_v = 24, .chunk = 32});
-}
-
 Test(lanes, states) {
     be_gpu("gpu");
     expect_operators(support_check_forward, (support_case){.batch = 2,
