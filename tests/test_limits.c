@@ -157,7 +157,7 @@ Test(limits, largest_allocation_of_a_gpu) {
 
 /* The limits themselves: without them the tests above show nothing. */
 Test(limits, hold) {
-    support_limit_device(SMALLEST);
+    support_limit_device("gpu," SMALLEST);
     const support_device *device = support_open();
     loglin_device_info infos[8];
     size_t count = 0;
