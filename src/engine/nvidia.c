@@ -7,6 +7,7 @@
 
 #include "engine/engine.h"
 #include "engine/nvidia_backward.h"
+#include "engine/nvidia_launch.h"
 #include "plan/problem.h"
 #include "runtime/device.h"
 #include "runtime/program.h"
@@ -35,29 +36,13 @@ typedef struct nvidia_schedule {
 } nvidia_schedule;
 
 struct loglin_engine_state {
-    cl_kernel kernels[KERNEL_COUNT];
+    loglin_nvidia_kernel kernels[KERNEL_COUNT];
     nvidia_schedule schedule;
     loglin_nvidia_call call;
-    size_t items[KERNEL_COUNT];       /* of each launch */
-    size_t groups[KERNEL_COUNT];      /* work-items of a group */
     size_t workspace;                 /* bytes */
     loglin_nvidia_backward *backward; /* or NULL */
     loglin_engine_state *blas;        /* for other backward passes, or NULL */
 };
-
-/* A launch goes behind the one before it. */
-typedef struct nvidia_run {
-    const loglin_engine_state *state;
-    loglin_buffer workspace;
-    cl_command_queue queue;
-    bool in_order;
-    cl_uint num_wait; /* for the first launch */
-    const cl_event *wait;
-} nvidia_run;
-
-static size_t ceil_div(size_t a, size_t b) {
-    return (a + b - 1) / b;
-}
 
 /* dim_k as the tiles hold it. */
 static size_t padded_k(const loglin_problem *problem) {
@@ -110,12 +95,6 @@ static const char *refuses(const loglin_device *device, const loglin_problem *pr
 
 /* ---- Creation ---------------------------------------------------------------------------------------------------- */
 
-static unsigned long reserve(size_t *end, size_t bytes) {
-    const size_t at = *end;
-    *end += ceil_div(bytes, 128) * 128;
-    return at;
-}
-
 static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
     const nvidia_schedule *schedule = &state->schedule;
     const size_t segments = segments_of(problem), tiles = tiles_of_v(problem), items = items_of_group(problem);
@@ -123,37 +102,30 @@ static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
     const size_t record_bytes = (padded_k(problem) + 36) * 512;
     size_t end = 0;
     state->call = (loglin_nvidia_call){
-        .products = reserve(&end, groups * segments * 2 * record_bytes),
-        .gates = reserve(&end, matrices * segments * 2 * NV_GATES),
-        .nodes = reserve(&end, matrices * tiles * segments * state_bytes(problem)),
-        .sums = reserve(&end, matrices * segments * sizeof(float)),
-        .blocks = reserve(&end, matrices * segments * sizeof(float)),
+        .products = loglin_nvidia_reserve(&end, groups * segments * 2 * record_bytes),
+        .gates = loglin_nvidia_reserve(&end, matrices * segments * 2 * NV_GATES),
+        .nodes = loglin_nvidia_reserve(&end, matrices * tiles * segments * state_bytes(problem)),
+        .sums = loglin_nvidia_reserve(&end, matrices * segments * sizeof(float)),
+        .blocks = loglin_nvidia_reserve(&end, matrices * segments * sizeof(float)),
         .batch = (unsigned)problem->batch,
         .length = (unsigned)problem->length,
         .segments = (unsigned)segments,
         .scale = problem->scale,
     };
-    state->workspace = end + 16; /* its start is rounded up */
+    state->workspace = loglin_nvidia_workspace(end);
     const size_t supers = ceil_div(segments, (size_t)1 << schedule->super_bits);
-    const size_t counts[KERNEL_COUNT] = {
-        [KERNEL_PREPARE] = (groups + problem->batch * ceil_div(problem->heads, NV_GATE_HEADS)) * segments * 2,
-        [KERNEL_STATES] = supers * groups * ceil_div(items, schedule->state_count),
-        [KERNEL_TREE] =
-            segments > (size_t)2 << schedule->super_bits ? matrices * tiles * (state_bytes(problem) / 512) : 0,
-        [KERNEL_OUTPUTS] = segments * groups * ceil_div(items, schedule->output_count),
-        [KERNEL_FINAL] = matrices * problem->dim_k,
-    };
-    const size_t sizes[KERNEL_COUNT] = {
-        [KERNEL_PREPARE] = NV_PREPARE_ITEMS,
-        [KERNEL_STATES] = 128 * schedule->state_count,
-        [KERNEL_TREE] = NV_ITEMS,
-        [KERNEL_OUTPUTS] = NV_OUTPUT_ITEMS,
-        [KERNEL_FINAL] = NV_ITEMS,
-    };
-    for (int i = 0; i < KERNEL_COUNT; i++) {
-        state->groups[i] = sizes[i];
-        state->items[i] = counts[i] * sizes[i];
-    }
+    loglin_nvidia_kernel *kernels = state->kernels;
+    loglin_nvidia_set_launch(&kernels[KERNEL_PREPARE],
+                             (groups + problem->batch * ceil_div(problem->heads, NV_GATE_HEADS)) * segments * 2,
+                             NV_PREPARE_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_STATES], supers * groups * ceil_div(items, schedule->state_count),
+                             128 * schedule->state_count);
+    loglin_nvidia_set_launch(
+        &kernels[KERNEL_TREE],
+        segments > (size_t)2 << schedule->super_bits ? matrices * tiles * (state_bytes(problem) / 512) : 0, NV_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_OUTPUTS], segments * groups * ceil_div(items, schedule->output_count),
+                             NV_OUTPUT_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_FINAL], matrices * problem->dim_k, NV_ITEMS);
 }
 
 static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
@@ -170,18 +142,14 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                    loglin_num_levels(problem->length), problem->normalize_qk != 0, (int)problem->dtype,
                    (int)problem->weight_dtype, schedule->super_bits, schedule->state_count, schedule->output_count,
                    (int)schedule->keys_local, schedule->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
-    return loglin_kernels_get(device, files, options, names, KERNEL_COUNT, state->kernels);
+    return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, state->kernels);
 }
 
 static void destroy(loglin_engine_state *state) {
     if (state == NULL) {
         return;
     }
-    for (int i = 0; i < KERNEL_COUNT; i++) {
-        if (state->kernels[i] != NULL) {
-            clReleaseKernel(state->kernels[i]);
-        }
-    }
+    loglin_nvidia_kernels_release(state->kernels, KERNEL_COUNT);
     loglin_nvidia_backward_destroy(state->backward);
     loglin_blas_engine.destroy(state->blas);
     free(state);
@@ -276,88 +244,36 @@ static size_t workspace_size(const loglin_engine_state *state, loglin_phase phas
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
 
-/* Sets the call, the workspace, and the caller's buffers as memory object and element offset; `count` is what came. */
-static cl_int set_common(const nvidia_run *run, cl_kernel kernel, const loglin_buffer *buffers, size_t num_buffers,
-                         cl_uint *count) {
-    cl_int code = clSetKernelArg(kernel, (*count)++, sizeof run->state->call, &run->state->call);
-    if (code == CL_SUCCESS) {
-        code = clSetKernelArg(kernel, (*count)++, sizeof(cl_mem), &run->workspace.mem);
-    }
-    cl_ulong offset = run->workspace.offset;
-    if (code == CL_SUCCESS) {
-        code = clSetKernelArg(kernel, (*count)++, sizeof offset, &offset);
-    }
-    for (size_t i = 0; code == CL_SUCCESS && i < num_buffers; i++) {
-        offset = buffers[i].offset;
-        code = clSetKernelArg(kernel, (*count)++, sizeof(cl_mem), buffers[i].mem != NULL ? &buffers[i].mem : NULL);
-        if (code == CL_SUCCESS) {
-            code = clSetKernelArg(kernel, (*count)++, sizeof offset, &offset);
-        }
-    }
-    return code;
-}
-
-/* extra: a last argument of so many bytes, NULL for local memory; none if the size is 0. */
-static loglin_status launch(nvidia_run *run, nvidia_kernel id, const loglin_buffer *buffers, size_t num_buffers,
-                            size_t extra_size, const void *extra, cl_event *event) {
-    cl_kernel kernel = run->state->kernels[id];
-    cl_uint count = 0;
-    cl_int code = set_common(run, kernel, buffers, num_buffers, &count);
-    if (code == CL_SUCCESS && extra_size > 0) {
-        code = clSetKernelArg(kernel, count, extra_size, extra);
-    }
-    if (code == CL_SUCCESS && !run->in_order && run->num_wait == 0) {
-        code = clEnqueueBarrierWithWaitList(run->queue, 0, NULL, NULL);
-    }
-    if (code == CL_SUCCESS) {
-        code = clEnqueueNDRangeKernel(run->queue, kernel, 1, NULL, &run->state->items[id], &run->state->groups[id],
-                                      run->num_wait, run->num_wait > 0 ? run->wait : NULL, event);
-    }
-    run->num_wait = 0;
-    return code == CL_SUCCESS ? LOGLIN_OK
-                              : loglin_fail(code, "NVIDIA engine, kernel %d: %s", (int)id, loglin_strerror(code));
-}
-
-/* Can its rows be moved 16 bytes at a time? */
-static bool is_aligned(loglin_buffer buffer) {
-    return buffer.offset % 8 == 0;
-}
-
-static loglin_status enqueue(nvidia_run *run, const loglin_call *call, cl_event *event) {
-    const cl_uint qk_aligned = is_aligned(call->in.q) && is_aligned(call->in.k), v_aligned = is_aligned(call->in.v);
-    const cl_uint vo_aligned = v_aligned && is_aligned(call->o);
+static loglin_status enqueue(const loglin_engine_state *state, loglin_nvidia_run *run, const loglin_call *call,
+                             cl_event *event) {
+    const loglin_nvidia_kernel *kernels = state->kernels;
+    const cl_uint qk_aligned = loglin_nvidia_is_aligned(call->in.q) && loglin_nvidia_is_aligned(call->in.k);
+    const cl_uint v_aligned = loglin_nvidia_is_aligned(call->in.v);
+    const cl_uint vo_aligned = v_aligned && loglin_nvidia_is_aligned(call->o);
+    const loglin_nvidia_argument sums = {state->call.segments * sizeof(float), NULL};
     const bool has_final = call->final.values.mem != NULL;
     const loglin_buffer prepare_buffers[] = {call->in.q, call->in.k, call->in.g};
-    RETURN_IF_ERROR(launch(run, KERNEL_PREPARE, prepare_buffers, 3, sizeof qk_aligned, &qk_aligned, NULL));
-    const loglin_buffer states_buffers[] = {call->in.v};
-    RETURN_IF_ERROR(launch(run, KERNEL_STATES, states_buffers, 1, sizeof v_aligned, &v_aligned, NULL));
-    if (run->state->items[KERNEL_TREE] > 0) {
-        const size_t sums = run->state->call.segments * sizeof(float);
-        RETURN_IF_ERROR(launch(run, KERNEL_TREE, NULL, 0, sums, NULL, NULL));
-    }
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_PREPARE], prepare_buffers, 3,
+                                         &(loglin_nvidia_argument){sizeof qk_aligned, &qk_aligned}, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_STATES], &call->in.v, 1,
+                                         &(loglin_nvidia_argument){sizeof v_aligned, &v_aligned}, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_TREE], NULL, 0, &sums, NULL));
     const loglin_buffer outputs_buffers[] = {call->in.v, call->in.level_scales, call->o};
-    RETURN_IF_ERROR(
-        launch(run, KERNEL_OUTPUTS, outputs_buffers, 3, sizeof vo_aligned, &vo_aligned, has_final ? NULL : event));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_OUTPUTS], outputs_buffers, 3,
+                                         &(loglin_nvidia_argument){sizeof vo_aligned, &vo_aligned},
+                                         has_final ? NULL : event));
     if (!has_final) {
         return LOGLIN_OK;
     }
     const loglin_buffer final_buffers[] = {call->in.v, call->final.values, call->final.log_decay, call->final.position};
-    return launch(run, KERNEL_FINAL, final_buffers, 4, 0, NULL, event);
+    return loglin_nvidia_launch(run, &kernels[KERNEL_FINAL], final_buffers, 4, NULL, event);
 }
 
 static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
-    cl_command_queue_properties properties = 0;
-    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL));
-    nvidia_run run = {
-        .state = state,
-        .workspace = workspace,
-        .queue = queue,
-        .in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0,
-        .num_wait = num_wait,
-        .wait = wait,
-    };
-    return enqueue(&run, call, event);
+    loglin_nvidia_run run;
+    RETURN_IF_ERROR(loglin_nvidia_begin(&state->call, sizeof state->call, workspace, queue, num_wait, wait, &run));
+    return enqueue(state, &run, call, event);
 }
 
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,

@@ -11,6 +11,10 @@
 
 static_assert(sizeof(unsigned long) == 8 && sizeof(unsigned int) == 4, "a call is laid out as on the device");
 
+static inline size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
 /*
  * Runs a small program on the device: LOGLIN_OK if its matrix units take this type, through mma.sync or through wgmma, and
  * work-groups get so many bytes of local memory, else LOGLIN_UNSUPPORTED.  The device remembers.

@@ -3,9 +3,9 @@
 #include "engine/nvidia_backward.h"
 
 #include "engine/nvidia.h"
+#include "engine/nvidia_launch.h"
 #include "plan/problem.h"
 #include "runtime/device.h"
-#include "runtime/program.h"
 #include "runtime/status.h"
 
 #include "../../cl/nvidia_backward_layout.cl"
@@ -29,10 +29,9 @@ typedef enum backward_kernel {
 } backward_kernel;
 
 struct loglin_nvidia_backward {
-    cl_kernel kernels[KERNEL_COUNT];
+    loglin_nvidia_kernel kernels[KERNEL_COUNT];
     loglin_nvidia_gradients call;
-    size_t items[KERNEL_COUNT], group[KERNEL_COUNT]; /* of each launch; no items: no launch */
-    size_t workspace;                                /* bytes */
+    size_t workspace; /* bytes */
 };
 
 /* What the kernels are compiled for. */
@@ -43,10 +42,6 @@ typedef struct backward_shape {
     size_t sum_heads, block_heads; /* heads of a work-group */
     size_t head_blocks;            /* of a group */
 } backward_shape;
-
-static size_t ceil_div(size_t a, size_t b) {
-    return (a + b - 1) / b;
-}
 
 const char *loglin_nvidia_backward_refuses(const loglin_problem *problem) {
     return problem->dim_k > 128 || problem->dim_v > 128 ? "dim_k or dim_v is above 128" : NULL;
@@ -78,12 +73,6 @@ static backward_shape find_shape(const loglin_problem *problem) {
     return shape;
 }
 
-static unsigned long reserve(size_t *end, size_t bytes) {
-    const size_t at = *end;
-    *end += ceil_div(bytes, 128) * 128;
-    return at;
-}
-
 static void lay_out(const loglin_problem *problem, const backward_shape *shape, loglin_nvidia_backward *backward) {
     const size_t chunks = shape->chunks, heads = problem->batch * problem->heads,
                  groups = problem->batch * problem->groups;
@@ -92,28 +81,28 @@ static void lay_out(const loglin_problem *problem, const backward_shape *shape, 
     const size_t slices = shape->padded_k / 4;
     size_t end = 0;
     backward->call = (loglin_nvidia_gradients){
-        .queries = reserve(&end, group_rows * 2),
-        .keys = reserve(&end, group_rows * 2),
-        .gates = reserve(&end, head_tokens * sizeof(float[2])),
-        .factors = reserve(&end, head_tokens * sizeof(float[4])),
-        .since = reserve(&end, heads * (chunks + 1) * sizeof(float[2])),
-        .kept = reserve(&end, heads * chunks * shape->chunk_levels * sizeof(float)),
-        .states = reserve(&end, matrices * chunks * state),
-        .adjoints = reserve(&end, matrices * chunks * state),
-        .parts = reserve(&end, matrices * shape->chunk_levels * shape->unit_count * state),
-        .crossings = reserve(&end, matrices * slices * chunks * sizeof(float)),
-        .level_dots = reserve(&end, heads * 4 * chunks * shape->chunk_levels * sizeof(float)),
-        .suffixes = reserve(&end, heads * chunks * (shape->chunk_levels + 1) * sizeof(float)),
-        .dots = reserve(&end, NB_DOTS * head_tokens * sizeof(float)),
-        .query_parts = reserve(&end, 3 * shape->head_blocks * group_rows * sizeof(float)),
-        .key_parts = reserve(&end, shape->head_blocks * group_rows * sizeof(float)),
+        .queries = loglin_nvidia_reserve(&end, group_rows * 2),
+        .keys = loglin_nvidia_reserve(&end, group_rows * 2),
+        .gates = loglin_nvidia_reserve(&end, head_tokens * sizeof(float[2])),
+        .factors = loglin_nvidia_reserve(&end, head_tokens * sizeof(float[4])),
+        .since = loglin_nvidia_reserve(&end, heads * (chunks + 1) * sizeof(float[2])),
+        .kept = loglin_nvidia_reserve(&end, heads * chunks * shape->chunk_levels * sizeof(float)),
+        .states = loglin_nvidia_reserve(&end, matrices * chunks * state),
+        .adjoints = loglin_nvidia_reserve(&end, matrices * chunks * state),
+        .parts = loglin_nvidia_reserve(&end, matrices * shape->chunk_levels * shape->unit_count * state),
+        .crossings = loglin_nvidia_reserve(&end, matrices * slices * chunks * sizeof(float)),
+        .level_dots = loglin_nvidia_reserve(&end, heads * 4 * chunks * shape->chunk_levels * sizeof(float)),
+        .suffixes = loglin_nvidia_reserve(&end, heads * chunks * (shape->chunk_levels + 1) * sizeof(float)),
+        .dots = loglin_nvidia_reserve(&end, NB_DOTS * head_tokens * sizeof(float)),
+        .query_parts = loglin_nvidia_reserve(&end, 3 * shape->head_blocks * group_rows * sizeof(float)),
+        .key_parts = loglin_nvidia_reserve(&end, shape->head_blocks * group_rows * sizeof(float)),
         .batch = (unsigned)problem->batch,
         .length = (unsigned)problem->length,
         .chunks = (unsigned)chunks,
         .units = (unsigned)shape->unit_count,
         .scale = problem->scale,
     };
-    backward->workspace = end + 16; /* its start is rounded up */
+    backward->workspace = loglin_nvidia_workspace(end);
 }
 
 static void count_items(const loglin_problem *problem, const backward_shape *shape, loglin_nvidia_backward *backward) {
@@ -123,23 +112,16 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     const size_t tiles = groups * shape->head_blocks * 2 * chunks;
     /* Two units of states and one of each level at a time; none for a single chunk. */
     const size_t jobs = chunks > 1 ? shape->unit_count * (2 + shape->chunk_levels) : 0;
-    const struct {
-        size_t groups, size;
-    } launches[KERNEL_COUNT] = {
-        [KERNEL_nb_prepare] = {2 * rows / warps + ceil_div(heads * chunks, warps), NB_ITEMS},
-        [KERNEL_nb_since] = {heads, 32},
-        [KERNEL_nb_sums] = {matrices / shape->sum_heads * jobs, 128 * shape->sum_heads},
-        [KERNEL_nb_tree] = {chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS},
-        [KERNEL_nb_rows] = {tiles, NB_ITEMS},
-        [KERNEL_nb_tiles] = {tiles, NB_TILE_ITEMS},
-        [KERNEL_nb_crossings] = {chunks > 1 ? heads : 0, NB_ITEMS},
-        [KERNEL_nb_gates] = {heads * chunks, 32},
-        [KERNEL_nb_reduce] = {2 * rows / warps, NB_ITEMS},
-    };
-    for (int i = 0; i < KERNEL_COUNT; i++) {
-        backward->items[i] = launches[i].groups * launches[i].size;
-        backward->group[i] = launches[i].size;
-    }
+    loglin_nvidia_kernel *kernels = backward->kernels;
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_prepare], 2 * rows / warps + ceil_div(heads * chunks, warps), NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_since], heads, 32);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], matrices / shape->sum_heads * jobs, 128 * shape->sum_heads);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], tiles, NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], tiles, NB_TILE_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_crossings], chunks > 1 ? heads : 0, NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_gates], heads * chunks, 32);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_reduce], 2 * rows / warps, NB_ITEMS);
 }
 
 static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, const backward_shape *shape,
@@ -156,7 +138,7 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
                    shape->unit_bits, shape->sum_heads, shape->block_heads);
-    return loglin_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
+    return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
 /* Local memory of the tiles, which need the most. */
@@ -191,11 +173,7 @@ void loglin_nvidia_backward_destroy(loglin_nvidia_backward *backward) {
     if (backward == NULL) {
         return;
     }
-    for (int i = 0; i < KERNEL_COUNT; i++) {
-        if (backward->kernels[i] != NULL) {
-            clReleaseKernel(backward->kernels[i]);
-        }
-    }
+    loglin_nvidia_kernels_release(backward->kernels, KERNEL_COUNT);
     free(backward);
 }
 
@@ -205,94 +183,38 @@ size_t loglin_nvidia_backward_workspace(const loglin_nvidia_backward *backward) 
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
 
-/* A launch goes behind the one before it; the first waits for the caller's events. */
-typedef struct backward_run {
-    const loglin_nvidia_backward *backward;
-    loglin_buffer workspace;
-    cl_command_queue queue;
-    bool in_order;
-    cl_uint num_wait;
-    const cl_event *wait;
-} backward_run;
-
-static cl_int set_buffer(cl_kernel kernel, cl_uint *count, loglin_buffer buffer) {
-    const cl_ulong offset = buffer.offset;
-    const cl_int code = clSetKernelArg(kernel, (*count)++, sizeof(cl_mem), buffer.mem != NULL ? &buffer.mem : NULL);
-    return code == CL_SUCCESS ? clSetKernelArg(kernel, (*count)++, sizeof offset, &offset) : code;
-}
-
-/* Behind the buffers comes `aligned`, for kernels that have it. */
-static loglin_status launch(backward_run *run, backward_kernel id, const loglin_buffer *buffers, size_t num_buffers,
-                            const cl_uint *aligned, cl_event *event) {
-    const loglin_nvidia_backward *backward = run->backward;
-    if (backward->items[id] == 0) {
-        return LOGLIN_OK;
-    }
-    cl_kernel kernel = backward->kernels[id];
-    cl_uint count = 0;
-    cl_int code = clSetKernelArg(kernel, count++, sizeof backward->call, &backward->call);
-    if (code == CL_SUCCESS) {
-        code = set_buffer(kernel, &count, run->workspace);
-    }
-    for (size_t i = 0; code == CL_SUCCESS && i < num_buffers; i++) {
-        code = set_buffer(kernel, &count, buffers[i]);
-    }
-    if (code == CL_SUCCESS && aligned != NULL) {
-        code = clSetKernelArg(kernel, count, sizeof *aligned, aligned);
-    }
-    if (code == CL_SUCCESS && !run->in_order && run->num_wait == 0) {
-        code = clEnqueueBarrierWithWaitList(run->queue, 0, NULL, NULL);
-    }
-    if (code == CL_SUCCESS) {
-        code = clEnqueueNDRangeKernel(run->queue, kernel, 1, NULL, &backward->items[id], &backward->group[id],
-                                      run->num_wait, run->num_wait > 0 ? run->wait : NULL, event);
-    }
-    run->num_wait = 0;
-    return code == CL_SUCCESS
-               ? LOGLIN_OK
-               : loglin_fail(code, "NVIDIA engine, backward kernel %d: %s", (int)id, loglin_strerror(code));
-}
-
-/* Can its rows be moved 16 bytes at a time? */
-static bool is_aligned(loglin_buffer buffer) {
-    return buffer.offset % 8 == 0;
-}
-
-static loglin_status enqueue(backward_run *run, const loglin_call *call, cl_event *event) {
+static loglin_status enqueue(const loglin_nvidia_backward *backward, loglin_nvidia_run *run, const loglin_call *call,
+                             cl_event *event) {
+    const loglin_nvidia_kernel *kernels = backward->kernels;
     const loglin_inputs *in = &call->in;
     const loglin_gradients *out = &call->out;
-    const cl_uint inputs_aligned = is_aligned(in->v) && is_aligned(call->d_o);
-    const cl_uint all_aligned = inputs_aligned | (cl_uint)is_aligned(out->dv) << 1;
+    const cl_uint inputs_are = loglin_nvidia_is_aligned(in->v) && loglin_nvidia_is_aligned(call->d_o);
+    const cl_uint all_are = inputs_are | (cl_uint)loglin_nvidia_is_aligned(out->dv) << 1;
+    const loglin_nvidia_argument inputs_aligned = {sizeof inputs_are, &inputs_are};
+    const loglin_nvidia_argument all_aligned = {sizeof all_are, &all_are};
     const loglin_buffer prepare[] = {in->q, in->k, in->g};
     const loglin_buffer sums[] = {in->v, call->d_o, in->level_scales};
     const loglin_buffer rows[] = {call->d_o, in->level_scales, out->dlevel_scales};
     const loglin_buffer tiles[] = {in->v, call->d_o, in->level_scales, out->dv, out->dlevel_scales};
     const loglin_buffer reduce[] = {in->q, in->k, out->dq, out->dk};
-    RETURN_IF_ERROR(launch(run, KERNEL_nb_prepare, prepare, 3, NULL, NULL));
-    RETURN_IF_ERROR(launch(run, KERNEL_nb_since, NULL, 0, NULL, NULL));
-    RETURN_IF_ERROR(launch(run, KERNEL_nb_sums, sums, 3, &inputs_aligned, NULL));
-    RETURN_IF_ERROR(launch(run, KERNEL_nb_tree, NULL, 0, NULL, NULL));
-    RETURN_IF_ERROR(launch(run, KERNEL_nb_rows, rows, 3, &inputs_aligned, NULL));
-    RETURN_IF_ERROR(launch(run, KERNEL_nb_tiles, tiles, 5, &all_aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_prepare], prepare, 3, NULL, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_since], NULL, 0, NULL, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_sums], sums, 3, &inputs_aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tree], NULL, 0, NULL, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_rows], rows, 3, &inputs_aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tiles], tiles, 5, &all_aligned, NULL));
     if (out->dg.mem != NULL) {
-        RETURN_IF_ERROR(launch(run, KERNEL_nb_crossings, NULL, 0, NULL, NULL));
-        RETURN_IF_ERROR(launch(run, KERNEL_nb_gates, &out->dg, 1, NULL, NULL));
+        RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_crossings], NULL, 0, NULL, NULL));
+        RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_gates], &out->dg, 1, NULL, NULL));
     }
-    return launch(run, KERNEL_nb_reduce, reduce, 4, NULL, event);
+    return loglin_nvidia_launch(run, &kernels[KERNEL_nb_reduce], reduce, 4, NULL, event);
 }
 
 loglin_status loglin_nvidia_backward_enqueue(loglin_nvidia_backward *backward, const loglin_call *call,
                                              loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait,
                                              const cl_event *wait, cl_event *event) {
-    cl_command_queue_properties properties = 0;
-    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL));
-    backward_run run = {
-        .backward = backward,
-        .workspace = workspace,
-        .queue = queue,
-        .in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0,
-        .num_wait = num_wait,
-        .wait = wait,
-    };
-    return enqueue(&run, call, event);
+    loglin_nvidia_run run;
+    RETURN_IF_ERROR(
+        loglin_nvidia_begin(&backward->call, sizeof backward->call, workspace, queue, num_wait, wait, &run));
+    return enqueue(backward, &run, call, event);
 }

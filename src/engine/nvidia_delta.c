@@ -5,9 +5,9 @@
  */
 #include "engine/engine.h"
 #include "engine/nvidia.h"
+#include "engine/nvidia_launch.h"
 #include "plan/problem.h"
 #include "runtime/device.h"
-#include "runtime/program.h"
 #include "runtime/status.h"
 
 #include <stdio.h>
@@ -33,32 +33,16 @@ typedef enum delta_kernel {
 
 /* What one phase runs. */
 typedef struct delta_phase {
-    cl_kernel kernels[BACKWARD_COUNT];
+    loglin_nvidia_kernel kernels[BACKWARD_COUNT];
     loglin_delta_call call;
-    size_t items[BACKWARD_COUNT]; /* of each launch */
-    size_t group[BACKWARD_COUNT]; /* of each work-group */
-    size_t columns;               /* of V to a work-group that walks */
-    size_t workspace;             /* bytes */
+    size_t columns;   /* of V to a work-group that walks */
+    size_t workspace; /* bytes */
 } delta_phase;
 
 struct loglin_engine_state {
     delta_phase forward, backward;
     loglin_engine_state *blas; /* for the backward phase, else NULL */
 };
-
-/* A launch goes behind the one before it. */
-typedef struct delta_run {
-    const delta_phase *phase;
-    loglin_buffer workspace;
-    cl_command_queue queue;
-    bool in_order;
-    cl_uint num_wait; /* for the first launch */
-    const cl_event *wait;
-} delta_run;
-
-static size_t ceil_div(size_t a, size_t b) {
-    return (a + b - 1) / b;
-}
 
 /* ---- Sizes ------------------------------------------------------------------------------------------------------- */
 
@@ -124,12 +108,6 @@ static const char *refuses(const loglin_device *device, const loglin_problem *pr
 
 /* ---- Creation ---------------------------------------------------------------------------------------------------- */
 
-static unsigned long reserve(size_t *end, size_t bytes) {
-    const size_t at = *end;
-    *end += ceil_div(bytes, 128) * 128;
-    return at;
-}
-
 /* The largest divisor of `steps` up to `most`. */
 static size_t block_of(size_t steps, size_t most) {
     size_t block = most < steps ? most : steps;
@@ -158,45 +136,41 @@ static size_t count_saved(size_t chunks) {
     return count;
 }
 
-static void set_launch(delta_phase *phase, delta_kernel id, size_t groups, size_t group) {
-    phase->items[id] = groups * group;
-    phase->group[id] = group;
-}
-
 static void lay_out(const loglin_problem *problem, bool backward, delta_phase *phase) {
     const size_t chunks = ceil_div(problem->length, ND_CHUNK), matrices = problem->batch * problem->heads;
     const size_t maps = matrices * chunks, tokens = problem->batch * problem->length;
     const size_t part_bytes = ND_CHUNK * problem->dim_k * 2, own_bytes = (size_t)10 * 512;
     const size_t blocks = problem->dim_k / 16 / block_steps(problem);
+    const size_t slices = matrices * ceil_div(problem->dim_v, phase->columns);
     size_t end = 0;
     phase->call = (loglin_delta_call){
-        .maps = reserve(&end, maps * ((backward ? 6 : 3) * part_bytes + own_bytes)),
-        .rows = reserve(&end, maps * count_rows(problem) * sizeof(float)),
+        .maps = loglin_nvidia_reserve(&end, maps * ((backward ? 6 : 3) * part_bytes + own_bytes)),
+        .rows = loglin_nvidia_reserve(&end, maps * count_rows(problem) * sizeof(float)),
         .batch = (unsigned)problem->batch,
         .length = (unsigned)problem->length,
         .chunks = (unsigned)chunks,
         .scale = problem->scale,
     };
-    set_launch(phase, KERNEL_PREPARE, maps, ND_PREPARE_ITEMS);
-    set_launch(phase, KERNEL_WALK, matrices * ceil_div(problem->dim_v, phase->columns), ND_WALK_ITEMS);
+    loglin_nvidia_set_launch(&phase->kernels[KERNEL_PREPARE], maps, ND_PREPARE_ITEMS);
+    loglin_nvidia_set_launch(&phase->kernels[KERNEL_WALK], slices, ND_WALK_ITEMS);
     if (backward) {
         const size_t saved_bytes = matrices * count_saved(chunks) * problem->dim_k * problem->dim_v * 2;
         const size_t sum_bytes = tokens * problem->heads * problem->dim_k * sizeof(float);
-        phase->call.states = reserve(&end, saved_bytes);
-        phase->call.adjoints = reserve(&end, saved_bytes);
-        phase->call.map_gradients = reserve(&end, maps * 3 * part_bytes);
-        phase->call.decays = reserve(&end, maps * blocks * 4 * sizeof(float));
-        phase->call.dq = reserve(&end, sum_bytes);
-        phase->call.dk = reserve(&end, sum_bytes);
-        phase->items[KERNEL_RETREAT] = phase->items[KERNEL_WALK];
-        phase->group[KERNEL_RETREAT] = ND_WALK_ITEMS;
-        set_launch(phase, KERNEL_LEVELS, maps * blocks, ND_LEVELS_ITEMS);
-        set_launch(phase, KERNEL_KEYS, maps, ND_KEYS_ITEMS);
-        set_launch(phase, KERNEL_SUM, ceil_div(tokens * problem->groups, ND_KEYS_ITEMS / 32), ND_KEYS_ITEMS);
+        phase->call.states = loglin_nvidia_reserve(&end, saved_bytes);
+        phase->call.adjoints = loglin_nvidia_reserve(&end, saved_bytes);
+        phase->call.map_gradients = loglin_nvidia_reserve(&end, maps * 3 * part_bytes);
+        phase->call.decays = loglin_nvidia_reserve(&end, maps * blocks * 4 * sizeof(float));
+        phase->call.dq = loglin_nvidia_reserve(&end, sum_bytes);
+        phase->call.dk = loglin_nvidia_reserve(&end, sum_bytes);
+        loglin_nvidia_set_launch(&phase->kernels[KERNEL_RETREAT], slices, ND_WALK_ITEMS);
+        loglin_nvidia_set_launch(&phase->kernels[KERNEL_LEVELS], maps * blocks, ND_LEVELS_ITEMS);
+        loglin_nvidia_set_launch(&phase->kernels[KERNEL_KEYS], maps, ND_KEYS_ITEMS);
+        loglin_nvidia_set_launch(&phase->kernels[KERNEL_SUM], ceil_div(tokens * problem->groups, ND_KEYS_ITEMS / 32),
+                                 ND_KEYS_ITEMS);
     } else {
-        set_launch(phase, KERNEL_FINAL, matrices * problem->dim_k, ND_PREPARE_ITEMS);
+        loglin_nvidia_set_launch(&phase->kernels[KERNEL_FINAL], matrices * problem->dim_k, ND_PREPARE_ITEMS);
     }
-    phase->workspace = end + 16; /* its start is rounded up */
+    phase->workspace = loglin_nvidia_workspace(end);
 }
 
 static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, bool backward,
@@ -217,24 +191,16 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                    problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    count_states(problem), problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
                    phase->columns, (int)backward, block_steps(problem));
-    return loglin_kernels_get(device, files, options, backward ? backward_names : forward_names,
-                              backward ? BACKWARD_COUNT : FORWARD_COUNT, phase->kernels);
-}
-
-static void destroy_phase(delta_phase *phase) {
-    for (int i = 0; i < BACKWARD_COUNT; i++) {
-        if (phase->kernels[i] != NULL) {
-            clReleaseKernel(phase->kernels[i]);
-        }
-    }
+    return loglin_nvidia_kernels_get(device, files, options, backward ? backward_names : forward_names,
+                                     backward ? BACKWARD_COUNT : FORWARD_COUNT, phase->kernels);
 }
 
 static void destroy(loglin_engine_state *state) {
     if (state == NULL) {
         return;
     }
-    destroy_phase(&state->forward);
-    destroy_phase(&state->backward);
+    loglin_nvidia_kernels_release(state->forward.kernels, BACKWARD_COUNT);
+    loglin_nvidia_kernels_release(state->backward.kernels, BACKWARD_COUNT);
     loglin_blas_engine.destroy(state->blas);
     free(state);
 }
@@ -291,86 +257,40 @@ static size_t workspace_size(const loglin_engine_state *state, loglin_phase phas
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
 
-/* Sets the call, the workspace, and the caller's buffers as memory object and element offset; `count` is what came. */
-static cl_int set_common(const delta_run *run, cl_kernel kernel, const loglin_buffer *buffers, size_t num_buffers,
-                         cl_uint *count) {
-    cl_int code = clSetKernelArg(kernel, (*count)++, sizeof run->phase->call, &run->phase->call);
-    if (code == CL_SUCCESS) {
-        code = clSetKernelArg(kernel, (*count)++, sizeof(cl_mem), &run->workspace.mem);
-    }
-    cl_ulong offset = run->workspace.offset;
-    if (code == CL_SUCCESS) {
-        code = clSetKernelArg(kernel, (*count)++, sizeof offset, &offset);
-    }
-    for (size_t i = 0; code == CL_SUCCESS && i < num_buffers; i++) {
-        offset = buffers[i].offset;
-        code = clSetKernelArg(kernel, (*count)++, sizeof(cl_mem), buffers[i].mem != NULL ? &buffers[i].mem : NULL);
-        if (code == CL_SUCCESS) {
-            code = clSetKernelArg(kernel, (*count)++, sizeof offset, &offset);
-        }
-    }
-    return code;
-}
-
-/* aligned: a last argument, NULL for none. */
-static loglin_status launch(delta_run *run, delta_kernel id, const loglin_buffer *buffers, size_t num_buffers,
-                            const cl_uint *aligned, cl_event *event) {
-    cl_kernel kernel = run->phase->kernels[id];
-    cl_uint count = 0;
-    cl_int code = set_common(run, kernel, buffers, num_buffers, &count);
-    if (code == CL_SUCCESS && aligned != NULL) {
-        code = clSetKernelArg(kernel, count, sizeof *aligned, aligned);
-    }
-    if (code == CL_SUCCESS && !run->in_order && run->num_wait == 0) {
-        code = clEnqueueBarrierWithWaitList(run->queue, 0, NULL, NULL);
-    }
-    if (code == CL_SUCCESS) {
-        code = clEnqueueNDRangeKernel(run->queue, kernel, 1, NULL, &run->phase->items[id], &run->phase->group[id],
-                                      run->num_wait, run->num_wait > 0 ? run->wait : NULL, event);
-    }
-    run->num_wait = 0;
-    return code == CL_SUCCESS ? LOGLIN_OK
-                              : loglin_fail(code, "NVIDIA delta engine, kernel %d: %s", (int)id, loglin_strerror(code));
-}
-
-/* Can its rows be moved 16 bytes at a time? */
-static bool is_aligned(loglin_buffer buffer) {
-    return buffer.offset % 8 == 0;
-}
-
-static delta_run begin(const delta_phase *phase, loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait,
-                       const cl_event *wait) {
-    return (delta_run){.phase = phase, .workspace = workspace, .queue = queue, .num_wait = num_wait, .wait = wait};
-}
-
-/* Does the queue run its commands in order? */
-static loglin_status find_order(delta_run *run) {
-    cl_command_queue_properties properties = 0;
-    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(run->queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL));
-    run->in_order = (properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) == 0;
-    return LOGLIN_OK;
-}
-
-static loglin_status prepare_maps(delta_run *run, const loglin_inputs *in) {
-    const cl_uint aligned = is_aligned(in->q) && is_aligned(in->k);
+static loglin_status prepare_maps(const delta_phase *phase, loglin_nvidia_run *run, const loglin_inputs *in) {
+    const cl_uint is_aligned = loglin_nvidia_is_aligned(in->q) && loglin_nvidia_is_aligned(in->k);
+    const loglin_nvidia_argument aligned = {sizeof is_aligned, &is_aligned};
     const loglin_buffer buffers[] = {in->q, in->k, in->g, in->level_scales, in->beta};
-    return launch(run, KERNEL_PREPARE, buffers, 5, &aligned, NULL);
+    return loglin_nvidia_launch(run, &phase->kernels[KERNEL_PREPARE], buffers, 5, &aligned, NULL);
 }
 
 static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
-    delta_run run = begin(&state->forward, workspace, queue, num_wait, wait);
-    RETURN_IF_ERROR(find_order(&run));
-    RETURN_IF_ERROR(prepare_maps(&run, &call->in));
-    const cl_uint aligned = is_aligned(call->in.v) && is_aligned(call->o);
+    const delta_phase *phase = &state->forward;
+    loglin_nvidia_run run;
+    RETURN_IF_ERROR(loglin_nvidia_begin(&phase->call, sizeof phase->call, workspace, queue, num_wait, wait, &run));
+    RETURN_IF_ERROR(prepare_maps(phase, &run, &call->in));
+    const cl_uint is_aligned = loglin_nvidia_is_aligned(call->in.v) && loglin_nvidia_is_aligned(call->o);
+    const loglin_nvidia_argument aligned = {sizeof is_aligned, &is_aligned};
     const bool has_final = call->final.values.mem != NULL;
     const loglin_buffer walk_buffers[] = {call->in.v, call->o, call->final.values};
-    RETURN_IF_ERROR(launch(&run, KERNEL_WALK, walk_buffers, 3, &aligned, has_final ? NULL : event));
+    RETURN_IF_ERROR(
+        loglin_nvidia_launch(&run, &phase->kernels[KERNEL_WALK], walk_buffers, 3, &aligned, has_final ? NULL : event));
     if (!has_final) {
         return LOGLIN_OK;
     }
     const loglin_buffer final_buffers[] = {call->in.v, call->final.values, call->final.position};
-    return launch(&run, KERNEL_FINAL, final_buffers, 3, NULL, event);
+    return loglin_nvidia_launch(&run, &phase->kernels[KERNEL_FINAL], final_buffers, 3, NULL, event);
+}
+
+/* Can the rows of all 16-bit arrays be moved 16 bytes at a time? */
+static bool all_are_aligned(const loglin_call *call) {
+    const loglin_buffer buffers[] = {call->in.q, call->in.k, call->in.v, call->d_o, call->out.dv};
+    bool aligned = true;
+    for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++) {
+        aligned = aligned && loglin_nvidia_is_aligned(buffers[i]);
+    }
+    return aligned;
 }
 
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
@@ -381,22 +301,24 @@ static loglin_status backward(loglin_engine_state *state, const loglin_call *cal
     const loglin_inputs *in = &call->in;
     const loglin_gradients *out = &call->out;
     const loglin_buffer none = {NULL, 0};
-    const cl_uint aligned =
-        is_aligned(in->q) && is_aligned(in->k) && is_aligned(in->v) && is_aligned(call->d_o) && is_aligned(out->dv);
-    delta_run run = begin(&state->backward, workspace, queue, num_wait, wait);
-    RETURN_IF_ERROR(find_order(&run));
-    RETURN_IF_ERROR(prepare_maps(&run, in));
+    const delta_phase *phase = &state->backward;
+    const loglin_nvidia_kernel *kernels = phase->kernels;
+    const cl_uint is_aligned = all_are_aligned(call);
+    const loglin_nvidia_argument aligned = {sizeof is_aligned, &is_aligned};
+    loglin_nvidia_run run;
+    RETURN_IF_ERROR(loglin_nvidia_begin(&phase->call, sizeof phase->call, workspace, queue, num_wait, wait, &run));
+    RETURN_IF_ERROR(prepare_maps(phase, &run, in));
     const loglin_buffer walk_buffers[] = {in->v, none, none};
-    RETURN_IF_ERROR(launch(&run, KERNEL_WALK, walk_buffers, 3, &aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(&run, &kernels[KERNEL_WALK], walk_buffers, 3, &aligned, NULL));
     const loglin_buffer retreat_buffers[] = {call->d_o, out->dv};
-    RETURN_IF_ERROR(launch(&run, KERNEL_RETREAT, retreat_buffers, 2, &aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(&run, &kernels[KERNEL_RETREAT], retreat_buffers, 2, &aligned, NULL));
     const loglin_buffer levels_buffers[] = {in->v, call->d_o, out->dlevel_scales};
-    RETURN_IF_ERROR(launch(&run, KERNEL_LEVELS, levels_buffers, 3, &aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(&run, &kernels[KERNEL_LEVELS], levels_buffers, 3, &aligned, NULL));
     const loglin_buffer keys_buffers[] = {
         in->q, in->k, in->v, in->g, in->level_scales, in->beta, call->d_o, out->dg, out->dlevel_scales, out->dbeta};
-    RETURN_IF_ERROR(launch(&run, KERNEL_KEYS, keys_buffers, 10, &aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(&run, &kernels[KERNEL_KEYS], keys_buffers, 10, &aligned, NULL));
     const loglin_buffer sum_buffers[] = {in->q, in->k, out->dq, out->dk};
-    return launch(&run, KERNEL_SUM, sum_buffers, 4, NULL, event);
+    return loglin_nvidia_launch(&run, &kernels[KERNEL_SUM], sum_buffers, 4, NULL, event);
 }
 
 const loglin_engine_class loglin_nvidia_delta_engine = {
