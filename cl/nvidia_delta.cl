@@ -55,6 +55,49 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
+/* A chunk of a sequence and head. */
+typedef struct chunk_place {
+    ulong id;      /* among those of all sequences and heads */
+    uint n;        /* among those of the sequence */
+    int count;     /* its tokens */
+    ulong row;     /* of its first token and head, in the arrays of heads */
+    ulong key_row; /* of that token and the head's group */
+} chunk_place;
+
+chunk_place find_chunk(const loglin_delta_call call, ulong id) {
+    const ulong bh = id / call.chunks;
+    const uint n = id % call.chunks, head = bh % HEADS;
+    const ulong token = bh / HEADS * call.length + (ulong)n * ND_CHUNK;
+    const chunk_place at = {id, n, min((int)(call.length - n * ND_CHUNK), ND_CHUNK), token * HEADS + head,
+                            token * GROUPS + head / (HEADS / GROUPS)};
+    return at;
+}
+
+/* Its map, and the level weights of its rows. */
+__global uint4 *find_map(const loglin_delta_call call, __global float *ws, ulong ws_offset, ulong id) {
+    return (__global uint4 *)place(ws, ws_offset, call.maps) + id * MAP;
+}
+
+__global float *find_weights(const loglin_delta_call call, __global float *ws, ulong ws_offset, ulong id) {
+    return (__global float *)place(ws, ws_offset, call.rows) + id * ROWS;
+}
+
+/* What a work-group walks along: a slice of the columns of V of a sequence and head. */
+typedef struct slice_place {
+    ulong bh, first_chunk; /* the latter among those of all sequences and heads */
+    uint slice;
+    int columns;           /* from here on */
+    ulong values;          /* its first element in v, o, dO and dv */
+} slice_place;
+
+slice_place find_slice(const loglin_delta_call call) {
+    const ulong bh = get_group_id(0) / SLICES, head = bh % HEADS;
+    const uint slice = get_group_id(0) % SLICES;
+    const slice_place at = {bh, bh * call.chunks, slice, DIM_V - (int)slice * ND_V,
+                            (bh / HEADS * call.length * HEADS + head) * DIM_V + slice * ND_V};
+    return at;
+}
+
 /* ---- Tiles -------------------------------------------------------------------------------------------------------- */
 
 /* C += A B^T; c holds the left and the right eight columns. */
@@ -111,6 +154,11 @@ void fetch_matrix(__local uint4 *to, uint to_row, const __global ushort *from, u
             *place_of = y;
         }
     }
+}
+
+/* A chunk's rows of q or k to local memory, by 128 work-items. */
+void fetch_keys(__local uint4 *to, const __global ushort *from, const chunk_place *at, uint aligned) {
+    fetch_matrix(to, KEY_ROW, from + at->key_row * DIM_K, GROUPS * DIM_K, DIM_K, at->count, aligned, ND_PREPARE_ITEMS);
 }
 
 /* A warp makes the running sums of a chunk's gates, as sums and what their rounding has lost. */
@@ -385,23 +433,19 @@ nvidia_delta_prepare(const loglin_delta_call call, __global float *ws, ulong ws_
     __local uint4 products[LOWER_TILES * 32];
     __local chunk_rows rows;
     const uint item = get_local_id(0), warp = item / 32;
-    const ulong id = get_group_id(0), bh = id / call.chunks;
-    const uint chunk = id % call.chunks, head = bh % HEADS;
-    const int count = min((int)(call.length - chunk * ND_CHUNK), ND_CHUNK);
-    const ulong token = bh / HEADS * call.length + (ulong)chunk * ND_CHUNK;
-    const ulong key_at = (token * GROUPS + head / (HEADS / GROUPS)) * DIM_K;
-    __global uint4 *map = (__global uint4 *)place(ws, ws_offset, call.maps) + id * MAP;
-    fetch_matrix(queries, KEY_ROW, q + q_offset + key_at, GROUPS * DIM_K, DIM_K, count, aligned, ND_PREPARE_ITEMS);
-    fetch_matrix(keys, KEY_ROW, k + k_offset + key_at, GROUPS * DIM_K, DIM_K, count, aligned, ND_PREPARE_ITEMS);
+    const chunk_place at = find_chunk(call, get_group_id(0));
+    __global uint4 *map = find_map(call, ws, ws_offset, at.id);
+    fetch_keys(queries, q + q_offset, &at, aligned);
+    fetch_keys(keys, k + k_offset, &at, aligned);
     if (warp == 0) {
-        scan_gates(rows.gates, g ? g + g_offset + token * HEADS + head : 0, count);
+        scan_gates(rows.gates, g ? g + g_offset + at.row : 0, at.count);
     }
     wait_for_copies();
     barrier(CLK_LOCAL_MEM_FENCE);
-    level_scales += level_scales_offset + (token * HEADS + head) * LEVELS;
-    find_rows(&rows, call, queries, keys, beta + beta_offset + token * HEADS + head, level_scales, count);
+    level_scales += level_scales_offset + at.row * LEVELS;
+    find_rows(&rows, call, queries, keys, beta + beta_offset + at.row, level_scales, at.count);
     barrier(CLK_LOCAL_MEM_FENCE);
-    store_rows((__global float *)place(ws, ws_offset, call.rows) + id * ROWS, &rows, level_scales, count);
+    store_rows(find_weights(call, ws, ws_offset, at.id), &rows, level_scales, at.count);
     make_products((__local float *)x, products, queries, keys, &rows, warp);
     barrier(CLK_LOCAL_MEM_FENCE);
     if (item < ND_CHUNK) {
@@ -461,14 +505,40 @@ void save_states(__global uint4 *to, const __local level_states *states, uint bi
 }
 #endif
 
+void clear_columns(float4 sum[V_TILES][2]) {
+#pragma unroll
+    for (uint m = 0; m < V_TILES; m++) {
+        sum[m][0] = sum[m][1] = (float4)(0.0f);
+    }
+}
+
+/* sum += (16 rows of the chunk's map) E; state: E, from this item's numbers on. */
+void add_seen(float4 sum[V_TILES][2], const uint4 rows[STEPS], const __local uint4 *state) {
+#pragma unroll
+    for (uint step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            add_product(sum[m], rows[step], state[(m * STEPS + step) * 32]);
+        }
+    }
+}
+
+/* The same, transposed. */
+void add_seen_transposed(float4 sum[V_TILES][2], const uint4 rows[STEPS], const __local uint4 *state) {
+#pragma unroll
+    for (uint step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (uint m = 0; m < V_TILES; m++) {
+            add_product(sum[m], state[(m * STEPS + step) * 32], rows[step]);
+        }
+    }
+}
+
 /* 16 tokens of o: MZ V + sum over the levels of weight READ E. */
 void read_states(float4 out[V_TILES][2], const __local level_states *states, const uint4 read[STEPS],
                  const uint4 own[TOKENS], const __local uint4 *values, const __local float *weights, uint i, uint n) {
     const uint lane = warp_lane();
-#pragma unroll
-    for (uint m = 0; m < V_TILES; m++) {
-        out[m][0] = out[m][1] = (float4)(0.0f);
-    }
+    clear_columns(out);
 #pragma unroll
     for (uint j = 0; j < TOKENS; j++) {
 #pragma unroll
@@ -480,19 +550,9 @@ void read_states(float4 out[V_TILES][2], const __local level_states *states, con
         if ((bits & 1) == 0) {
             continue;
         }
-        const __local uint4 *state = states->rounded[level] + lane;
         float4 sum[V_TILES][2];
-#pragma unroll
-        for (uint m = 0; m < V_TILES; m++) {
-            sum[m][0] = sum[m][1] = (float4)(0.0f);
-        }
-#pragma unroll
-        for (uint step = 0; step < STEPS; step++) {
-#pragma unroll
-            for (uint m = 0; m < V_TILES; m++) {
-                add_product(sum[m], read[step], state[(m * STEPS + step) * 32]);
-            }
-        }
+        clear_columns(sum);
+        add_seen(sum, read, states->rounded[level] + lane);
         const float upper = weights[level * ND_CHUNK + 16 * i + lane / 4];
         const float lower = weights[level * ND_CHUNK + 16 * i + 8 + lane / 4];
         const float4 weight_of = (float4)(upper, upper, lower, lower);
@@ -542,19 +602,9 @@ void find_updates(__local level_states *states, const uint4 start[STEPS], const 
         if ((bits & 1) == 0) {
             continue;
         }
-        const __local uint4 *state = states->rounded[level] + lane;
         float4 seen[V_TILES][2];
-#pragma unroll
-        for (uint m = 0; m < V_TILES; m++) {
-            seen[m][0] = seen[m][1] = (float4)(0.0f);
-        }
-#pragma unroll
-        for (uint step = 0; step < STEPS; step++) {
-#pragma unroll
-            for (uint m = 0; m < V_TILES; m++) {
-                add_product(seen[m], state[(m * STEPS + step) * 32], start[step]);
-            }
-        }
+        clear_columns(seen);
+        add_seen_transposed(seen, start, states->rounded[level] + lane);
 #pragma unroll
         for (uint m = 0; m < V_TILES; m++) {
             if (level < merged) {
@@ -620,10 +670,7 @@ void update_states(__local level_states *states, const uint4 write[TOKENS], floa
         if (level != merged && ((n >> level) & 1) == 0) {
             continue;
         }
-#pragma unroll
-        for (uint m = 0; m < V_TILES; m++) {
-            sum[m][0] = sum[m][1] = (float4)(0.0f);
-        }
+        clear_columns(sum);
         if (level == merged) {
             for (uint below = 0; below < merged; below++) {
                 add_state(sum, states, below, step);
@@ -645,10 +692,7 @@ void store_final(__global float *values, const __local level_states *states, con
             continue;
         }
         float4 sum[V_TILES][2];
-#pragma unroll
-        for (uint m = 0; m < V_TILES; m++) {
-            sum[m][0] = sum[m][1] = (float4)(0.0f);
-        }
+        clear_columns(sum);
         add_state(sum, states, level, step);
         pass_state(sum, states->update[level], write, kept);
 #pragma unroll
@@ -700,19 +744,16 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
     __local uint4 values_at[2][ND_CHUNK * VALUE_ROW];
     __local float4 rows_at[2][ROWS / 4];
     const uint warp = get_local_id(0) / 32;
-    const ulong bh = get_group_id(0) / SLICES, head = bh % HEADS;
-    const uint slice = get_group_id(0) % SLICES;
-    const int columns = DIM_V - (int)slice * ND_V, tokens = (int)call.length;
-    const ulong first = (bh / HEADS * call.length * HEADS + head) * DIM_V + slice * ND_V;
+    const slice_place at = find_slice(call);
+    const int tokens = (int)call.length;
     const ulong chunk_values = (ulong)ND_CHUNK * HEADS * DIM_V;
-    const __global uint4 *map = (const __global uint4 *)place(ws, ws_offset, call.maps) + bh * call.chunks * MAP;
-    const __global float4 *rows_from =
-        (const __global float4 *)place(ws, ws_offset, call.rows) + bh * call.chunks * (ROWS / 4);
-    v += v_offset + first;
+    const __global uint4 *map = find_map(call, ws, ws_offset, at.first_chunk);
+    const __global float4 *rows_from = (const __global float4 *)find_weights(call, ws, ws_offset, at.first_chunk);
+    v += v_offset + at.values;
 #if BACKWARD
-    __global uint4 *saved = find_saved(call, place(ws, ws_offset, call.states), bh, slice);
+    __global uint4 *saved = find_saved(call, place(ws, ws_offset, call.states), at.bh, at.slice);
 #else
-    o += o_offset + first;
+    o += o_offset + at.values;
 #endif
     fetch_matrix(values_at[0], VALUE_ROW, v, HEADS * DIM_V, ND_V, tokens, aligned, ND_WALK_ITEMS);
     fetch_rows(rows_at[0], rows_from);
@@ -745,11 +786,11 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
         }
         if (warp < TOKENS) {
 #if BACKWARD
-            save_states(saved + states_before(n) * SAVED, &states, n, columns, 32 * TOKENS);
+            save_states(saved + states_before(n) * SAVED, &states, n, at.columns, 32 * TOKENS);
 #else
             float4 out[V_TILES][2];
             read_states(out, &states, mine, own, values, rows, warp, n);
-            store_outputs(o + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, columns, aligned);
+            store_outputs(o + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, at.columns, aligned);
 #endif
         } else {
             find_updates(&states, mine, values, warp - TOKENS, n, merged, is_last);
@@ -772,8 +813,8 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
                 break;
             }
             if (is_last) {
-                store_final(final + final_offset + (bh * LEVELS + FIRST_LEVEL) * (DIM_K * DIM_V) + slice * ND_V, &states,
-                            write[turn], kept, step, n, columns);
+                store_final(final + final_offset + (at.bh * LEVELS + FIRST_LEVEL) * (DIM_K * DIM_V) + at.slice * ND_V,
+                            &states, write[turn], kept, step, n, at.columns);
             } else {
                 update_states(&states, write[turn], kept, step, n, merged);
             }

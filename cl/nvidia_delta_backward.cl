@@ -65,10 +65,7 @@ typedef struct level_requests {
 void hand_back(float4 out[V_TILES][2], const __local level_states *adjoints, const uint4 write[STEPS],
                const uint4 own_t[TOKENS], const __local uint4 *d_o, uint i, uint joined) {
     const uint lane = warp_lane();
-#pragma unroll
-    for (uint m = 0; m < V_TILES; m++) {
-        out[m][0] = out[m][1] = (float4)(0.0f);
-    }
+    clear_columns(out);
 #pragma unroll
     for (uint t = 0; t < TOKENS; t++) {
 #pragma unroll
@@ -77,14 +74,7 @@ void hand_back(float4 out[V_TILES][2], const __local level_states *adjoints, con
         }
     }
     if (joined != NO_LEVEL) {
-        const __local uint4 *adjoint = adjoints->rounded[joined] + lane;
-#pragma unroll
-        for (uint step = 0; step < STEPS; step++) {
-#pragma unroll
-            for (uint m = 0; m < V_TILES; m++) {
-                add_product(out[m], write[step], adjoint[(m * STEPS + step) * 32]);
-            }
-        }
+        add_seen(out, write, adjoints->rounded[joined] + lane);
     }
 }
 
@@ -96,19 +86,9 @@ void find_requests(__local level_states *adjoints, __local level_requests *reque
         if ((bits & 1) == 0) {
             continue;
         }
-        const __local uint4 *adjoint = adjoints->rounded[level] + lane;
         float4 given[V_TILES][2];
-#pragma unroll
-        for (uint m = 0; m < V_TILES; m++) {
-            given[m][0] = given[m][1] = (float4)(0.0f);
-        }
-#pragma unroll
-        for (uint step = 0; step < STEPS; step++) {
-#pragma unroll
-            for (uint m = 0; m < V_TILES; m++) {
-                add_product(given[m], adjoint[(m * STEPS + step) * 32], write[step]);
-            }
-        }
+        clear_columns(given);
+        add_seen_transposed(given, write, adjoints->rounded[level] + lane);
 #pragma unroll
         for (uint m = 0; m < V_TILES; m++) {
             given[m][0] = -given[m][0];
@@ -141,10 +121,7 @@ void update_adjoints(__local level_states *adjoints, const __local level_request
             continue;
         }
         float4 sum[V_TILES][2];
-#pragma unroll
-        for (uint m = 0; m < V_TILES; m++) {
-            sum[m][0] = sum[m][1] = (float4)(0.0f);
-        }
+        clear_columns(sum);
         if (heirs != 0 && ((ends >> source) & 1) != 0) {
             add_state(sum, adjoints, source, step);
             pass_state(sum, adjoints->update[source], start, kept);
@@ -185,22 +162,19 @@ nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_
     __local uint4 rows_of_d_o[2][ND_CHUNK * VALUE_ROW];
     __local float4 rows_at[2][ROWS / 4];
     const uint warp = get_local_id(0) / 32, lane = warp_lane();
-    const ulong bh = get_group_id(0) / SLICES, head = bh % HEADS;
-    const uint slice = get_group_id(0) % SLICES;
-    const int columns = DIM_V - (int)slice * ND_V, tokens = (int)call.length;
-    const ulong first = (bh / HEADS * call.length * HEADS + head) * DIM_V + slice * ND_V;
+    const slice_place at = find_slice(call);
+    const int tokens = (int)call.length, columns = min(at.columns, ND_V);
     const ulong chunk_values = (ulong)ND_CHUNK * HEADS * DIM_V;
-    const __global float4 *rows_from =
-        (const __global float4 *)place(ws, ws_offset, call.rows) + bh * call.chunks * (ROWS / 4);
-    __global uint4 *saved = find_saved(call, place(ws, ws_offset, call.adjoints), bh, slice);
+    const __global float4 *rows_from = (const __global float4 *)find_weights(call, ws, ws_offset, at.first_chunk);
+    __global uint4 *saved = find_saved(call, place(ws, ws_offset, call.adjoints), at.bh, at.slice);
     const uint last = call.chunks - 1;
-    d_o += d_o_offset + first;
-    dv += dv_offset + first;
-    fetch_matrix(rows_of_d_o[last % 2], VALUE_ROW, d_o + last * chunk_values, HEADS * DIM_V, min(columns, ND_V),
+    d_o += d_o_offset + at.values;
+    dv += dv_offset + at.values;
+    fetch_matrix(rows_of_d_o[last % 2], VALUE_ROW, d_o + last * chunk_values, HEADS * DIM_V, columns,
                  tokens - (int)last * ND_CHUNK, aligned, ND_WALK_ITEMS);
     fetch_rows(rows_at[last % 2], rows_from + (ulong)last * (ROWS / 4));
     for (uint n = call.chunks; n-- > 0;) {
-        const __global uint4 *map = (const __global uint4 *)place(ws, ws_offset, call.maps) + (bh * call.chunks + n) * MAP;
+        const __global uint4 *map = find_map(call, ws, ws_offset, at.first_chunk + n);
         const __local uint4 *d_o_here = rows_of_d_o[n % 2];
         const __local float *rows = (const __local float *)rows_at[n % 2];
         const uint joined = joined_level(call, n), ends = adjoint_levels(call, n);
@@ -220,14 +194,14 @@ nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_
         barrier(CLK_LOCAL_MEM_FENCE);
         if (n > 0) {
             fetch_matrix(rows_of_d_o[(n - 1) % 2], VALUE_ROW, d_o + (n - 1) * chunk_values, HEADS * DIM_V,
-                         min(columns, ND_V), tokens - (int)(n - 1) * ND_CHUNK, aligned, ND_WALK_ITEMS);
+                         columns, tokens - (int)(n - 1) * ND_CHUNK, aligned, ND_WALK_ITEMS);
             fetch_rows(rows_at[(n - 1) % 2], rows_from + (ulong)(n - 1) * (ROWS / 4));
         }
         if (warp < TOKENS) {
             float4 out[V_TILES][2];
             hand_back(out, &adjoints, write, own_t, d_o_here, warp, joined);
-            store_outputs(dv + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, columns, aligned);
-            save_states(saved + states_before(n + 1) * SAVED, &adjoints, ends, columns, 32 * TOKENS);
+            store_outputs(dv + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, at.columns, aligned);
+            save_states(saved + states_before(n + 1) * SAVED, &adjoints, ends, at.columns, 32 * TOKENS);
         } else {
             find_requests(&adjoints, &requests, write, d_o_here, rows, warp - TOKENS, n, ends);
         }
@@ -246,13 +220,13 @@ nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_
 /* ---- levels -------------------------------------------------------------------------------------------------------- */
 
 /* Where a warp of `levels` stands. */
-typedef struct chunk_place {
+typedef struct levels_place {
     const __global uint4 *map;               /* of the chunk */
     const __global uint4 *states, *adjoints; /* of the chunk */
     uint n, ends, joined;
     uint i;                                  /* which 16 tokens */
     uint first_step;                         /* of K, of the warp's columns */
-} chunk_place;
+} levels_place;
 
 /* The state of a level among those of `levels`, 16 columns of V. */
 const __global uint4 *find_state(const __global uint4 *states, uint levels, uint level, uint column) {
@@ -260,12 +234,12 @@ const __global uint4 *find_state(const __global uint4 *states, uint levels, uint
 }
 
 /* The level at the chunk's end of a level at its start. */
-uint level_behind(const chunk_place *at, uint level) {
+uint level_behind(const levels_place *at, uint level) {
     return at->joined != NO_LEVEL && level < at->joined ? at->joined : level;
 }
 
 /* c = (rows of the chunk's map) X for 16 columns of V. */
-void apply_rows(float4 c[2], const chunk_place *at, uint rows_at, const __global uint4 *x) {
+void apply_rows(float4 c[2], const levels_place *at, uint rows_at, const __global uint4 *x) {
     c[0] = c[1] = (float4)(0.0f);
 #pragma unroll 4
     for (uint step = 0; step < STEPS; step++) {
@@ -274,7 +248,7 @@ void apply_rows(float4 c[2], const chunk_place *at, uint rows_at, const __global
 }
 
 /* sum += a X^T */
-void add_outer(float4 sum[BLOCK_STEPS][2], const chunk_place *at, uint4 a, const __global uint4 *x) {
+void add_outer(float4 sum[BLOCK_STEPS][2], const levels_place *at, uint4 a, const __global uint4 *x) {
 #pragma unroll
     for (uint step = 0; step < BLOCK_STEPS; step++) {
         add_product(sum[step], a, transpose_tile(x[(at->first_step + step) * 32]));
@@ -287,7 +261,7 @@ uint4 round_negative(const float4 c[2]) {
 }
 
 /* dREAD, and the gradient of the level weights. */
-void find_read(float4 sum[BLOCK_STEPS][2], const chunk_place *at, const __global ushort *d_o, int rows, uint aligned,
+void find_read(float4 sum[BLOCK_STEPS][2], const levels_place *at, const __global ushort *d_o, int rows, uint aligned,
                const __global float *weights, __global weight *dlevels) {
     const uint row = 16 * at->i + warp_lane() / 4;
     for (uint level = 0, bits = at->n; bits != 0; level++, bits >>= 1) {
@@ -325,7 +299,7 @@ void find_read(float4 sum[BLOCK_STEPS][2], const chunk_place *at, const __global
 }
 
 /* dWRITE */
-void find_write(float4 sum[BLOCK_STEPS][2], const chunk_place *at, const __global ushort *v, int rows, uint aligned) {
+void find_write(float4 sum[BLOCK_STEPS][2], const levels_place *at, const __global ushort *v, int rows, uint aligned) {
     for (uint column = 0; at->joined != NO_LEVEL && column < DIM_V / 16; column++) {
         add_outer(sum, at, load_global_tile(v + 16 * column, HEADS * DIM_V, rows, aligned),
                   find_state(at->adjoints, at->ends, at->joined, column));
@@ -344,7 +318,7 @@ void find_write(float4 sum[BLOCK_STEPS][2], const chunk_place *at, const __globa
 }
 
 /* dK_START, and the item's part of <D, E>. */
-float find_start(float4 sum[BLOCK_STEPS][2], const chunk_place *at) {
+float find_start(float4 sum[BLOCK_STEPS][2], const levels_place *at) {
     float dot_of_states = 0.0f;
     for (uint level = 0, bits = at->n; bits != 0; level++, bits >>= 1) {
         const uint behind = level_behind(at, level);
@@ -375,39 +349,39 @@ nvidia_delta_levels(const loglin_delta_call call, __global float *ws, ulong ws_o
                     ulong v_offset, const __global ushort *d_o, ulong d_o_offset, __global weight *dlevels,
                     ulong dlevels_offset, uint aligned) {
     const uint warp = get_local_id(0) / 32, kind = warp / TOKENS, lane = warp_lane(), block = get_group_id(0) % BLOCKS;
-    const ulong id = get_group_id(0) / BLOCKS, bh = id / call.chunks;
-    const uint n = id % call.chunks, head = bh % HEADS;
+    const chunk_place chunk = find_chunk(call, get_group_id(0) / BLOCKS);
+    const ulong bh = chunk.id / call.chunks;
+    const uint n = chunk.n;
     const ulong states_at = states_before(n) * SAVED, adjoints_at = states_before(n + 1) * SAVED;
-    const chunk_place at = {(const __global uint4 *)place(ws, ws_offset, call.maps) + id * MAP,
-                            find_saved(call, place(ws, ws_offset, call.states), bh, 0) + states_at,
-                            find_saved(call, place(ws, ws_offset, call.adjoints), bh, 0) + adjoints_at,
-                            n,
-                            adjoint_levels(call, n),
-                            joined_level(call, n),
-                            warp % TOKENS,
-                            block * BLOCK_STEPS};
-    const ulong token = bh / HEADS * call.length + (ulong)n * ND_CHUNK + 16 * at.i;
-    const int rows = (int)(call.length - n * ND_CHUNK) - (int)(16 * at.i);
-    const ulong values_at = (token * HEADS + head) * DIM_V;
-    const __global float *weights = (const __global float *)place(ws, ws_offset, call.rows) + id * ROWS;
+    const levels_place at = {find_map(call, ws, ws_offset, chunk.id),
+                             find_saved(call, place(ws, ws_offset, call.states), bh, 0) + states_at,
+                             find_saved(call, place(ws, ws_offset, call.adjoints), bh, 0) + adjoints_at,
+                             n,
+                             adjoint_levels(call, n),
+                             joined_level(call, n),
+                             warp % TOKENS,
+                             block * BLOCK_STEPS};
+    const int rows = chunk.count - (int)(16 * at.i);
+    const ulong row = chunk.row + 16 * at.i * HEADS;
+    const __global float *weights = find_weights(call, ws, ws_offset, chunk.id);
     float4 sum[BLOCK_STEPS][2];
 #pragma unroll
     for (uint step = 0; step < BLOCK_STEPS; step++) {
         sum[step][0] = sum[step][1] = (float4)(0.0f);
     }
     if (kind == 0) {
-        find_read(sum, &at, d_o + d_o_offset + values_at, rows, aligned, weights,
-                  dlevels ? dlevels + dlevels_offset + (token * HEADS + head) * LEVELS : 0);
+        find_read(sum, &at, d_o + d_o_offset + row * DIM_V, rows, aligned, weights,
+                  dlevels ? dlevels + dlevels_offset + row * LEVELS : 0);
     } else if (kind == 1) {
         const float dot_of_states = warp_sum(find_start(sum, &at));
         if (lane == 0) {
-            ((__global float *)place(ws, ws_offset, call.decays))[(id * BLOCKS + block) * TOKENS + at.i] =
+            ((__global float *)place(ws, ws_offset, call.decays))[(chunk.id * BLOCKS + block) * TOKENS + at.i] =
                 weights[ND_CHUNK * STATES] * dot_of_states;
         }
     } else {
-        find_write(sum, &at, v + v_offset + values_at, rows, aligned);
+        find_write(sum, &at, v + v_offset + row * DIM_V, rows, aligned);
     }
-    __global uint4 *to = (__global uint4 *)place(ws, ws_offset, call.map_gradients) + (id * 3 + kind) * GRADIENT +
+    __global uint4 *to = (__global uint4 *)place(ws, ws_offset, call.map_gradients) + (chunk.id * 3 + kind) * GRADIENT +
                          (at.i * STEPS + at.first_step) * 32 + lane;
 #pragma unroll
     for (uint step = 0; step < BLOCK_STEPS; step++) {
@@ -780,20 +754,19 @@ nvidia_delta_keys(const loglin_delta_call call, __global float *ws, ulong ws_off
     __local chunk_squares squares;
     __local chunk_rows rows;
     const uint item = get_local_id(0), i = item / 32;
-    const ulong id = get_group_id(0), bh = id / call.chunks;
-    const uint chunk = id % call.chunks, head = bh % HEADS;
-    const int count = min((int)(call.length - chunk * ND_CHUNK), ND_CHUNK);
-    const ulong token = bh / HEADS * call.length + (ulong)chunk * ND_CHUNK, row = token * HEADS + head;
-    const ulong key_at = (token * GROUPS + head / (HEADS / GROUPS)) * DIM_K;
-    const __global uint4 *map = (const __global uint4 *)place(ws, ws_offset, call.maps) + id * MAP;
-    const __global uint4 *gradients = (const __global uint4 *)place(ws, ws_offset, call.map_gradients) + id * 3 * GRADIENT;
-    fetch_matrix(queries, KEY_ROW, q + q_offset + key_at, GROUPS * DIM_K, DIM_K, count, aligned, ND_KEYS_ITEMS);
-    fetch_matrix(keys, KEY_ROW, k + k_offset + key_at, GROUPS * DIM_K, DIM_K, count, aligned, ND_KEYS_ITEMS);
+    const chunk_place at = find_chunk(call, get_group_id(0));
+    const int count = at.count;
+    const ulong row = at.row;
+    const __global uint4 *map = find_map(call, ws, ws_offset, at.id);
+    const __global uint4 *gradients =
+        (const __global uint4 *)place(ws, ws_offset, call.map_gradients) + at.id * 3 * GRADIENT;
+    fetch_keys(queries, q + q_offset, &at, aligned);
+    fetch_keys(keys, k + k_offset, &at, aligned);
     if (i == 0) {
         scan_gates(rows.gates, g ? g + g_offset + row : 0, count);
     }
-    for (uint at = item; at < ND_CHUNK * TOKENS; at += ND_KEYS_ITEMS) {
-        squares.sums[at / ND_CHUNK][at % ND_CHUNK] = squares.gates[at / ND_CHUNK][at % ND_CHUNK] = 0.0f;
+    for (uint e = item; e < ND_CHUNK * TOKENS; e += ND_KEYS_ITEMS) {
+        squares.sums[e / ND_CHUNK][e % ND_CHUNK] = squares.gates[e / ND_CHUNK][e % ND_CHUNK] = 0.0f;
     }
     wait_for_copies();
     barrier(CLK_LOCAL_MEM_FENCE);
@@ -839,9 +812,9 @@ nvidia_delta_keys(const loglin_delta_call call, __global float *ws, ulong ws_off
     find_d_keys(&squares, &sums, &rows, queries, keys, gradients,
                 (__global float *)place(ws, ws_offset, call.dq) + row * DIM_K,
                 (__global float *)place(ws, ws_offset, call.dk) + row * DIM_K, i, count);
-    store_sums(&squares, &sums, (const __global float *)place(ws, ws_offset, call.decays) + id * (BLOCKS * TOKENS),
+    store_sums(&squares, &sums, (const __global float *)place(ws, ws_offset, call.decays) + at.id * (BLOCKS * TOKENS),
                dg ? dg + dg_offset + row : 0, dbeta ? dbeta + dbeta_offset + row : 0,
-               dlevels ? dlevels + dlevels_offset + row * LEVELS : 0, i, chunk, count);
+               dlevels ? dlevels + dlevels_offset + row * LEVELS : 0, i, at.n, count);
 }
 
 /* ---- sum ----------------------------------------------------------------------------------------------------------- */
