@@ -1,12 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Does the device do what the NVIDIA engine relies on?  Matrix units, one warp's and a warpgroup's, copies into local
- * memory, loads of matrices and shuffles through PTX, and PROBE_BYTES of local memory, whatever the driver says it has.
+ * memory, loads of matrices and shuffles through PTX, and PROBE_BYTES of local memory (at least 16384, for a and b),
+ * whatever the driver says it has.
  *
  * LOGLIN_BUILD_OPTIONS=-DNV_NO_WGMMA makes the trial of wgmma fail: so mma.sync is tried where the device has both.
  */
 #if WGMMA && defined(NV_NO_WGMMA)
 #error "wgmma is not wanted (NV_NO_WGMMA)"
+#endif
+#if PROBE_BYTES < 16384
+#error "PROBE_BYTES is below 16384"
 #endif
 
 /* a 64 x 64, b 64 x 64, both row-major; products 64 x 64 of every work-group.  faults counts what else is wrong. */

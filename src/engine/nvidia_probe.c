@@ -10,6 +10,9 @@
 
 enum { ROWS = 64, INNER = 64, COLUMNS = 64, GROUPS = 256 };
 
+/* The trial run itself holds a and b in local memory. */
+static const size_t least_bytes = (ROWS + COLUMNS) * INNER * sizeof(uint16_t);
+
 typedef struct probe_buffers {
     cl_mem a, b, products, faults;
 } probe_buffers;
@@ -127,7 +130,8 @@ static loglin_status try_out(loglin_device *device, loglin_dtype dtype, bool wgm
 }
 
 static loglin_status probe(loglin_device *device, loglin_dtype dtype, bool wgmma, size_t local_bytes) {
-    const size_t step = 1024, bytes = (local_bytes + step - 1) / step * step;
+    const size_t step = 1024, wanted = local_bytes > least_bytes ? local_bytes : least_bytes;
+    const size_t bytes = ceil_div(wanted, step) * step;
     mtx_lock(&device->lock);
     const struct loglin_nvidia_probe known = device->nvidia_probe[dtype == LOGLIN_F16][wgmma];
     mtx_unlock(&device->lock);
