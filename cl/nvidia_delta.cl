@@ -86,14 +86,15 @@ __global float *find_weights(const loglin_delta_call call, __global float *ws, u
 typedef struct slice_place {
     ulong bh, first_chunk; /* the latter among those of all sequences and heads */
     uint slice;
-    int columns;           /* from here on */
+    int columns;           /* of the slice: the last one may have fewer */
     ulong values;          /* its first element in v, o, dO and dv */
 } slice_place;
 
 slice_place find_slice(const loglin_delta_call call) {
     const ulong bh = get_group_id(0) / SLICES, head = bh % HEADS;
     const uint slice = get_group_id(0) % SLICES;
-    const slice_place at = {bh, bh * call.chunks, slice, DIM_V - (int)slice * ND_V,
+    const slice_place at = {bh, bh * call.chunks, slice,
+                            DIM_V % ND_V == 0 ? ND_V : min(DIM_V - (int)slice * ND_V, ND_V),
                             (bh / HEADS * call.length * HEADS + head) * DIM_V + slice * ND_V};
     return at;
 }
@@ -493,7 +494,7 @@ __global uint4 *find_saved(const loglin_delta_call call, __global char *states, 
 
 /* The states of the levels in `bits` to memory, behind one another, by the first `items`; `to`: the slice's. */
 void save_states(__global uint4 *to, const __local level_states *states, uint bits, int columns, uint items) {
-    const uint count = min((uint)columns / 16, (uint)V_TILES) * STEPS * 32;
+    const uint count = (uint)columns / 16 * STEPS * 32;
     for (uint level = 0; bits != 0; level++, bits >>= 1) {
         if ((bits & 1) != 0) {
             for (uint i = get_local_id(0); i < count; i += items) {
@@ -755,7 +756,7 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
 #else
     o += o_offset + at.values;
 #endif
-    fetch_matrix(values_at[0], VALUE_ROW, v, HEADS * DIM_V, ND_V, tokens, aligned, ND_WALK_ITEMS);
+    fetch_matrix(values_at[0], VALUE_ROW, v, HEADS * DIM_V, at.columns, tokens, aligned, ND_WALK_ITEMS);
     fetch_rows(rows_at[0], rows_from);
     /* Tiles of READ or, behind them, of K_START: those of the warp's 16 tokens. */
     uint4 mine[STEPS];
@@ -780,7 +781,7 @@ nvidia_delta_walk(const loglin_delta_call call, __global float *ws, ulong ws_off
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
         if (!is_last) {
-            fetch_matrix(values_at[(n + 1) % 2], VALUE_ROW, v + (n + 1) * chunk_values, HEADS * DIM_V, ND_V,
+            fetch_matrix(values_at[(n + 1) % 2], VALUE_ROW, v + (n + 1) * chunk_values, HEADS * DIM_V, at.columns,
                          tokens - (int)(n + 1) * ND_CHUNK, aligned, ND_WALK_ITEMS);
             fetch_rows(rows_at[(n + 1) % 2], rows_from + (ulong)(n + 1) * (ROWS / 4));
         }

@@ -163,14 +163,14 @@ nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_
     __local float4 rows_at[2][ROWS / 4];
     const uint warp = get_local_id(0) / 32, lane = warp_lane();
     const slice_place at = find_slice(call);
-    const int tokens = (int)call.length, columns = min(at.columns, ND_V);
+    const int tokens = (int)call.length;
     const ulong chunk_values = (ulong)ND_CHUNK * HEADS * DIM_V;
     const __global float4 *rows_from = (const __global float4 *)find_weights(call, ws, ws_offset, at.first_chunk);
     __global uint4 *saved = find_saved(call, place(ws, ws_offset, call.adjoints), at.bh, at.slice);
     const uint last = call.chunks - 1;
     d_o += d_o_offset + at.values;
     dv += dv_offset + at.values;
-    fetch_matrix(rows_of_d_o[last % 2], VALUE_ROW, d_o + last * chunk_values, HEADS * DIM_V, columns,
+    fetch_matrix(rows_of_d_o[last % 2], VALUE_ROW, d_o + last * chunk_values, HEADS * DIM_V, at.columns,
                  tokens - (int)last * ND_CHUNK, aligned, ND_WALK_ITEMS);
     fetch_rows(rows_at[last % 2], rows_from + (ulong)last * (ROWS / 4));
     for (uint n = call.chunks; n-- > 0;) {
@@ -194,13 +194,14 @@ nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_
         barrier(CLK_LOCAL_MEM_FENCE);
         if (n > 0) {
             fetch_matrix(rows_of_d_o[(n - 1) % 2], VALUE_ROW, d_o + (n - 1) * chunk_values, HEADS * DIM_V,
-                         columns, tokens - (int)(n - 1) * ND_CHUNK, aligned, ND_WALK_ITEMS);
+                         at.columns, tokens - (int)(n - 1) * ND_CHUNK, aligned, ND_WALK_ITEMS);
             fetch_rows(rows_at[(n - 1) % 2], rows_from + (ulong)(n - 1) * (ROWS / 4));
         }
         if (warp < TOKENS) {
             float4 out[V_TILES][2];
             hand_back(out, &adjoints, write, own_t, d_o_here, warp, joined);
-            store_outputs(dv + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, at.columns, aligned);
+            store_outputs(dv + n * chunk_values, out, (int)(16 * warp), tokens - (int)n * ND_CHUNK, at.columns,
+                          aligned);
             save_states(saved + states_before(n + 1) * SAVED, &adjoints, ends, at.columns, 32 * TOKENS);
         } else {
             find_requests(&adjoints, &requests, write, d_o_here, rows, warp - TOKENS, n, ends);
