@@ -49,6 +49,11 @@ static size_t padded_k(const loglin_problem *problem) {
     return ceil_div(problem->dim_k, 64) * 64;
 }
 
+/* Does wgmma take its states? */
+static bool has_wgmma_shape(const loglin_problem *problem) {
+    return padded_k(problem) % 128 == 0;
+}
+
 static size_t tiles_of_v(const loglin_problem *problem) {
     return ceil_div(problem->dim_v, NV_TILE_V);
 }
@@ -158,7 +163,7 @@ static void destroy(loglin_engine_state *state) {
 /* Bytes of local memory of a work-group of outputs, which takes the most. */
 static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *schedule) {
     const size_t k = padded_k(problem), row = (size_t)NV_TILE_V * 2;
-    const size_t values = NV_SEGMENT * row, states = (NV_STAGES * (size_t)(k % 128 == 0 ? 128 : 64) + k) * row;
+    const size_t values = NV_SEGMENT * row, states = (NV_STAGES * (size_t)(schedule->wgmma ? 128 : 64) + k) * row;
     const size_t tiles = (size_t)72 * 512, keys = schedule->keys_local ? k * NV_HALF * 2 : 0;
     const size_t scales = NV_SEGMENT * ((loglin_num_levels(problem->length) + 6) / 4 * 4) * sizeof(float);
     const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + (size_t)2 * NV_STAGES * 8;
@@ -180,7 +185,7 @@ static size_t items_of_work_group(size_t items, size_t times, size_t least, size
 static nvidia_schedule choose_schedule(const loglin_device *device, const loglin_problem *problem) {
     const size_t items = items_of_group(problem), units = device->info.compute_units;
     const size_t groups = problem->batch * problem->groups, segments = segments_of(problem);
-    nvidia_schedule schedule = {.keys_local = true};
+    nvidia_schedule schedule = {.keys_local = true, .wgmma = has_wgmma_shape(problem)};
     schedule.output_count = items_of_work_group(items, segments * groups, units, 6);
     schedule.state_count = 1;
     while (schedule.super_bits < 3 && groups * items * (segments >> (schedule.super_bits + 1)) >= units) {
@@ -190,15 +195,26 @@ static nvidia_schedule choose_schedule(const loglin_device *device, const loglin
     return schedule;
 }
 
+/* wgmma where it is, else mma.sync, which needs less local memory. */
+static loglin_status choose_units(loglin_device *device, const loglin_problem *problem, nvidia_schedule *schedule) {
+    schedule->wgmma = has_wgmma_shape(problem);
+    if (schedule->wgmma &&
+        loglin_nvidia_probe_wgmma(device, problem->dtype, local_bytes(problem, schedule)) == LOGLIN_OK) {
+        return LOGLIN_OK;
+    }
+    schedule->wgmma = false;
+    return loglin_nvidia_probe(device, problem->dtype, local_bytes(problem, schedule));
+}
+
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     state->schedule = choose_schedule(device, problem);
-    const size_t bytes = local_bytes(problem, &state->schedule);
-    state->schedule.wgmma =
-        padded_k(problem) % 128 == 0 && loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
-    if (!state->schedule.wgmma) {
-        RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, bytes));
+    loglin_status status = choose_units(device, problem, &state->schedule);
+    if (status != LOGLIN_OK && state->schedule.keys_local) {
+        state->schedule.keys_local = false;
+        status = choose_units(device, problem, &state->schedule);
     }
+    RETURN_IF_ERROR(status);
     lay_out(problem, state);
     RETURN_IF_ERROR(create_kernels(device, problem, state));
     if ((problem->phases & LOGLIN_BACKWARD) == 0) {

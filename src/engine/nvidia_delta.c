@@ -16,8 +16,14 @@
 
 #include "../../cl/nvidia_delta_layout.cl"
 
-/* Local memory of a work-group, in bytes. */
+/* The most local memory of a work-group that is asked for, in bytes; the trial run says whether the device has it. */
 static const size_t local_limit = 227 * (size_t)1024;
+
+/* Columns of V to a work-group that walks, or twice as many. */
+static const size_t narrow_slice = 16;
+
+/* Tiles of a lower triangle of a chunk, in bytes. */
+static const size_t own_bytes = (size_t)10 * 512;
 
 typedef enum delta_kernel {
     KERNEL_PREPARE,
@@ -65,14 +71,12 @@ static size_t walk_bytes(const loglin_problem *problem, bool backward, size_t co
     return count_states(problem) * (state + (backward ? 2 : 1) * update) + 2 * (values + rows);
 }
 
-/* Columns of V to a work-group: as many as its states leave room for; 0 if they never fit. */
-static size_t count_columns(const loglin_problem *problem, bool backward) {
-    for (size_t columns = problem->dim_v > 16 ? 32 : 16; columns >= 16; columns -= 16) {
-        if (walk_bytes(problem, backward, columns) <= local_limit) {
-            return columns;
-        }
-    }
-    return 0;
+/* Local memory that a work-group needs for a chunk's map or, backwards, for what its keys do. */
+static size_t chunk_bytes(const loglin_problem *problem, bool backward) {
+    const size_t keys = 2 * ND_CHUNK * (problem->dim_k + 8) * 2, square = (size_t)ND_CHUNK * (ND_CHUNK + 8) * 2;
+    const size_t inverse = ND_CHUNK * (ND_CHUNK + 4) * sizeof(float), factors = ND_CHUNK * sizeof(float[15]);
+    const size_t own = backward ? 6 * square + ND_CHUNK * sizeof(float[10]) : 2 * square + own_bytes;
+    return keys + inverse + factors + own;
 }
 
 static bool goes_back(const loglin_problem *problem) {
@@ -100,7 +104,7 @@ static const char *refuses(const loglin_device *device, const loglin_problem *pr
     if (problem->chunk != ND_CHUNK) {
         return "its chunk is 64";
     }
-    if (count_columns(problem, goes_back(problem)) == 0) {
+    if (walk_bytes(problem, goes_back(problem), narrow_slice) > local_limit) {
         return "the level states of so long a sequence do not fit in local memory";
     }
     return NULL;
@@ -139,7 +143,7 @@ static size_t count_saved(size_t chunks) {
 static void lay_out(const loglin_problem *problem, bool backward, delta_phase *phase) {
     const size_t chunks = ceil_div(problem->length, ND_CHUNK), matrices = problem->batch * problem->heads;
     const size_t maps = matrices * chunks, tokens = problem->batch * problem->length;
-    const size_t part_bytes = ND_CHUNK * problem->dim_k * 2, own_bytes = (size_t)10 * 512;
+    const size_t part_bytes = ND_CHUNK * problem->dim_k * 2;
     const size_t blocks = problem->dim_k / 16 / block_steps(problem);
     const size_t slices = matrices * ceil_div(problem->dim_v, phase->columns);
     size_t end = 0;
@@ -205,14 +209,24 @@ static void destroy(loglin_engine_state *state) {
     free(state);
 }
 
+/* Columns of V to a work-group that walks: as many as its states leave room for. */
+static loglin_status find_columns(loglin_device *device, const loglin_problem *problem, bool backward,
+                                  size_t *columns) {
+    const size_t chunk = chunk_bytes(problem, backward), wide_slice = 2 * narrow_slice;
+    const size_t wide = walk_bytes(problem, backward, wide_slice), narrow = walk_bytes(problem, backward, narrow_slice);
+    *columns = wide_slice;
+    if (problem->dim_v > narrow_slice && wide <= local_limit &&
+        loglin_nvidia_probe(device, problem->dtype, wide > chunk ? wide : chunk) == LOGLIN_OK) {
+        return LOGLIN_OK;
+    }
+    *columns = narrow_slice;
+    return loglin_nvidia_probe(device, problem->dtype, narrow > chunk ? narrow : chunk);
+}
+
 static loglin_status create_phase(loglin_device *device, const loglin_problem *problem, bool backward,
                                   delta_phase *phase) {
-    phase->columns = count_columns(problem, backward);
-    if (phase->columns == 0) {
-        return loglin_fail(LOGLIN_UNSUPPORTED, "NVIDIA delta engine: the level states do not fit in local memory");
-    }
+    RETURN_IF_ERROR(find_columns(device, problem, backward, &phase->columns));
     lay_out(problem, backward, phase);
-    RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, walk_bytes(problem, backward, phase->columns)));
     return create_kernels(device, problem, backward, phase);
 }
 
