@@ -73,9 +73,9 @@ static size_t walk_bytes(const loglin_problem *problem, bool backward, size_t co
 
 /* Local memory that a work-group needs for a chunk's map or, backwards, for what its keys do. */
 static size_t chunk_bytes(const loglin_problem *problem, bool backward) {
-    const size_t keys = 2 * ND_CHUNK * (problem->dim_k + 8) * 2, square = (size_t)ND_CHUNK * (ND_CHUNK + 8) * 2;
-    const size_t inverse = ND_CHUNK * (ND_CHUNK + 4) * sizeof(float), factors = ND_CHUNK * sizeof(float[15]);
-    const size_t own = backward ? 6 * square + ND_CHUNK * sizeof(float[10]) : 2 * square + own_bytes;
+    const size_t chunk = ND_CHUNK, keys = 2 * chunk * (problem->dim_k + 8) * 2, square = chunk * (chunk + 8) * 2;
+    const size_t inverse = chunk * (chunk + 4) * sizeof(float), factors = chunk * sizeof(float[15]);
+    const size_t own = backward ? 6 * square + chunk * sizeof(float[10]) : 2 * square + own_bytes;
     return keys + inverse + factors + own;
 }
 

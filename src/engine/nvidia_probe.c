@@ -11,7 +11,7 @@
 enum { ROWS = 64, INNER = 64, COLUMNS = 64, GROUPS = 256 };
 
 /* The trial run itself holds a and b in local memory. */
-static const size_t least_bytes = (ROWS + COLUMNS) * INNER * sizeof(uint16_t);
+static const size_t least_bytes = sizeof(uint16_t[ROWS + COLUMNS][INNER]);
 
 typedef struct probe_buffers {
     cl_mem a, b, products, faults;
