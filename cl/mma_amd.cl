@@ -3,8 +3,8 @@
  * AMD's matrix units: fragments for cl/mma_fragments.cl, 16-bit storage, float sums.  MMA_INSTRUCTION is MFMA_32X32X8 (waves
  * of 64), WMMA_GFX11 or WMMA_GFX12 (waves of 32: their built-ins do not compile for other waves).
  *
- * The elements that an item holds of a row of A, or of a column of B, are neighbours along k: so they are in the slabs, and
- * one or two accesses load them.  Rows of a slab are 16 bytes longer than they need be, against bank conflicts.
+ * The elements that an item holds of a row of A, or of a column of B, are one or two runs along k, which is contiguous in the
+ * slabs: so one or two accesses load them.  Rows of a slab are 16 bytes longer than they need be, against bank conflicts.
  */
 #define MMA_KERNEL
 #define SLAB_STRIDE (SLAB_DEPTH + 8)
@@ -14,14 +14,15 @@
 uint mma_a_at(uint row, uint k) { return row * SLAB_STRIDE + k; }
 uint mma_b_at(uint k, uint column) { return column * SLAB_STRIDE + k; }
 
-/* The widest access of a fragment's elements, and how many of them there are. */
-#if MMA_INSTRUCTION == MFMA_32X32X8
-typedef ushort4 held_part;
-#define HELD_PARTS 1
-#else
+/* The widest access of a fragment's elements, which are neighbours along k, and how many of them there are. */
+#if MMA_INSTRUCTION == WMMA_GFX11
 typedef ushort8 held_part;
-#define HELD_PARTS (A_HELD / 8)
+#define HELD_PART 8
+#else
+typedef ushort4 held_part;
+#define HELD_PART 4
 #endif
+#define HELD_PARTS (A_HELD / HELD_PART)
 
 #if MMA_INSTRUCTION == MFMA_32X32X8
 typedef ushort4 held;
@@ -46,21 +47,24 @@ typedef union {
     float x[MMA_ELEMENTS];
 } mma_c;
 
-fragment_a load_held(const __local mma_element *at) {
+fragment_a load_fragment_a(const __local mma_element *slab, uint row, uint k, uint lane) {
     fragment_a loaded;
 #pragma unroll
     for (uint i = 0; i < HELD_PARTS; i++) {
-        loaded.parts[i] = ((const __local held_part *)at)[i];
+        const uint x = i * HELD_PART;
+        loaded.parts[i] = *(const __local held_part *)(slab + mma_a_at(row + A_ROW(lane, x), k + A_K(lane, x)));
     }
     return loaded;
 }
 
-fragment_a load_fragment_a(const __local mma_element *slab, uint row, uint k, uint lane) {
-    return load_held(slab + mma_a_at(row + A_ROW(lane, 0), k + A_K(lane, 0)));
-}
-
 fragment_b load_fragment_b(const __local mma_element *slab, uint k, uint column, uint lane) {
-    return load_held(slab + mma_b_at(k + B_K(lane, 0), column + B_COLUMN(lane, 0)));
+    fragment_b loaded;
+#pragma unroll
+    for (uint i = 0; i < HELD_PARTS; i++) {
+        const uint x = i * HELD_PART;
+        loaded.parts[i] = *(const __local held_part *)(slab + mma_b_at(k + B_K(lane, x), column + B_COLUMN(lane, x)));
+    }
+    return loaded;
 }
 
 #ifdef MMA_EMULATED

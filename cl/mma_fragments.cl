@@ -33,17 +33,25 @@ mma_b mma_load_b(const __local mma_element *slab, uint k, uint column) { return 
 /* A(i, k) as the instruction finds it; NaN where its copies differ. */
 float held_a(mma_a a, uint i, uint k) {
     const fragment_a held = load_fragment_a(a.slab, a.first, a.second, A_LANE(i, k));
-    const fragment_a copy = load_fragment_a(a.slab, a.first, a.second, A_LANE(i, k) + 16 * (A_COPIES - 1));
-    const float x = mma_widen(held.x[A_INDEX(i, k)]);
-    return mma_widen(copy.x[A_INDEX(i, k)]) == x ? x : NAN;
+#if A_COPIES > 1
+    const fragment_a copy = load_fragment_a(a.slab, a.first, a.second, A_LANE(i, k) + 16);
+    if (copy.x[A_INDEX(i, k)] != held.x[A_INDEX(i, k)]) {
+        return NAN;
+    }
+#endif
+    return mma_widen(held.x[A_INDEX(i, k)]);
 }
 
 /* B(k, j), likewise. */
 float held_b(mma_b b, uint k, uint j) {
     const fragment_b held = load_fragment_b(b.slab, b.first, b.second, B_LANE(k, j));
-    const fragment_b copy = load_fragment_b(b.slab, b.first, b.second, B_LANE(k, j) + 16 * (A_COPIES - 1));
-    const float x = mma_widen(held.x[B_INDEX(k, j)]);
-    return mma_widen(copy.x[B_INDEX(k, j)]) == x ? x : NAN;
+#if A_COPIES > 1
+    const fragment_b copy = load_fragment_b(b.slab, b.first, b.second, B_LANE(k, j) + 16);
+    if (copy.x[B_INDEX(k, j)] != held.x[B_INDEX(k, j)]) {
+        return NAN;
+    }
+#endif
+    return mma_widen(held.x[B_INDEX(k, j)]);
 }
 
 /* The elements of C that this item holds. */

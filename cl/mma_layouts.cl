@@ -11,8 +11,8 @@
  * The emulation of an instruction (cl/mma_fragments.cl) goes by the first direction alone, and the kernels that feed it by
  * the second: an error in either gives wrong products.  A_COPIES: lanes 16 apart that must hold the same elements of A, B.
  *
- * MMA_INSTRUCTION: one of the names below; not defined: the tile products do without one, and this file is empty.  MMA_EMULATED, if it is defined, names the instruction that is emulated; a
- * device that emulates one has no other.
+ * MMA_INSTRUCTION: one of the names below; not defined: the tile products do without one, and this file is empty.
+ * MMA_EMULATED, if it is defined, names the instruction that is emulated; a device that emulates one has no other.
  */
 #ifdef MMA_INSTRUCTION
 #define MFMA_32X32X8 1
@@ -52,9 +52,9 @@
 
 /*
  * v_wmma_f32_16x16x16_f16 and _bf16, waves of 32: gfx11.  AMD Matrix Instruction Calculator, `-a rdna3 -i
- * v_wmma_f32_16x16x16_f16 -w 32`: A[i][k] is in element k % 2 of GPR floor(k / 2) of lanes i and i + 16, B[k][j] likewise of
- * j and j + 16; D[i][j] in GPR floor((16 * i) / 32), lane (16 * i) % 32 + j.  The same: "How to accelerate AI applications
- * on RDNA 3 using WMMA", gpuopen.com/learn/wmma_on_rdna3.
+ * v_wmma_f32_16x16x16_f16 -w 32`: A[i][k] in "floor(k / 2).[16*(k % 2)+15 : 16*(k % 2)]", lanes "i and i+16", B[k][j]
+ * likewise in "j and j+16"; D[i][j] in GPR "floor(i / 2)", lane "((16 * i) % 32) + j".  The same: "RDNA3" Instruction Set
+ * Architecture, section 7.9; "How to accelerate AI applications on RDNA 3 using WMMA", gpuopen.com/learn/wmma_on_rdna3.
  */
 #elif MMA_INSTRUCTION == WMMA_GFX11
 #define MMA_TEAM 32
@@ -76,9 +76,11 @@
 #define C_COLUMN(lane, x) ((lane) % 16)
 
 /*
- * v_wmma_f32_16x16x16_f16 and _bf16, waves of 32: gfx12, where nothing is held twice.  "Using the Matrix Cores of AMD RDNA 4
- * architecture GPUs", gpuopen.com/learn/using_matrix_core_amd_rdna4: a lane holds 8 elements of a row of A, or of a column of
- * B, lanes 0 to 15 those of k = 0 .. 7 and lanes 16 to 31 the others; of D the rows 0 .. 7 of a column, or 8 .. 15.
+ * v_wmma_f32_16x16x16_f16 and _bf16, waves of 32: gfx12, where nothing is held twice.  "RDNA4" Instruction Set Architecture,
+ * Reference Guide, section 7.12.2 "Matrix Element Storage in VGPRs", 16 bits, Wave32: of A "lane { col[2], row[3:0] }, vgpr
+ * { col[3], col[1] }, startPosn col[0]", of B the same with row and col exchanged; of 32-bit results "matrix[row][col] ->
+ * VGPR[(row / 8) * 16 + col][row % 8]".  The same: AMD Matrix Instruction Calculator, `-a rdna4`.  Texts that give k = 0 .. 7
+ * to the lanes 0 .. 15 exchange bits 2 and 3 of k in A and in B alike, and so get the same product.
  */
 #elif MMA_INSTRUCTION == WMMA_GFX12
 #define MMA_TEAM 32
@@ -86,24 +88,26 @@
 #define MMA_COLUMNS 16
 #define MMA_DEPTH 16
 #define A_COPIES 1
-#define A_LANE(i, k) (16 * ((k) / 8) + (i))
-#define A_INDEX(i, k) ((k) % 8)
-#define B_LANE(k, j) (16 * ((k) / 8) + (j))
-#define B_INDEX(k, j) ((k) % 8)
+#define A_LANE(i, k) (16 * ((k) / 4 % 2) + (i))
+#define A_INDEX(i, k) (4 * ((k) / 8) + (k) % 4)
+#define B_LANE(k, j) (16 * ((k) / 4 % 2) + (j))
+#define B_INDEX(k, j) (4 * ((k) / 8) + (k) % 4)
 #define C_LANE(i, j) (16 * ((i) / 8) + (j))
 #define C_INDEX(i, j) ((i) % 8)
 #define A_ROW(lane, x) ((lane) % 16)
-#define A_K(lane, x) ((lane) / 16 * 8 + (x))
-#define B_K(lane, x) ((lane) / 16 * 8 + (x))
+#define A_K(lane, x) ((x) / 4 * 8 + (lane) / 16 * 4 + (x) % 4)
+#define B_K(lane, x) ((x) / 4 * 8 + (lane) / 16 * 4 + (x) % 4)
 #define B_COLUMN(lane, x) ((lane) % 16)
 #define C_ROW(lane, x) ((lane) / 16 * 8 + (x))
 #define C_COLUMN(lane, x) ((lane) % 16)
 
 /*
  * intel_sub_group_f16_f16_matrix_mad_k16 and _bf16_bf16_, 8 rows.  The text of the extension
- * cl_intel_subgroup_matrix_multiply_accumulate: component i of the first operand is row i, of which each item contributes
- * 32 bits where the smallest sub-group is 8, that is two elements, and 16 bits where it is 16; "each work item contributes
- * one column" of B, its elements packed in the order of k, and one column of C, component i being row i.
+ * cl_intel_subgroup_matrix_multiply_accumulate, revision 1.1.0, "Add a new Section 6.13.X": "The value for M is determined by
+ * the number of vector components in the source operand a", so component i is row i, of which an item contributes 32 bits
+ * where the smallest sub-group is 8 (int8 a: two elements), 16 bits where it is 16 (short8 a); of b and acc "each work item
+ * contributes one column".  Its coding sample has k rise with the item, then from low bits to high in a, and from component
+ * to component, low bits first, in b.
  */
 #elif MMA_INSTRUCTION == DPAS_8X8X16
 #define MMA_TEAM 8

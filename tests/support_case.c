@@ -916,7 +916,8 @@ static const char *check(const support_case *c, oracle_function *oracle, device_
     oracle(data, expected);
     const char *failure = c->automatic ? check_engine(data, LOGLIN_ENGINE_AUTO, expected, run, compare) : NULL;
     for (size_t i = 0; !c->automatic && failure == NULL && i < ENGINE_COUNT; i++) {
-        if (ENGINES[i] == LOGLIN_ENGINE_BLAS || takes(data, ENGINES[i])) {
+        if (c->only != LOGLIN_ENGINE_AUTO ? ENGINES[i] == c->only
+                                          : ENGINES[i] == LOGLIN_ENGINE_BLAS || takes(data, ENGINES[i])) {
             failure = check_engine(data, ENGINES[i], expected, run, compare);
         }
     }

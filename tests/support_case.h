@@ -34,6 +34,7 @@ typedef struct support_case {
     size_t offset;      /* elements before every array in its buffer */
     size_t chunk;
     bool automatic;                       /* the plan chooses the engine; else every engine in turn */
+    loglin_engine only;                   /* this engine alone, which must take the problem; 0: every one in turn */
     void (*adjust)(support_data *inputs); /* changes the random inputs */
     bool small_gate_gradient;             /* dg cancels to nothing: it is measured against dk . k, its terms */
     uint64_t seed;

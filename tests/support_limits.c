@@ -7,6 +7,7 @@
 
 #include <CL/cl_ext.h>
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -251,22 +252,36 @@ CL_API_ENTRY cl_mem CL_API_CALL clCreateBuffer(cl_context context, cl_mem_flags 
 /* In front of every source text of a device without double: its use is an error, with a name that tells why. */
 static const char without_double[] = "#define double this_device_has_no_double\n";
 
+static char *(*edit_source)(const char *source);
+
+void support_edit_sources(char *(*edit)(const char *source)) {
+    edit_source = edit;
+}
+
+/* The text, edited or as it is, for free(). */
+static char *copy_source(const char *source, size_t length) {
+    char *copy = length > 0 ? strndup(source, length) : strdup(source);
+    char *edited = edit_source != NULL ? edit_source(copy) : NULL;
+    if (edited == NULL) {
+        return copy;
+    }
+    free(copy);
+    return edited;
+}
+
 CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithSource(cl_context context, cl_uint count, const char **strings,
                                                               const size_t *lengths, cl_int *code) {
     NEXT(clCreateProgramWithSource)
-    if (!get_limits()->no_double) {
-        return next(context, count, strings, lengths, code);
-    }
-    const char **all = support_alloc(count + 1, sizeof *all);
-    size_t *all_lengths = support_alloc(count + 1, sizeof *all_lengths);
-    all[0] = without_double;
+    char **all = support_alloc(count + 1, sizeof *all);
+    all[0] = strdup(get_limits()->no_double ? without_double : "");
     for (cl_uint i = 0; i < count; i++) {
-        all[i + 1] = strings[i];
-        all_lengths[i + 1] = lengths != NULL ? lengths[i] : 0;
+        all[i + 1] = copy_source(strings[i], lengths != NULL ? lengths[i] : 0);
     }
-    cl_program program = next(context, count + 1, all, all_lengths, code);
+    cl_program program = next(context, count + 1, (const char **)all, NULL, code);
+    for (cl_uint i = 0; i <= count; i++) {
+        free(all[i]);
+    }
     free(all);
-    free(all_lengths);
     return program;
 }
 
@@ -276,7 +291,7 @@ CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithBinary(cl_context context
                                                               const unsigned char **binaries, cl_int *loaded,
                                                               cl_int *code) {
     NEXT(clCreateProgramWithBinary)
-    if (support_is_limited()) {
+    if (support_is_limited() || edit_source != NULL) {
         if (code != NULL) {
             *code = CL_INVALID_BINARY;
         }
@@ -294,6 +309,47 @@ static size_t local_memory_of(cl_command_queue queue, cl_kernel kernel) {
     return (size_t)bytes;
 }
 
+/* ---- What was launched ------------------------------------------------------------------------------------------- */
+
+typedef struct launch {
+    char kernel[48];
+    size_t items, count;
+} launch;
+
+static launch launches[64]; /* those beyond are not counted */
+static pthread_mutex_t launches_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void count_launch(cl_kernel kernel, size_t items) {
+    char name[sizeof launches[0].kernel];
+    if (clGetKernelInfo(kernel, CL_KERNEL_FUNCTION_NAME, sizeof name, name, NULL) != CL_SUCCESS) {
+        return; /* a longer name */
+    }
+    pthread_mutex_lock(&launches_lock);
+    size_t at = 0;
+    while (at < sizeof launches / sizeof launches[0] && launches[at].count > 0 &&
+           (launches[at].items != items || strcmp(launches[at].kernel, name) != 0)) {
+        at++;
+    }
+    if (at < sizeof launches / sizeof launches[0]) {
+        memcpy(launches[at].kernel, name, sizeof name);
+        launches[at].items = items;
+        launches[at].count++;
+    }
+    pthread_mutex_unlock(&launches_lock);
+}
+
+size_t support_launches(const char *kernel, size_t items) {
+    size_t count = 0;
+    pthread_mutex_lock(&launches_lock);
+    for (size_t at = 0; at < sizeof launches / sizeof launches[0]; at++) {
+        if (strcmp(launches[at].kernel, kernel) == 0 && (items == 0 || launches[at].items == items)) {
+            count += launches[at].count;
+        }
+    }
+    pthread_mutex_unlock(&launches_lock);
+    return count;
+}
+
 CL_API_ENTRY cl_int CL_API_CALL clEnqueueNDRangeKernel(cl_command_queue queue, cl_kernel kernel, cl_uint dimensions,
                                                        const size_t *offset, const size_t *global, const size_t *local,
                                                        cl_uint num_wait, const cl_event *wait, cl_event *event) {
@@ -309,6 +365,7 @@ CL_API_ENTRY cl_int CL_API_CALL clEnqueueNDRangeKernel(cl_command_queue queue, c
     if (of->local > 0 && local_memory_of(queue, kernel) > of->local) {
         return refuse(CL_OUT_OF_RESOURCES, "bytes of local memory", local_memory_of(queue, kernel), of->local);
     }
+    count_launch(kernel, items);
     return next(queue, kernel, dimensions, offset, global, local, num_wait, wait, event);
 }
 

@@ -2,7 +2,7 @@
 /*
  * A smaller device than the one that is there: what it says of itself is limited, and calls that go beyond are refused
  * as its driver would.  For this the test programs define some of OpenCL's functions, in front of the loader's; the
- * library and CLBlast call these.
+ * library and CLBlast call these.  So they also see what is built and launched.
  */
 #ifndef LOGLIN_TESTS_SUPPORT_LIMITS_H
 #define LOGLIN_TESTS_SUPPORT_LIMITS_H
@@ -27,5 +27,11 @@ void support_limit_device(const char *limits);
 
 /* Is one of them set? */
 bool support_is_limited(void);
+
+/* Every program built from now on is made of edit(its source): a text for free(), or NULL to leave it.  NULL: none is. */
+void support_edit_sources(char *(*edit)(const char *source));
+
+/* How often this process has launched the kernel with work-groups of that many items (0: of any size). */
+size_t support_launches(const char *kernel, size_t items);
 
 #endif

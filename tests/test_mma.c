@@ -75,11 +75,10 @@ static cl_program build(const instruction *of, loglin_dtype dtype, const planted
         }
     }
     char options[256];
-    (void)snprintf(
-        options, sizeof options,
-        "-cl-std=CL1.2 -DSTORAGE=%d -DMMA_INSTRUCTION=%s -DMMA_EMULATED=%s -DLANE_ITEMS=%u -DTEAMS_ROWS=%u%s",
-        (int)dtype, of->name, of->name, of->items, of->teams_rows,
-        error != NULL ? " -DSLAB_ROWS=32 -DSLAB_COLUMNS=32 -DSLAB_DEPTH=16" : "" /* compiles faster */);
+    (void)snprintf(options, sizeof options,
+                   "-cl-std=CL1.2 -DSTORAGE=%d -DMMA_INSTRUCTION=%s -DMMA_EMULATED=%s -DLANE_ITEMS=%u -DTEAMS_ROWS=%u "
+                   "-DSLAB_ROWS=32 -DSLAB_COLUMNS=32 -DSLAB_DEPTH=16" /* compiles faster */,
+                   (int)dtype, of->name, of->name, of->items, of->teams_rows);
     cl_program program = clCreateProgramWithSource(device->context, FILES, texts, NULL, NULL);
     const cl_int code = clBuildProgram(program, 1, &device->id, options, NULL, NULL);
     if (code != CL_SUCCESS) {
@@ -178,12 +177,17 @@ Test(mma, planted_errors_in_copies) {
 
 /* ---- The fused kernels ------------------------------------------------------------------------------------------- */
 
-/* On a GPU of this vendor that emulates this instruction: the library tries it out, and takes it. */
-static void expect_fused(const char *vendor, const char *name, loglin_dtype dtype) {
-    /* More, and the library adds an option that Intel's compiler alone knows. */
+/* A GPU that emulates this instruction and has no other: the library tries it out, and takes it. */
+static const instruction *be_gpu_with(const char *name, loglin_dtype dtype) {
+    const instruction *of = instructions;
+    while (strcmp(of->name, name) != 0) {
+        of++;
+    }
+    /* More memory, and the library adds an option that Intel's compiler alone knows. */
     static const size_t gigabyte = (size_t)1 << 30;
     char limits[128], options[64];
-    (void)snprintf(limits, sizeof limits, "gpu,vendor=%s,memory=%zu,allocation=%zu", vendor, gigabyte, gigabyte);
+    (void)snprintf(limits, sizeof limits, "gpu,vendor=%s,memory=%zu,allocation=%zu",
+                   strcmp(of->file, "mma_amd.cl") == 0 ? "Advanced Micro Devices" : "Intel", gigabyte, gigabyte);
     (void)snprintf(options, sizeof options, "-DMMA_EMULATED=%s -cl-opt-disable", name); /* compiles faster */
     support_limit_device(limits);
     (void)setenv("LOGLIN_BUILD_OPTIONS", options, 1);
@@ -191,16 +195,80 @@ static void expect_fused(const char *vendor, const char *name, loglin_dtype dtyp
     support_require(loglin_lanes_choose(support_open()->device, dtype, &schedule), "loglin_lanes_choose");
     cr_assert_not_null(schedule.instruction);
     cr_assert_str_eq(schedule.instruction, name);
-    /* Larger than what small tiles without matrix units cover. */
-    const support_case c = {
-        .op = LOGLIN_GATED_DELTA, .dtype = dtype, .length = 50, .heads = 1, .dim_k = 40, .dim_v = 24, .chunk = 16};
+    return of;
+}
+
+/* Larger than what small tiles without matrix units cover, so every product is by the instruction. */
+static support_case fused_case(loglin_op op, loglin_dtype dtype) {
+    return (support_case){.op = op,
+                          .dtype = dtype,
+                          .length = 50,
+                          .heads = 1,
+                          .dim_k = 40,
+                          .dim_v = 24,
+                          .chunk = 16,
+                          .final_states = true,
+                          .only = LOGLIN_ENGINE_FUSED};
+}
+
+static void expect_fused(const char *name, loglin_op op, loglin_dtype dtype) {
+    be_gpu_with(name, dtype);
+    const support_case c = fused_case(op, dtype);
     expect_pass(support_check_forward(&c));
+    cr_expect_gt(support_launches("portable_forward", 256), 0, "%s: the fused kernel has not run", name);
 }
 
-Test(mma, fused_dpas_of_8) {
-    expect_fused("Intel", "DPAS_8X8X16", LOGLIN_BF16);
+/* Both operators, and both 16-bit types, with every instruction. */
+#define FUSED(name, of_scalar, of_delta)                                                                               \
+    Test(mma, scalar_##name) {                                                                                         \
+        expect_fused(#name, LOGLIN_MAMBA2, of_scalar);                                                                 \
+    }                                                                                                                  \
+    Test(mma, delta_##name) {                                                                                          \
+        expect_fused(#name, LOGLIN_GATED_DELTA, of_delta);                                                             \
+    }
+
+FUSED(MFMA_32X32X8, LOGLIN_F16, LOGLIN_BF16)
+FUSED(WMMA_GFX11, LOGLIN_BF16, LOGLIN_F16)
+FUSED(WMMA_GFX12, LOGLIN_F16, LOGLIN_BF16)
+FUSED(DPAS_8X8X16, LOGLIN_BF16, LOGLIN_F16)
+FUSED(DPAS_8X16X16, LOGLIN_F16, LOGLIN_BF16)
+FUSED(FMA_8X16X16, LOGLIN_F32, LOGLIN_F32)
+
+/* In what is built from now on. */
+static const planted_error *fused_error;
+
+static char *plant_fused(const char *source) {
+    return strstr(source, "#define A_ROW(") != NULL ? plant(source, fused_error) : NULL;
 }
 
-Test(mma, fused_dpas_of_16) {
-    expect_fused("Intel", "DPAS_8X16X16", LOGLIN_BF16);
+/* The library's trial of the instruction has passed when the table goes wrong, so only the answers can tell. */
+static void expect_fused_error(const char *name, planted_error error) {
+    be_gpu_with(name, LOGLIN_BF16);
+    fused_error = &error;
+    support_edit_sources(plant_fused);
+    const support_case c = fused_case(LOGLIN_MAMBA2, LOGLIN_BF16);
+    const char *failure = support_check_forward(&c);
+    cr_expect_gt(support_launches("portable_forward", 256), 0, "%s: the fused kernel has not run", name);
+    cr_assert_not_null(failure, "%s: %s %s is not noticed", name, error.entry, error.change);
+    cr_expect_not_null(strstr(failure, "o: error"), "%s", failure);
+}
+
+Test(mma, planted_error_in_fused_WMMA_GFX12) {
+    expect_fused_error("WMMA_GFX12", (planted_error){"A_K", "^ 8"});
+}
+
+Test(mma, planted_error_in_fused_DPAS_8X16X16) {
+    expect_fused_error("DPAS_8X16X16", (planted_error){"C_ROW", "^ 1"});
+}
+
+/* And one that the trial sees: the instruction is not used. */
+Test(mma, planted_error_in_trial) {
+    static const planted_error error = {"B_COLUMN", "^ 1"};
+    fused_error = &error;
+    support_edit_sources(plant_fused);
+    (void)setenv("LOGLIN_BUILD_OPTIONS", "-DMMA_EMULATED=DPAS_8X8X16 -cl-opt-disable", 1);
+    support_limit_device("gpu,vendor=Intel,memory=1073741824,allocation=1073741824");
+    loglin_lane_schedule schedule;
+    support_require(loglin_lanes_choose(support_open()->device, LOGLIN_BF16, &schedule), "loglin_lanes_choose");
+    cr_expect_null(schedule.instruction);
 }
