@@ -97,12 +97,28 @@ void narrow_tile(uint begin, uint end, operand a, uint a_row, uint a_column, ope
     }
 }
 
+/* Asks for the next rows of the next chunk; OpenCL C's own prefetch() is nothing on some CPUs. */
+void ask_ahead(rows_ahead *ahead) {
+#ifdef __clang__
+    for (uint i = 0; i < AHEAD_ROWS && ahead->next < ahead->end; i++, ahead->next++) {
+        for (uint stream = 0; stream < AHEAD_STREAMS; stream++) {
+            const __global char *row = ahead->rows[stream] + ahead->next * ahead->strides[stream];
+            for (uint byte = 0; byte < ahead->bytes[stream]; byte += 64) {
+                __builtin_prefetch((const __global void *)(row + byte), 0, 2); /* to read, into the second cache */
+            }
+        }
+    }
+#else
+    (void)ahead;
+#endif
+}
+
 /* The inner index begins at the tile's first row if A is upper triangular, at its first column if B is lower. */
 void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column, operand b,
              uint b_row, matrix c, uint c_row, operand weights, int how, float keep) {
-    (void)at;
     for (uint n = 0; n < columns; n += 2 * VECTOR) {
         for (uint m = (how & C_LOWER) ? n / TILE_ROWS * TILE_ROWS : 0; m < rows; m += TILE_ROWS) {
+            ask_ahead(at->ahead);
             const uint begin = max((how & A_UPPER) ? m : 0, (how & B_LOWER) ? n : 0);
             const uint end = (how & A_LOWER) ? min(m + TILE_ROWS, depth) : depth;
             operand of_a = a + m * a_row, of_rows = weights ? weights + m : 0;

@@ -537,7 +537,7 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
     const parts to = {q_parts + of_group, k_parts + of_group, g_parts + of_values, beta_parts + of_values,
                       level_parts + of_values * p.levels};
     place at = find_lane(p, ws, lanes, (uint)get_group_id(0));
-    SHARE_LOCAL_MEMORY(at)
+    EQUIP_LANE(at)
     cu_seqlens += cu_offset;
     values = values ? values + values_offset : 0;
     log_decay = log_decay ? log_decay + decay_offset : 0;

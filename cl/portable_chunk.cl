@@ -606,12 +606,14 @@ void load_head(const loglin_panel p, const place *at, const inputs *in) {
 
 #if LANE_ITEMS == 1
 #define LANE_KERNEL __attribute__((reqd_work_group_size(1, 1, 1))) __kernel
-#define SHARE_LOCAL_MEMORY(at)
+#define EQUIP_LANE(at)                                                                                                 \
+    rows_ahead ahead = {.end = 0};                                                                                     \
+    at.ahead = &ahead;
 #else
 #define LANE_KERNEL __attribute__((reqd_work_group_size(LANE_ITEMS, 1, 1))) MMA_KERNEL __kernel
 /* Room for a product's slabs, or for the sums over rows or items. */
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define SHARE_LOCAL_MEMORY(at)                                                                                         \
+#define EQUIP_LANE(at)                                                                                                 \
     __local float16 local_memory[(MAX(SLAB_FLOATS, MAX(LANE_ITEMS, 2 * CHUNK * ROW_PARTS)) + 15) / 16];                \
     at.shared = (__local float *)local_memory;
 #endif
@@ -643,4 +645,34 @@ const __global int *find_slot(const loglin_panel p, const __global float *ws, co
     const __global int *record = slot < p.slots ? slot_record(p, ws, slot) : 0;
     const int mine = record && (record[SLOT_FLAGS] & SLOT_VALID) && (uint)record[SLOT_SEQUENCE] == sequence;
     return mine ? record : 0;
+}
+
+#if LANE_ITEMS == 1
+/* One of the streams: rows of `width` elements, or NULL. */
+void set_stream(rows_ahead *ahead, uint stream, const __global storage *rows, ulong first, uint stride, uint width) {
+    ahead->rows[stream] = (const __global char *)(rows + first);
+    ahead->strides[stream] = stride * sizeof(storage);
+    ahead->bytes[stream] = rows ? width * sizeof(storage) : 0;
+}
+#endif
+
+/* Until the lane's next chunk, that of `slot`, products ask for its rows of q, k, v and o.  slot, q, o: or NULL. */
+void look_ahead(const loglin_panel p, const place *at, const inputs *in, const __global storage *o,
+                const __global int *slot) {
+#if LANE_ITEMS == 1
+    rows_ahead *ahead = at->ahead;
+    ahead->next = 0;
+    ahead->end = slot ? (uint)(slot[SLOT_HI] - slot[SLOT_LO]) : 0;
+    const ulong token = slot ? (ulong)slot[SLOT_TOKEN] : 0;
+    const uint keys = p.groups * DIM_K, values = p.heads * DIM_V;
+    const ulong key = token * keys + at->group * DIM_K;
+    const ulong value = token * values + at->first_head * DIM_V + at->first_value;
+    const uint width = (LANE_HEADS - 1) * DIM_V + at->values; /* of all heads */
+    set_stream(ahead, 0, in->q, key, keys, DIM_K);
+    set_stream(ahead, 1, in->k, key, keys, DIM_K);
+    set_stream(ahead, 2, in->v, value, values, width);
+    set_stream(ahead, 3, o, value, values, width);
+#else
+    (void)p, (void)at, (void)in, (void)o, (void)slot;
+#endif
 }

@@ -57,12 +57,13 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
     const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
                        beta ? beta + beta_offset : 0};
     place at = find_lane(p, ws, lanes, (uint)get_group_id(0));
-    SHARE_LOCAL_MEMORY(at)
+    EQUIP_LANE(at)
     cu_seqlens += cu_offset;
     int where[COLUMNS], next[COLUMNS];
     make_levels(&at);
     for (uint n = 0; (at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n)) != 0; n++) {
         const int flags = at.slot[SLOT_FLAGS];
+        look_ahead(p, &at, &in, o + o_offset, find_slot(p, ws, cu_seqlens, at.sequence, n + 1));
         load_group(p, &at, &in);
         for (at.head = 0; at.head < LANE_HEADS; at.head++) {
             if (flags & SLOT_FIRST) {

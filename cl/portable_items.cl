@@ -87,11 +87,25 @@ float sum_of_strip(strip x) {
 #endif
 }
 
+/*
+ * Rows of the caller's that a CPU's lane needs for its next chunk.  Those of a group or head lie far apart, where no
+ * hardware looks ahead: every tile of a product asks for a few of them, into the second cache.
+ */
+enum { AHEAD_STREAMS = 4, AHEAD_ROWS = 2 };
+typedef struct {
+    const __global char *rows[AHEAD_STREAMS]; /* the first row of each stream */
+    ulong strides[AHEAD_STREAMS];             /* bytes between its rows, and of a row */
+    uint bytes[AHEAD_STREAMS];
+    uint next, end; /* the rows that nothing has asked for */
+} rows_ahead;
+
 /* Where a lane stands. */
 typedef struct {
     matrix memory, pool; /* of the lane; of its states, from which it counts on */
 #if LANE_ITEMS > 1
     __local float *shared; /* for the products' slabs, and for sums */
+#else
+    rows_ahead *ahead;
 #endif
     uint sequence, group;
     uint head;        /* of the lane's, 0 .. LANE_HEADS - 1 */

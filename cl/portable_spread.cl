@@ -43,7 +43,7 @@ LANE_KERNEL void portable_own(const loglin_panel p, __global float *ws, ulong la
     const inputs in = {0, k + k_offset, v + v_offset, g ? g + g_offset : 0, 0, 0};
     uint first;
     place at = find_spread(p, ws, lanes, pools, SPREAD, &first);
-    SHARE_LOCAL_MEMORY(at)
+    EQUIP_LANE(at)
     cu_seqlens += cu_offset;
     for (uint n = first; (at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n)) != 0; n += SPREAD) {
         if (n == 0) {
@@ -51,6 +51,7 @@ LANE_KERNEL void portable_own(const loglin_panel p, __global float *ws, ulong la
             begin_states(p, &at, values ? values + values_offset : 0, log_decay ? log_decay + decay_offset : 0, where);
             note_states(&at, where, 0);
         }
+        look_ahead(p, &at, &in, 0, find_slot(p, ws, cu_seqlens, at.sequence, n + SPREAD));
         make_own(p, &at, &in, n);
     }
 }
@@ -127,11 +128,12 @@ LANE_KERNEL void portable_read(const loglin_panel p, __global float *ws, ulong l
                        0};
     uint first;
     place at = find_spread(p, ws, lanes, pools, SPREAD, &first);
-    SHARE_LOCAL_MEMORY(at)
+    EQUIP_LANE(at)
     cu_seqlens += cu_offset;
     for (uint n = first; (at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n)) != 0; n += SPREAD) {
         int where[COLUMNS];
         recall_states(&at, n, where);
+        look_ahead(p, &at, &in, o + o_offset, find_slot(p, ws, cu_seqlens, at.sequence, n + SPREAD));
         load_group(p, &at, &in);
         load_head(p, &at, &in);
         make_read(p, &at, &in);
