@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Where every slot lies: which tokens its rows are, and at which level each state stands.  Slots are numbered by tiles
- * of batch_width sequences, then waves, then sequences; packed sequences follow one another in slots, each with room for
- * two partial chunks.  Positions and bounds are read here, on the device, so a call needs no look at them on the host.
+ * of batch_width sequences, then waves, then sequences; packed sequences follow one another in slots, each with room
+ * for two partial chunks.  Positions and bounds are read here, on the device, so a call needs no look at them on the
+ * host.
  */
 
 /* Sequence i's first token and the count of its tokens. */
@@ -127,7 +128,10 @@ __kernel void chunk_layout(const loglin_panel p, __global float *ws, const __glo
     }
 }
 
-/* A sequence without tokens keeps its states; levels that do not exist become zeros.  Over (sequence and head, row of K, column of V). */
+/*
+ * A sequence without tokens keeps its states; levels that do not exist become zeros.  Over (sequence and head, row of K,
+ * column of V).
+ */
 __kernel void chunk_keep(const loglin_panel p, __global float *ws, const __global int *cu_seqlens, ulong cu_offset,
                          const __global int *position, ulong position_offset, const __global float *from,
                          ulong from_offset, const __global float *log_decay, ulong decay_offset, __global float *to,

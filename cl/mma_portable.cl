@@ -136,8 +136,8 @@ void product(const place *at, uint rows, uint columns, uint depth, operand a, ui
 #else
 /*
  * For GPUs: the tile interface of cl/portable_product.cl with fused multiply-adds.  A team is 4 by 8 work-items, each
- * with 4 by 4 elements of C, four rows and eight columns apart; slabs hold floats, their inner index contiguous, and lie
- * in rows of 4 floats more than they have, so that the items of a row of a team read from different banks.
+ * with 4 by 4 elements of C, four rows and eight columns apart; slabs hold floats, their inner index contiguous, and
+ * lie in rows of 4 floats more than they have, so that the items of a row of a team read from different banks.
  */
 #define MMA_TEAM 32
 #define MMA_ROWS 16

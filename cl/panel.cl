@@ -3,15 +3,15 @@
  * What the host tells the chunkwise kernels: this file is C and OpenCL C alike, included by both.
  *
  * A sequence is cut into chunks of C tokens at multiples of C of the absolute position, so the first and the last chunk
- * may be partial: their missing rows are zeros.  A slot is one chunk of one sequence.  A wave is the slots with the same
- * chunk number of the sequences that are walked side by side; a panel is a run of waves whose intermediate results are
- * in memory together.  Regions are arrays of matrices in the workspace, one matrix for each slot of the panel and each
- * head (or group) of a slot.
+ * may be partial: their missing rows are zeros.  A slot is one chunk of one sequence.  A wave is the slots with the
+ * same chunk number of the sequences that are walked side by side; a panel is a run of waves whose intermediate results
+ * are in memory together.  Regions are arrays of matrices in the workspace, one matrix for each slot of the panel and
+ * each head (or group) of a slot.
  */
 
 /*
- * REGION(name, count, rows, columns, when): a matrix for each HEAD or GROUP of a slot, its shape in C, K, V and JV = columns
- * times V, and when it is needed: all of DELTA rule, GRADients, LEVELS (there are states to read), NEAR (strong
+ * REGION(name, count, rows, columns, when): a matrix for each HEAD or GROUP of a slot, its shape in C, K, V and JV =
+ * columns times V, and when it is needed: all of DELTA rule, GRADients, LEVELS (there are states to read), NEAR (strong
  * partition), NORMalisation.  FRONT, BACK: with room for one more wave before (if strong) or behind the panel.
  */
 #define LOGLIN_REGIONS(REGION)                                                                                         \
@@ -101,7 +101,7 @@ typedef struct {
     unsigned int first_level;   /* level of column 0 */
     unsigned int near_levels;   /* levels up to this one lie in the chunk, and the one before if strong */
     unsigned int delta; /* 0 or 1 */
-    unsigned int near;  /* 0 or 1: chunks read the keys of the chunk before one by one (strong); the last column waits */
+    unsigned int near;  /* 0 or 1: chunks read the keys of the chunk before one by one (strong); a column waits */
     unsigned int packed;        /* sequences are bounded by cu_seqlens */
     unsigned int slots;         /* of the panel */
     float scale;

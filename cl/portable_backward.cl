@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The backward pass (weak partition), lane by lane.  A lane walks its sequence forwards for the states at the
+ * The backward pass, lane by lane.  A lane walks its sequence forwards for the states at the
  * start of every segment of SEGMENT chunks; then segment by segment from the last one, forwards again for the states at
- * every chunk's start, and backwards for the gradients.  Adjoints of E walk backwards with it: what the chunk's reads ask
- * for, and what the next chunk's states hand back.  The formulas are those of src/operator; names with _T are transposed.
+ * every chunk's start, and backwards for the gradients.  Adjoints of E walk backwards with it: what the chunk's reads
+ * ask for, and what the next chunk's states hand back.  The formulas are those of src/operator; names with _T are
+ * transposed.
  *
- * A lane adds its part of dq, dk, dg, dbeta and dlevel_scales into arrays of floats of its own; portable_reduce sums the
- * parts in a fixed order.
+ * A lane adds its part of dq, dk, dg, dbeta and dlevel_scales into arrays of floats of its own; portable_reduce sums
+ * the parts in a fixed order.
  */
 #if GRADIENTS
 
@@ -20,7 +21,7 @@ ulong tokens_of(const loglin_panel p) {
     return p.packed ? p.length : p.length * p.sequences;
 }
 
-/* ---- States, forwards ---------------------------------------------------------------------------------------------- */
+/* ---- States, forwards -------------------------------------------------------------------------------------------- */
 
 #define SAVED(segment, column) (HEAD_ARRAY(SAVED) + ((ulong)(segment) * COLUMNS + (column)) * SIZE_KV)
 
@@ -44,10 +45,26 @@ void restore_states(const place *at, int *where, uint segment) {
     }
 }
 
-/* ---- Outputs to values, weights and states -------------------------------------------------------------------------- */
+/* ---- Outputs to values, weights and states ----------------------------------------------------------------------- */
 
-/* D_LEVELS += Z_rs dS_rs by level, dS = dO V^T in D_MZ.  Off the diagonal a block of 16 by 16 has one level. */
+#if STRONG
+/* D_LEVELS += x y by the pairs' levels: of each row up to its own column, or (whole) of all columns. */
+void add_by_level(const place *at, operand pair_levels, operand x, operand y, int whole) {
+    const __global uint *levels = (const __global uint *)pair_levels;
+    for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
+        for (uint i = r * CHUNK; i < r * CHUNK + (whole ? CHUNK : r + 1); i++) {
+            ARRAY(D_LEVELS)[r * PORTABLE_WEIGHTS + levels[i]] += x[i] * y[i];
+        }
+    }
+    SYNC();
+}
+#endif
+
+/* D_LEVELS += Z_rs dS_rs by level, dS = dO V^T in D_MZ.  Weak: off the diagonal a block of 16 by 16 has one level. */
 void add_level_gradients(const place *at) {
+#if STRONG
+    add_by_level(at, ARRAY(LEVEL), ARRAY(Z), ARRAY(D_MZ), 0);
+#else
     operand z = ARRAY(Z), ds = ARRAY(D_MZ);
     for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         matrix to = ARRAY(D_LEVELS) + r * PORTABLE_WEIGHTS;
@@ -65,7 +82,30 @@ void add_level_gradients(const place *at) {
         }
     }
     SYNC();
+#endif
 }
+
+#if IS_NEAR
+/*
+ * Through the reads of the chunk before, O += Z_NEAR V_BEFORE with level weights, Z_NEAR = READ WRITE_BEFORE^T: to READ
+ * and the weights here, and to what the chunk before finds as AHEAD.
+ */
+LANE_CALL void near_gradients(const place *at) {
+    near_reads(at);
+    transpose(at, ARRAY(V_BEFORE_T), CHUNK, HEAD_ARRAY(V_BEFORE), PAD_V, CHUNK, PAD_V);
+    product(at, CHUNK, CHUNK, PAD_V, ARRAY(D_O), PAD_V, 1, ARRAY(V_BEFORE_T), CHUNK, ARRAY(D_NEAR), CHUNK, 0, 0, 0.0f);
+    add_by_level(at, ARRAY(LEVEL_NEAR), ARRAY(Z_NEAR), ARRAY(D_NEAR), 1);
+    weigh_near(at, ARRAY(Z_NEAR));
+    weigh_near(at, ARRAY(D_NEAR));
+    product(at, CHUNK, PAD_V, CHUNK, ARRAY(Z_NEAR), 1, CHUNK, ARRAY(D_O), PAD_V, HEAD_ARRAY(D_V_AHEAD), PAD_V, 0, 0,
+            0.0f);
+    product(at, PAD_K, CHUNK, CHUNK, ARRAY(READ), 1, PAD_K, ARRAY(D_NEAR), CHUNK, HEAD_ARRAY(D_WRITE_AHEAD_T), CHUNK, 0,
+            0, 0.0f);
+    transpose(at, ARRAY(D_NEAR_T), CHUNK, ARRAY(D_NEAR), CHUNK, CHUNK, CHUNK);
+    product(at, PAD_K, CHUNK, CHUNK, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, 1, ARRAY(D_NEAR_T), CHUNK, ARRAY(D_READ_T),
+            CHUNK, 0, ADD, 1.0f);
+}
+#endif
 
 /* D_READ_T += weights decay ASKED_T, and the totals of decay ASKED . READ of the rows. */
 #if LANE_ITEMS == 1
@@ -99,8 +139,8 @@ void add_asked(const place *at, float decay) {
 #endif
 
 /*
- * A state's reads, E = decay times what stands there: with ASKED = dO E^T, D_READ += weight ASKED, the weight's gradient
- * is READ . ASKED, and D_E = keep D_E + (weight READ)^T dO.
+ * A state's reads, E = decay times what stands there: with ASKED = dO E^T, D_READ += weight ASKED, the weight's
+ * gradient is READ . ASKED, and D_E = keep D_E + (weight READ)^T dO.
  */
 void read_gradients(const loglin_panel p, const place *at, uint j, operand state, float decay, matrix d_state,
                     float keep) {
@@ -156,6 +196,29 @@ void load_level(const loglin_panel p, const place *at, matrix to, const __global
     SYNC();
 }
 
+/*
+ * What the final state of one level asks of its keys and values, rows begin .. end - 1: D_KEYS^T += d_state V^T, and
+ * D_V += KEYS d_state.
+ */
+void key_gradients(const place *at, operand d_state, uint begin, uint end, operand keys, operand values,
+                   matrix d_keys_t, matrix d_values) {
+    (void)at;
+    for (uint i = ITEM; i < (end - begin) * DIM_K; i += LANE_ITEMS) {
+        const uint s = begin + i / DIM_K, k = i % DIM_K;
+        d_keys_t[k * CHUNK + s] += row_dot(values + s * PAD_V, d_state + k * PAD_V, PAD_V);
+    }
+    for (uint i = ITEM; i < (end - begin) * (PAD_V / 16); i += LANE_ITEMS) {
+        const uint s = begin + i / (PAD_V / 16), c = i % (PAD_V / 16) * 16;
+        float16 sum = get16(d_values + s * PAD_V + c);
+        for (uint k = 0; k < DIM_K; k++) {
+            const float16 key = keys[s * PAD_K + k];
+            sum = fma(key, get16(d_state + k * PAD_V + c), sum);
+        }
+        put16(sum, d_values + s * PAD_V + c);
+    }
+    SYNC();
+}
+
 /* What the final states ask of the last chunk's keys and values, level by level. */
 void final_gradients(const loglin_panel p, const place *at, const __global float *dfinal, matrix scratch) {
     const uint last = (uint)at->slot[SLOT_HI] - 1;
@@ -164,26 +227,55 @@ void final_gradients(const loglin_panel p, const place *at, const __global float
         for (end = begin + 1; end <= last && level_of(last, end) == level; end++) {
         }
         load_level(p, at, scratch, dfinal, level);
-        for (uint i = ITEM; i < (end - begin) * DIM_K; i += LANE_ITEMS) {
-            const uint s = begin + i / DIM_K, k = i % DIM_K;
-            ARRAY(D_WRITE_T)[k * CHUNK + s] += row_dot(ARRAY(V) + s * PAD_V, scratch + k * PAD_V, PAD_V);
-        }
-        for (uint i = ITEM; i < (end - begin) * (PAD_V / 16); i += LANE_ITEMS) {
-            const uint s = begin + i / (PAD_V / 16), c = i % (PAD_V / 16) * 16;
-            float16 sum = get16(ARRAY(D_V) + s * PAD_V + c);
-            for (uint k = 0; k < DIM_K; k++) {
-                const float16 key = ARRAY(WRITE)[s * PAD_K + k];
-                sum = fma(key, get16(scratch + k * PAD_V + c), sum);
-            }
-            put16(sum, ARRAY(D_V) + s * PAD_V + c);
-        }
-        SYNC();
+        key_gradients(at, scratch, begin, end, ARRAY(WRITE), ARRAY(V), ARRAY(D_WRITE_T), ARRAY(D_V));
     }
 }
 
+#if IS_NEAR
+/*
+ * And of the keys of the chunk before, WRITE_NEAR = exp(a_C) WRITE_BEFORE, for the delta rule - M_NEAR WRITE with
+ * M_NEAR = WRITE_BEFORE K_START^T.  Returns the gradient of a_C.
+ */
+LANE_CALL float final_near_gradients(const loglin_panel p, const place *at, const __global float *dfinal,
+                                     matrix scratch) {
+    const uint last = CHUNK + (uint)at->slot[SLOT_HI] - 1;
+    matrix d_keys_t = ARRAY(D_WRITE_NEAR_T), d_before_t = HEAD_ARRAY(D_WRITE_AHEAD_T);
+    operand before_t = HEAD_ARRAY(WRITE_BEFORE_T);
+    near_keys(at);
+    set_zero(at, d_keys_t, PAD_K * CHUNK);
+    for (uint begin = 0, end; begin < CHUNK; begin = end) {
+        const int level = level_of(last, begin);
+        for (end = begin + 1; end < CHUNK && level_of(last, end) == level; end++) {
+        }
+        load_level(p, at, scratch, dfinal, level);
+        key_gradients(at, scratch, begin, end, ARRAY(WRITE_NEAR), HEAD_ARRAY(V_BEFORE), d_keys_t,
+                      HEAD_ARRAY(D_V_AHEAD));
+    }
+    strip sums = 0.0f;
+    FOR_STRIPS(i, PAD_K * CHUNK) {
+        sums = fma(get_strip(d_keys_t + i), get_strip(before_t + i), sums);
+    }
+    const float sum = sum_of_items(at, sum_of_strip(sums));
+    add_scaled(at, d_before_t, 1.0f, d_keys_t, chunk_decay(at), PAD_K * CHUNK);
+#if IS_DELTA
+    /* The gradient of M_NEAR^T, negated, is WRITE D_WRITE_NEAR^T. */
+    product(at, CHUNK, CHUNK, DIM_K, ARRAY(WRITE), PAD_K, 1, d_keys_t, CHUNK, ARRAY(D_NEAR), CHUNK, 0, 0, 0.0f);
+    product(at, PAD_K, CHUNK, CHUNK, ARRAY(K_START), 1, PAD_K, ARRAY(D_NEAR), CHUNK, d_before_t, CHUNK, 0, SUBTRACT,
+            1.0f);
+    transpose(at, ARRAY(D_NEAR_T), CHUNK, ARRAY(D_NEAR), CHUNK, CHUNK, CHUNK);
+    product(at, PAD_K, CHUNK, CHUNK, before_t, CHUNK, 1, ARRAY(D_NEAR_T), CHUNK, ARRAY(D_K_START_T), CHUNK, 0, SUBTRACT,
+            1.0f);
+    transpose(at, ARRAY(D_NEAR_T), CHUNK, ARRAY(M_NEAR_T), CHUNK, CHUNK, CHUNK);
+    product(at, PAD_K, CHUNK, CHUNK, d_keys_t, CHUNK, 1, ARRAY(D_NEAR_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, SUBTRACT,
+            1.0f);
+#endif
+    return chunk_decay(at) * sum;
+}
+#endif
+
 /* ---- The chunk's map -------------------------------------------------------------------------------------------- */
 
-/* Row sums minus column sums of x y below the diagonal: what pairs decayed by exp(a_r - a_s) ask of the running sums. */
+/* Row minus column sums of x y below the diagonal: what pairs decayed by exp(a_r - a_s) ask of the running sums. */
 #if LANE_ITEMS == 1
 void add_pair_gradients(const place *at, operand x, operand y, float sign) {
     for (uint r = 0; r < CHUNK; r++) {
@@ -318,7 +410,7 @@ void group_gradients(const place *at) {
 #endif
 }
 
-/* ---- To the parts ---------------------------------------------------------------------------------------------------- */
+/* ---- To the parts ------------------------------------------------------------------------------------------------ */
 
 /*
  * The head's dv, and its parts of dg, dbeta and dlevel_scales.  A gate takes part in the sums of its row and the rows
@@ -369,7 +461,7 @@ void store_group(const loglin_panel p, const place *at, __global float *ws, part
     SYNC();
 }
 
-/* ---- One chunk, backwards -------------------------------------------------------------------------------------------- */
+/* ---- One chunk, backwards ---------------------------------------------------------------------------------------- */
 
 #define ADJOINT(place) (HEAD_ARRAY(D_E) + (ulong)(place) * SIZE_KV)
 
@@ -396,8 +488,9 @@ int free_adjoint(const int *behind, const int *here) {
 }
 
 /*
- * Where the adjoint of column j's state stands, with that of its state at the chunk's end in it, or zeros.  behind, here:
- * places of the next chunk's columns and of this one's; the last of the states that have become one takes its place.
+ * Where the adjoint of column j's state stands, with that of its state at the chunk's end in it, or zeros.  behind,
+ * here: places of the next chunk's columns and of this one's; the last of the states that have become one takes its
+ * place.
  */
 int take_adjoint(const loglin_panel p, const place *at, uint moment, uint j, const int *behind, const int *here,
                  const __global float *dfinal) {
@@ -426,7 +519,11 @@ void head_gradients(const loglin_panel p, const place *at, __global float *ws, p
     transpose(at, ARRAY(READ_T), CHUNK, ARRAY(READ), PAD_K, CHUNK, PAD_K);
     set_zero(at, ARRAY(D_LEVELS), CHUNK * PORTABLE_WEIGHTS);
     set_zero(at, ARRAY(D_READ_T), PAD_K * CHUNK);
-    set_zero(at, ARRAY(D_WRITE_T), PAD_K * CHUNK);
+    if (IS_NEAR && !last) {
+        set_scaled(at, ARRAY(D_WRITE_T), HEAD_ARRAY(D_WRITE_AHEAD_T), 1.0f, PAD_K * CHUNK);
+    } else {
+        set_zero(at, ARRAY(D_WRITE_T), PAD_K * CHUNK);
+    }
 #if IS_DELTA
     transpose(at, ARRAY(K_START_T), CHUNK, ARRAY(K_START), PAD_K, CHUNK, PAD_K);
     set_zero(at, ARRAY(D_K_START_T), PAD_K * CHUNK);
@@ -435,6 +532,14 @@ void head_gradients(const loglin_panel p, const place *at, __global float *ws, p
     add_level_gradients(at);
     scale_triangle(at, ARRAY(D_MZ), ARRAY(D_MZ), 0, WEIGHED);
     product(at, CHUNK, PAD_V, CHUNK, ARRAY(MZ), 1, CHUNK, ARRAY(D_O), PAD_V, ARRAY(D_V), PAD_V, 0, A_UPPER, 0.0f);
+#if IS_NEAR
+    if (!last) {
+        add_scaled(at, ARRAY(D_V), 1.0f, HEAD_ARRAY(D_V_AHEAD), 1.0f, CHUNK * PAD_V);
+    }
+    if (reads_near(at->slot)) {
+        near_gradients(at);
+    }
+#endif
     if (!last && own >= 0) {
         operand d_own = ADJOINT(behind[own]);
         product(at, PAD_K, CHUNK, PAD_V, d_own, PAD_V, 1, ARRAY(V_T), CHUNK, ARRAY(D_WRITE_T), CHUNK, 0, ADD, 1.0f);
@@ -450,11 +555,20 @@ void head_gradients(const loglin_panel p, const place *at, __global float *ws, p
             operand state = STATE((int)PLACES(moment)[j] - 1);
             const float decay = exp(DECAYS(moment)[j]);
             d_decay += pass_gradients(at, state, decay, ADJOINT(here[j]));
-            read_gradients(p, at, j, state, decay, ADJOINT(here[j]), IS_DELTA ? 1.0f : chunk_decay(at));
+            const float keep = IS_DELTA ? 1.0f : chunk_decay(at);
+            if (is_read(j, here[j])) {
+                read_gradients(p, at, j, state, decay, ADJOINT(here[j]), keep);
+            } else {
+                set_scaled(at, ADJOINT(here[j]), ADJOINT(here[j]), keep, SIZE_KV);
+            }
         }
     }
     if (last && dfinal) {
-        final_gradients(p, at, dfinal, ADJOINT(free_adjoint(behind, here)));
+        matrix scratch = ADJOINT(free_adjoint(behind, here));
+        final_gradients(p, at, dfinal, scratch);
+#if IS_NEAR
+        d_decay += reads_near(at->slot) ? final_near_gradients(p, at, dfinal, scratch) : 0.0f;
+#endif
     }
     share_gradients(at);
     store_head(p, at, ws, to, dv, d_decay);
@@ -483,9 +597,23 @@ void load_chunk_states(const loglin_panel p, place *at, const inputs *in) {
 #endif
 }
 
+#if IS_NEAR
+/* What the chunk reads one by one, of every head: keys and values of the chunk before, at `slot`. */
+void load_near(const loglin_panel p, place *at, const inputs *in, const __global int *slot) {
+    const __global int *here = at->slot;
+    at->slot = slot;
+    load_chunk_states(p, at, in);
+    for (at->head = 0; at->head < LANE_HEADS; at->head++) {
+        load_head(p, at, in);
+        keep_near(at);
+    }
+    at->slot = here;
+}
+#endif
+
 /*
- * The states of the waves first .. end - 1: those at the start of each segment are saved (save), or those of every chunk
- * stay where they are and are noted.
+ * The states of the waves first .. end - 1: those at the start of each segment are saved (save), or those of every
+ * chunk stay where they are and are noted.
  */
 void walk_states(const loglin_panel p, place *at, const __global float *ws, const __global int *cu_seqlens,
                  const inputs *in, const __global float *values, const __global float *log_decay, uint first, uint end,
@@ -539,6 +667,7 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
     place at = find_lane(p, ws, lanes, (uint)get_group_id(0));
     EQUIP_LANE(at)
     cu_seqlens += cu_offset;
+    make_levels(&at);
     values = values ? values + values_offset : 0;
     log_decay = log_decay ? log_decay + decay_offset : 0;
     uint waves = 0;
@@ -558,6 +687,11 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
         walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, first, end, 0);
         for (uint n = end; n-- > first;) {
             at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n);
+#if IS_NEAR
+            if (n > 0) {
+                load_near(p, &at, &in, find_slot(p, ws, cu_seqlens, at.sequence, n - 1));
+            }
+#endif
             load_group(p, &at, &in);
             set_zero(&at, at.memory + LANE_D_QK, CHUNK * CHUNK);
             set_zero(&at, at.memory + LANE_D_Q, CHUNK * PAD_K);
@@ -583,7 +717,7 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
     }
 }
 
-/* ---- The sums of the parts ---------------------------------------------------------------------------------------- */
+/* ---- The sums of the parts --------------------------------------------------------------------------------------- */
 
 /* dq or dk of a token and group: the sum of the parts, through the scale and the normalisation. */
 void reduce_row(const __global float *from, ulong stride, uint count, const __global storage *x, float scale,

@@ -32,6 +32,7 @@
 #define WHEN_MOMENTS (GRADIENTS || SPREAD > 0)
 #define WHEN_GRADIENTS GRADIENTS
 #define WHEN_DELTA_GRADIENTS (IS_DELTA && GRADIENTS)
+#define WHEN_NEAR_GRADIENTS (IS_NEAR && GRADIENTS)
 
 /* Offsets of the arrays in a lane's memory. */
 #define PORTABLE_OFFSET(name, count, rows, columns, when)                                                              \
@@ -117,7 +118,7 @@ float row_dot(operand x, operand y, uint count) {
     return sum16(sums);
 }
 
-/* ---- Matrices of the lane, of whole vectors ------------------------------------------------------------------------ */
+/* ---- Matrices of the lane, of whole vectors ---------------------------------------------------------------------- */
 
 /* Each item's strips of `count` floats. */
 #define FOR_STRIPS(i, count) for (uint i = STRIP * ITEM; i < (count); i += STRIP * LANE_ITEMS)
@@ -197,7 +198,8 @@ void transpose(const place *at, matrix to, uint to_row, operand from, uint from_
 }
 #else
 /* Blocks of 4 by 4. */
-LANE_CALL void transpose(const place *at, matrix to, uint to_row, operand from, uint from_row, uint rows, uint columns) {
+LANE_CALL void transpose(const place *at, matrix to, uint to_row, operand from, uint from_row, uint rows,
+                         uint columns) {
     (void)at;
     for (uint i = ITEM; i < rows / 4 * (columns / 4); i += LANE_ITEMS) {
         const uint r = i / (columns / 4) * 4, c = i % (columns / 4) * 4;
@@ -214,8 +216,8 @@ LANE_CALL void transpose(const place *at, matrix to, uint to_row, operand from, 
 #endif
 
 /*
- * Sums over rows of matrices, of which an item has a part: which of up to 2 sums, in row r.  total() is good after a SYNC
- * and until the next product.
+ * Sums over rows of matrices, of which an item has a part: which of up to 2 sums, in row r.  total() is good after a
+ * SYNC and until the next product.
  */
 #if LANE_ITEMS == 1
 #define PARTIAL(which, r) ARRAY(TOTALS)[(which) * CHUNK + (r)]
@@ -255,7 +257,7 @@ float sum_of_items(const place *at, float x) {
 #endif
 }
 
-/* ---- What the heads of a group share ------------------------------------------------------------------------------ */
+/* ---- What the heads of a group share ----------------------------------------------------------------------------- */
 
 /* Rows of q or k, times scale, divided by their norms where asked for. */
 void load_keys(const loglin_panel p, const place *at, matrix to, const __global storage *from, float scale) {
@@ -292,7 +294,7 @@ void load_group(const loglin_panel p, const place *at, const inputs *in) {
 #endif
 }
 
-/* ---- One head ----------------------------------------------------------------------------------------------------- */
+/* ---- One head ---------------------------------------------------------------------------------------------------- */
 
 void load_values(const loglin_panel p, const place *at, matrix to, const __global storage *from) {
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
@@ -317,9 +319,9 @@ void store_values(const loglin_panel p, const place *at, __global storage *to, o
 }
 
 /*
- * Running sums of the gates, kept as a sum and its rounding remainder: differences of two sums must be exact even behind
- * a run of very negative gates.  An item sums up to its own rows.  The decays from the chunk's start and to its end, and
- * beta.
+ * Running sums of the gates, kept as a sum and its rounding remainder: differences of two sums must be exact even
+ * behind a run of very negative gates.  An item sums up to its own rows.  The decays from the chunk's start and to its
+ * end, and beta.
  */
 void load_gates(const loglin_panel p, const place *at, const inputs *in) {
     matrix sums = ARRAY(SUMS), gates = ARRAY(START);
@@ -424,8 +426,8 @@ strip triangle_row(const place *at, strip x, uint r, uint s, int how) {
  */
 #if LANE_ITEMS == 1
 /*
- * Off the diagonal a block of 16 by 16 decays by a factor of its row and one of its column, exp(a_r - a_e) exp(a_e - a_s),
- * where e is the block's last column.
+ * Off the diagonal a block of 16 by 16 decays by a factor of its row and one of its column, exp(a_r - a_e) times
+ * exp(a_e - a_s), where e is the block's last column.
  */
 void scale_triangle(const place *at, matrix to, operand from, operand rows, int how) {
     operand sums = ARRAY(SUMS), remainders = sums + CHUNK;
@@ -602,7 +604,7 @@ void load_head(const loglin_panel p, const place *at, const inputs *in) {
     make_write(at);
 }
 
-/* ---- Lanes ---------------------------------------------------------------------------------------------------------- */
+/* ---- Lanes ------------------------------------------------------------------------------------------------------- */
 
 #if LANE_ITEMS == 1
 #define LANE_KERNEL __attribute__((reqd_work_group_size(1, 1, 1))) __kernel

@@ -5,6 +5,23 @@
  * and its states to the next chunk.
  */
 
+#if IS_NEAR
+/* Z_NEAR: the chunk's reads of the keys of the chunk before. */
+void near_reads(const place *at) {
+    product(at, CHUNK, CHUNK, DIM_K, ARRAY(READ), PAD_K, 1, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, ARRAY(Z_NEAR), CHUNK, 0,
+            0, 0.0f);
+}
+
+/* Z_NEAR, or its gradient, times the level weights. */
+void weigh_near(const place *at, matrix x) {
+    const __global uint *levels = (const __global uint *)ARRAY(LEVEL_NEAR);
+    for (uint i = ITEM; i < CHUNK * CHUNK; i += LANE_ITEMS) {
+        x[i] *= ARRAY(WEIGHTS)[i / CHUNK * PORTABLE_WEIGHTS + levels[i]];
+    }
+    SYNC();
+}
+#endif
+
 /* O, from the map, the values and the states. */
 void chunk_output(const loglin_panel p, const place *at, const int *where) {
     product(at, CHUNK, PAD_V, CHUNK, ARRAY(MZ), CHUNK, 1, ARRAY(V), PAD_V, ARRAY(O), PAD_V, 0, A_LOWER, 0.0f);
@@ -24,15 +41,10 @@ void chunk_output(const loglin_panel p, const place *at, const int *where) {
     }
 #if IS_NEAR
     if (reads_near(at->slot)) {
-        matrix z = ARRAY(Z_NEAR);
-        product(at, CHUNK, CHUNK, DIM_K, ARRAY(READ), PAD_K, 1, HEAD_ARRAY(WRITE_BEFORE_T), CHUNK, z, CHUNK, 0, 0,
-                0.0f);
-        for (uint i = ITEM; i < CHUNK * CHUNK; i += LANE_ITEMS) {
-            const uint level = ((const __global uint *)ARRAY(LEVEL_NEAR))[i];
-            z[i] *= ARRAY(WEIGHTS)[i / CHUNK * PORTABLE_WEIGHTS + level];
-        }
-        SYNC();
-        product(at, CHUNK, PAD_V, CHUNK, z, CHUNK, 1, HEAD_ARRAY(V_BEFORE), PAD_V, ARRAY(O), PAD_V, 0, ADD, 1.0f);
+        near_reads(at);
+        weigh_near(at, ARRAY(Z_NEAR));
+        product(at, CHUNK, PAD_V, CHUNK, ARRAY(Z_NEAR), CHUNK, 1, HEAD_ARRAY(V_BEFORE), PAD_V, ARRAY(O), PAD_V, 0, ADD,
+                1.0f);
     }
 #endif
 }

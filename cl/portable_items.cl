@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The work-items of a lane.  On a CPU a lane is one work-item, which has a core's vector registers and caches to itself;
- * on a GPU it is a work-group of LANE_ITEMS.  A function that takes a lane's `place` is called by all of its items with
- * the same arguments: they share its work out, and it ends with SYNC, so what it has written is there for the next one.
- * Control variables are private, and the same in all items.
+ * The work-items of a lane.  On a CPU a lane is one work-item, which has a core's vector registers and caches to
+ * itself; on a GPU it is a work-group of LANE_ITEMS.  A function that takes a lane's `place` is called by all of its
+ * items with the same arguments: they share its work out, and it ends with SYNC, so what it has written is there for
+ * the next one.  Control variables are private, and the same in all items.
  */
 #ifndef LANE_ITEMS
 #define LANE_ITEMS 1
@@ -24,8 +24,8 @@
 #endif
 
 /*
- * Rows of matrices are shared out in strips, neighbours to neighbouring items: ITEM's rows and columns, and the steps to
- * its next ones.
+ * Rows of matrices are shared out in strips, neighbours to neighbouring items: ITEM's rows and columns, and the steps
+ * to its next ones.
  */
 #if LANE_ITEMS == 1
 #define ITEM 0u
@@ -126,10 +126,10 @@ enum {
 };
 
 /*
- *     void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column, operand b,
- *                  uint b_row, matrix c, uint c_row, operand weights, int how, float keep)
+ *     void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column,
+ *                  operand b, uint b_row, matrix c, uint c_row, operand weights, int how, float keep)
  *
  * C = diag(weights) A B, or keep C plus or minus it; weights may be NULL.  Element (r, c) of A lies at r * a_row + c *
- * a_column, one of which is 1: columns apart, A may be read transposed.  rows and columns are multiples of 16, so are all
- * strides but the ones.
+ * a_column, one of which is 1: columns apart, A may be read transposed.  rows and columns are multiples of 16, so are
+ * all strides but the ones.
  */

@@ -2,17 +2,16 @@
 /*
  * A lane's own memory in the workspace: this file is C and OpenCL C alike, included by both.
  *
- * A lane is one work-group, on a CPU of one work-item.  It walks one sequence chunk by chunk, with LANE_HEADS heads of one
- * group and PAD_V columns of their values, so what it keeps between two products stays in its core's caches.  K and V are
- * padded to whole vectors.  Where there are too few lanes of that kind, those of cl/portable_spread.cl share the chunks and
- * the states of a head.
+ * A lane is one work-group, on a CPU of one work-item.  It walks one sequence chunk by chunk, with LANE_HEADS heads of
+ * one group and PAD_V columns of their values, so what it keeps between two products stays in its core's caches.  K and
+ * V are padded to whole vectors.  Where there are too few lanes of that kind, those of cl/portable_spread.cl share the
+ * chunks and the states of a head.
  */
 
 /*
  * ARRAY(name, count, rows, columns, when): floats, in C (chunk), K, V (padded), L (weights of a row), P (states in the
- * pool), D (their decays), J (columns), S (segments), M
- * (moments: starts of segments, and of a segment's chunks), A (adjoints); a copy for each HEAD of the lane where ONE is
- * not enough.
+ * pool), D (their decays), J (columns), S (segments), M (moments: starts of segments, and of a segment's chunks), A
+ * (adjoints); a copy for each HEAD of the lane where ONE is not enough.
  */
 #define PORTABLE_ARRAYS(ARRAY)                                                                                         \
     ARRAY(Q, ONE, C, K, ALWAYS)            /* queries times scale, normalised where asked for */                       \
@@ -27,7 +26,7 @@
     ARRAY(END, ONE, C, 1, ALWAYS)          /* exp(a_C - a_r) */                                                        \
     ARRAY(BETA, ONE, C, 1, DELTA)                                                                                      \
     ARRAY(WEIGHTS, ONE, C, L, ALWAYS)      /* level weights of the rows */                                             \
-    ARRAY(ROWS, ONE, C, 1, ALWAYS)         /* what the rows of a product are multiplied with */                             \
+    ARRAY(ROWS, ONE, C, 1, ALWAYS)         /* what the rows of a product are multiplied with */                        \
     ARRAY(TOTALS, ONE, C, 2, ALWAYS)       /* sums over rows */                                                        \
     ARRAY(LEVEL, ONE, C, C, STRONG)        /* level(r, s) inside the chunk, ints */                                    \
     ARRAY(LEVEL_NEAR, ONE, C, C, NEAR)     /* level(C + r, s) */                                                       \
@@ -49,6 +48,12 @@
     ARRAY(V_BEFORE, HEAD, C, V, NEAR)      /* values of the chunk before */                                            \
     ARRAY(WRITE_BEFORE_T, HEAD, K, C, NEAR) /* and its WRITE, transposed */                                            \
     ARRAY(DECAY, HEAD, D, 1, ALWAYS)       /* a state of the pool is exp(its DECAY) times what stands in E */          \
+    ARRAY(V_BEFORE_T, ONE, V, C, NEAR_GRADIENTS)                                                                       \
+    ARRAY(D_NEAR, ONE, C, C, NEAR_GRADIENTS)   /* gradient of Z_NEAR */                                                \
+    ARRAY(D_NEAR_T, ONE, C, C, NEAR_GRADIENTS)                                                                         \
+    ARRAY(D_WRITE_NEAR_T, ONE, K, C, NEAR_GRADIENTS)                                                                   \
+    ARRAY(D_V_AHEAD, HEAD, C, V, NEAR_GRADIENTS)       /* what the next chunk asks of this one's values */             \
+    ARRAY(D_WRITE_AHEAD_T, HEAD, K, C, NEAR_GRADIENTS) /* and of its WRITE */                                          \
     ARRAY(READ_T, ONE, K, C, GRADIENTS)                                                                                \
     ARRAY(V_T, ONE, V, C, GRADIENTS)                                                                                   \
     ARRAY(D_O, ONE, C, V, GRADIENTS)                                                                                   \

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Products of a lane's matrices by a work-group, on one tile interface with an implementation for each kind of hardware,
- * cl/mma_*.cl.  Slabs of A (SLAB_ROWS by SLAB_DEPTH) and B (SLAB_DEPTH by SLAB_COLUMNS) are copied to local memory;
- * teams of work-items multiply tiles of them and keep their tiles of C in registers.  What lies outside, and what is
- * known to be zero, is a zero in the slab: nothing is read of such elements.
+ * Products of a lane's matrices by a work-group, on one tile interface with an implementation for each kind of
+ * hardware, cl/mma_*.cl.  Slabs of A (SLAB_ROWS by SLAB_DEPTH) and B (SLAB_DEPTH by SLAB_COLUMNS) are copied to local
+ * memory; teams of work-items multiply tiles of them and keep their tiles of C in registers.  What lies outside, and
+ * what is known to be zero, is a zero in the slab: nothing is read of such elements.
  *
  * An implementation defines, for a team of MMA_TEAM consecutive work-items (a sub-group where there are matrix units):
  *

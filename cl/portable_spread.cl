@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The forward pass where there are fewer sequences and heads than cores: the chunks of each are spread over SPREAD lanes,
- * which take them by turns (scalar-gated operator, weak partition; a lane has one head and all of its values).
+ * The forward pass where there are fewer sequences and heads than cores: the chunks of each are spread over SPREAD
+ * lanes, which take them by turns (scalar-gated operator, weak partition; a lane has one head and all of its values).
  *     portable_own     every chunk's own state, to its place in the pool that the lanes share
- *     portable_merge   the walk over the chunks, of which only the sums of states that meet are left, in PORTABLE_SLICES parts
+ *     portable_merge   the walk over the chunks: only the sums of states that meet, in PORTABLE_SLICES parts
  *     portable_read    every chunk's outputs, from the states that portable_merge has noted for it
  * States that meet are added up in the own place of the chunk before, whose state by itself is never read; so what a
  * chunk reads stays as it is, and the chunks need no order.

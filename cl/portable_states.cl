@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Level states from chunk to chunk.  The pool E holds the states that exist, each at a place of its own with a log decay;
- * where[j] is the place of column j's state, -1 if there is none.  Through a chunk a scalar-gated state only gathers
- * decay, and one of the delta rule is rewritten; at the next chunk's start each joins the column where its level then
- * stands, so most states stay where they are.
+ * Level states from chunk to chunk.  The pool E holds the states that exist, each at a place of its own with a log
+ * decay; where[j] is the place of column j's state, -1 if there is none.  Through a chunk a scalar-gated state only
+ * gathers decay, and one of the delta rule is rewritten; at the next chunk's start each joins the column where its
+ * level then stands, so most states stay where they are.
  */
 
 enum { NOWHERE = -1 };
@@ -122,13 +122,13 @@ void own_state(const place *at, matrix to) {
 }
 
 /*
- * The states at the next chunk's start: where they stand goes to `next`, the same for every head.  The own state takes a
- * free place; states that meet are added up in the place of the first, which is the own one wherever there is one.
- * fresh: NOWHERE, or the first of the places that were never used: then no state that stands somewhere is changed.
- * Returns the next such place.
+ * The states at the next chunk's start: where they stand goes to `next`, the same for every head.  The own state takes
+ * a free place; states that meet are added up in the place of the first, which is the own one wherever there is one
+ * (always in the weak partition). fresh: NOWHERE, or the first of the places that were never used: then no state that
+ * stands somewhere is changed. Returns the next such place.
  */
 LANE_CALL int advance_states(const place *at, const int *where, int *next, int fresh) {
-    const int own = at->slot[SLOT_OWN], keep = fresh != NOWHERE;
+    const int own = at->slot[SLOT_OWN], keep = fresh != NOWHERE, first_fresh = fresh;
     operand decays = HEAD_ARRAY(DECAY);
     for (uint j = 0; j < COLUMNS; j++) {
         next[j] = NOWHERE;
@@ -149,6 +149,11 @@ LANE_CALL int advance_states(const place *at, const int *where, int *next, int f
         if (next[column] == NOWHERE) {
             next[column] = index;
         } else {
+            if (STRONG && keep && next[column] < first_fresh) {
+                set_scaled(at, STATE(fresh), STATE(next[column]), 1.0f, SIZE_KV);
+                set_decay(at, fresh, decays[next[column]]);
+                next[column] = fresh++;
+            }
             const int first = next[column];
             add_scaled(at, STATE(first), exp(decays[first]), STATE(index), exp(decays[index]), SIZE_KV);
             set_decay(at, first, 0.0f);
@@ -157,7 +162,7 @@ LANE_CALL int advance_states(const place *at, const int *where, int *next, int f
     return fresh;
 }
 
-/* ---- Moments: the places of the states and their decays, noted down ------------------------------------------------- */
+/* ---- Moments: the places of the states and their decays, noted down ---------------------------------------------- */
 
 #define PLACES(moment) (ARRAY(PLACES) + (moment) * COLUMNS)
 #define DECAYS(moment) (HEAD_ARRAY(DECAYS) + (moment) * COLUMNS)
@@ -187,7 +192,7 @@ void note_states(const place *at, const int *where, uint moment) {
     note_places(at, moment, where, decays);
 }
 
-/* ---- The final states ---------------------------------------------------------------------------------------------- */
+/* ---- The final states -------------------------------------------------------------------------------------------- */
 
 /* The caller's state of a level += scale * from. */
 void add_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand from, float scale) {

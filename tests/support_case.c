@@ -888,9 +888,9 @@ typedef const char *compare_function(const support_data *data, const support_res
                                      const support_results *expected);
 
 /* Fused engines do not take every problem on every device. */
-static bool takes(support_data *data, loglin_engine engine) {
+static bool takes(support_data *data, loglin_engine engine, unsigned phases) {
     data->engine = engine;
-    const loglin_problem problem = support_problem(data, LOGLIN_FORWARD);
+    const loglin_problem problem = support_problem(data, phases);
     loglin_plan *plan = NULL;
     const loglin_status status = loglin_plan_create(support_open()->device, &problem, &plan);
     loglin_plan_destroy(plan);
@@ -909,7 +909,7 @@ static const char *check_engine(support_data *data, loglin_engine engine, const 
     return failure;
 }
 
-static const char *check(const support_case *c, oracle_function *oracle, device_function *run,
+static const char *check(const support_case *c, unsigned phases, oracle_function *oracle, device_function *run,
                          compare_function *compare) {
     support_data *data = support_data_make(c);
     support_results *expected = support_results_make(data);
@@ -917,7 +917,7 @@ static const char *check(const support_case *c, oracle_function *oracle, device_
     const char *failure = c->automatic ? check_engine(data, LOGLIN_ENGINE_AUTO, expected, run, compare) : NULL;
     for (size_t i = 0; !c->automatic && failure == NULL && i < ENGINE_COUNT; i++) {
         if (c->only != LOGLIN_ENGINE_AUTO ? ENGINES[i] == c->only
-                                          : ENGINES[i] == LOGLIN_ENGINE_BLAS || takes(data, ENGINES[i])) {
+                                          : ENGINES[i] == LOGLIN_ENGINE_BLAS || takes(data, ENGINES[i], phases)) {
             failure = check_engine(data, ENGINES[i], expected, run, compare);
         }
     }
@@ -927,13 +927,13 @@ static const char *check(const support_case *c, oracle_function *oracle, device_
 }
 
 const char *support_check_forward(const support_case *c) {
-    return check(c, support_oracle_forward, support_forward, support_compare_forward);
+    return check(c, LOGLIN_FORWARD, support_oracle_forward, support_forward, support_compare_forward);
 }
 
 const char *support_check_backward(const support_case *c) {
-    return check(c, support_oracle_backward, support_backward, support_compare_backward);
+    return check(c, LOGLIN_BACKWARD, support_oracle_backward, support_backward, support_compare_backward);
 }
 
 const char *support_check_decode(const support_case *c) {
-    return check(c, support_oracle_forward, support_decode, support_compare_forward);
+    return check(c, LOGLIN_STEP, support_oracle_forward, support_decode, support_compare_forward);
 }

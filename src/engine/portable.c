@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The fused engine for CPUs, and for GPUs without an engine of their own: one launch, a work-group a lane
- * (cl/portable_layout.cl), tiles held in registers (cl/mma_*.cl), intermediate results in the caches of the lane's core.
+ * (cl/portable_layout.cl), tiles held in registers (cl/mma_*.cl), intermediate results in the caches of the lane's
+ * core.
  */
 #include "engine/engine.h"
 #include "engine/lanes.h"
@@ -76,7 +77,7 @@ static const char *gpu_refuses(const loglin_device *device, const loglin_problem
     return device->is_cpu ? "its lanes are work-groups of a GPU" : NULL;
 }
 
-/* ---- Division into lanes ------------------------------------------------------------------------------------------- */
+/* ---- Division into lanes ----------------------------------------------------------------------------------------- */
 
 static size_t ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;
@@ -96,8 +97,8 @@ static double busy_share(size_t lanes, size_t cores) {
 }
 
 /*
- * As few parts as keep the cores busy: of the heads of a group first, as they only share q k^T, then of the values.  A lane
- * has most_heads at most: more share q k^T, but their states leave the core's cache.
+ * As few parts as keep the cores busy: of the heads of a group first, as they only share q k^T, then of the values.  A
+ * lane has most_heads at most: more share q k^T, but their states leave the core's cache.
  */
 static lane_shape divide(const loglin_problem *problem, const loglin_panel *panel, size_t cores, size_t most_heads) {
     const size_t matrices = loglin_problem_sequences(problem) * problem->groups,
@@ -129,7 +130,21 @@ static bool is_backward(const lane_shape *shape) {
 /* Floats of a lane's memory; *pool: of those the ones of its states. */
 static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bool strong, size_t *pool) {
     const bool gradients = is_backward(shape);
-    enum { ALWAYS, DELTA, SCALAR, STRONG, NEAR, MAPS, PAIRS, SPREAD, MOMENTS, GRADIENTS, DELTA_GRADIENTS, WHEN_COUNT };
+    enum {
+        ALWAYS,
+        DELTA,
+        SCALAR,
+        STRONG,
+        NEAR,
+        MAPS,
+        PAIRS,
+        SPREAD,
+        MOMENTS,
+        GRADIENTS,
+        DELTA_GRADIENTS,
+        NEAR_GRADIENTS,
+        WHEN_COUNT
+    };
     enum {
         SIZE_1,
         SIZE_2,
@@ -159,6 +174,7 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
         [MOMENTS] = gradients || shape->spread > 0,
         [GRADIENTS] = gradients,
         [DELTA_GRADIENTS] = panel->delta && gradients,
+        [NEAR_GRADIENTS] = panel->near && gradients,
     };
     const size_t sizes[SIZE_COUNT] = {
         [SIZE_1] = 1,
@@ -194,8 +210,8 @@ static size_t reserve(size_t *end, size_t floats) {
 }
 
 /*
- * The shape of the forward pass's lanes: parts of the values would all make the same maps, so where nothing but the states
- * ties the chunks together they are spread instead.
+ * The shape of the forward pass's lanes: parts of the values would all make the same maps, so where nothing but the
+ * states ties the chunks together they are spread instead.
  */
 static lane_shape spread(const loglin_problem *problem, const loglin_engine_state *state, lane_shape shape,
                          size_t cores) {
@@ -214,12 +230,16 @@ static lane_shape spread(const loglin_problem *problem, const loglin_engine_stat
     return shape;
 }
 
-/* The shape of the backward pass's lanes, which hold the states of `chunks` at a time; twice as many save a second walk. */
-static lane_shape divide_backward(const loglin_engine_state *state, lane_shape shape, size_t chunks) {
+/* The shape of the backward pass's lanes: they hold the states of `chunks`; twice as many save a second walk. */
+static lane_shape divide_backward(const loglin_engine_state *state, lane_shape shape, size_t chunks, bool strong) {
     shape.segment = state->waves <= 2 * chunks ? state->waves : chunks;
     shape.segments = ceil_div(state->waves, shape.segment);
-    /* Those at a segment's start, and what each of its chunks makes: its own, and anew all others for the delta rule. */
-    shape.pool = shape.columns + shape.segment * (state->panel.delta ? shape.columns + 1 : 1);
+    /*
+     * Those at a segment's start, and what each of its chunks makes: its own, and anew all others for the delta rule.
+     * Where states of the strong partition meet, a sum; in chunks that begin or end at odd positions several.
+     */
+    const size_t made = state->panel.delta ? shape.columns + 1 : strong ? 2 : 1;
+    shape.pool = shape.columns + shape.segment * made + (strong ? shape.columns : 0);
     return shape;
 }
 
@@ -250,8 +270,8 @@ static loglin_status lay_out_workspace(const loglin_problem *problem, const logl
 
 /* What keeps this engine's backward pass from the problem, NULL if nothing does. */
 static const char *backward_obstacle(const loglin_device *device, const loglin_problem *problem) {
-    if (problem->partition == LOGLIN_STRONG) {
-        return "by the blas engine: the strong partition's is not fused";
+    if (problem->partition == LOGLIN_STRONG && !device->is_cpu) {
+        return "by the blas engine: the strong partition's fused one has not run on a GPU";
     }
     if (problem->op == LOGLIN_GATED_DELTA && !device->is_cpu) {
         return "by the blas engine: a GPU's compiler takes minutes for the delta rule's fused one";
@@ -275,7 +295,8 @@ static loglin_status lay_out(const loglin_device *device, const loglin_problem *
     state->shape = spread(problem, state, shape, device->info.compute_units);
     RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->shape, &state->forward));
     if (has_backward(device, problem)) {
-        state->backward_shape = divide_backward(state, shape, tuned[LOGLIN_TUNABLE_SEGMENT_CHUNKS]);
+        state->backward_shape =
+            divide_backward(state, shape, tuned[LOGLIN_TUNABLE_SEGMENT_CHUNKS], problem->partition == LOGLIN_STRONG);
         RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->backward_shape, &state->backward));
     }
     return LOGLIN_OK;
@@ -358,9 +379,11 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
     RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
     const bool spread = state->shape.spread > 0;
     const unsigned tile_rows = configuration->values[LOGLIN_TUNABLE_TILE_ROWS];
-    RETURN_IF_ERROR(create_lane_kernels(device, problem, &state->shape, tile_rows,
-                                        spread ? KERNEL_portable_own : KERNEL_portable_forward,
-                                        spread ? KERNEL_portable_backward : KERNEL_portable_own, state));
+    if ((problem->phases & LOGLIN_FORWARD) != 0) {
+        RETURN_IF_ERROR(create_lane_kernels(device, problem, &state->shape, tile_rows,
+                                            spread ? KERNEL_portable_own : KERNEL_portable_forward,
+                                            spread ? KERNEL_portable_backward : KERNEL_portable_own, state));
+    }
     if (has_backward(device, problem)) {
         return create_lane_kernels(device, problem, &state->backward_shape, tile_rows, KERNEL_portable_backward,
                                    KERNEL_COUNT, state);
