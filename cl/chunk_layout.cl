@@ -129,8 +129,8 @@ __kernel void chunk_layout(const loglin_panel p, __global float *ws, const __glo
 }
 
 /*
- * A sequence without tokens keeps its states; levels that do not exist become zeros.  Over (sequence and head, row of K,
- * column of V).
+ * A sequence without tokens keeps its states; levels that do not exist become zeros.  Over (sequence and head, row of
+ * K, column of V).
  */
 __kernel void chunk_keep(const loglin_panel p, __global float *ws, const __global int *cu_seqlens, ulong cu_offset,
                          const __global int *position, ulong position_offset, const __global float *from,
