@@ -22,11 +22,10 @@
 #ifndef LOCAL
 #define LOCAL 1
 #endif
-/* A register tile of products on CPUs, tokens by blocks of rows: 6 x 1 suits 16 vector registers of 8 floats, 12 x 2
-   suits 32 of 16. */
+/* Tokens that a block of 16 rows is multiplied with at once on CPUs, their sums in registers: 6 suits 16 registers of 8
+   floats, 16 suits 32 of 16. */
 #ifndef TILE
 #define TILE 6
-#define BLOCKS 1
 #endif
 /* 1: work-items of a warp exchange values through PTX. */
 #ifndef SHUFFLES
@@ -63,10 +62,14 @@
 #if LOCAL == 1
 #define VEC 16
 typedef float16 floatv;
-floatv loadv(const __global float *p) { return vload16(0, p); }
-void storev(floatv v, __global float *p) { vstore16(v, 0, p); }
-floatv loadv_local(const __local float *p) { return vload16(0, p); }
-void storev_local(floatv v, __local float *p) { vstore16(v, 0, p); }
+/* vload16 and vstore16 take four elements at a time on some compilers; a vector of float's alignment is one access. */
+typedef float16 loose_floatv __attribute__((aligned(4)));
+floatv loadv(const __global float *p) { return *(const __global loose_floatv *)p; }
+void storev(floatv v, __global float *p) { *(__global loose_floatv *)p = v; }
+floatv loadv_local(const __local float *p) { return *(const __local loose_floatv *)p; }
+void storev_local(floatv v, __local float *p) { *(__local loose_floatv *)p = v; }
+#define LOAD_16(p) loadv(p)
+#define STORE_16(v, p) storev(v, p)
 float add_lanes(floatv v) {
     const float8 a = v.lo + v.hi;
     const float4 b = a.lo + a.hi;
@@ -79,6 +82,8 @@ floatv loadv(const __global float *p) { return *p; }
 void storev(floatv v, __global float *p) { *p = v; }
 floatv loadv_local(const __local float *p) { return *p; }
 void storev_local(floatv v, __local float *p) { *p = v; }
+#define LOAD_16(p) vload16(0, p)
+#define STORE_16(v, p) vstore16(v, 0, p)
 float add_lanes(floatv v) { return v; }
 #endif
 
@@ -87,7 +92,7 @@ float add_lanes(floatv v) { return v; }
 typedef float matrix;
 #define ROWS 4
 typedef float4 floatr;
-float16 load16(const __global matrix *p) { return vload16(0, p); }
+float16 load16(const __global matrix *p) { return *(const __global float16 *)p; }
 floatr rows_of(uint4 loaded) { return as_float4(loaded); }
 float load1(const __global matrix *p) { return *p; }
 #elif MATRIX == 1
@@ -101,7 +106,7 @@ float load1(const __global matrix *p) { return vload_half(0, p); }
 typedef ushort matrix;
 #define ROWS 8
 typedef float8 floatr;
-float16 load16(const __global matrix *p) { return as_float16(convert_uint16(vload16(0, p)) << 16); }
+float16 load16(const __global matrix *p) { return as_float16(convert_uint16(*(const __global ushort16 *)p) << 16); }
 floatr rows_of(uint4 loaded) {
     const uint4 low = loaded << 16, high = loaded & 0xffff0000u;
     return as_float8((uint8)(low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w));
@@ -522,71 +527,44 @@ __kernel void add_product(const __global float *y, ulong y_stride, const __globa
 
 /* ---- Products with many vectors ---- */
 
-/*
- * BLOCKS blocks of rows, `next` elements from one to the next, times TILE tokens, to sums[BLOCKS][TILE]; tokens beyond
- * the last repeat it.
- */
-void multiply_tile(const __global matrix *w, ulong next, const __global float *x, ulong x_stride, uint tokens,
-                   uint columns, float16 *sums) {
+/* A block of rows times TILE tokens, to sums[TILE]; tokens beyond the last repeat it. */
+void multiply_tile(const __global matrix *w, const __global float *x, ulong x_stride, uint tokens, uint columns,
+                   float16 *sums) {
     const __global float *row[TILE];
     float16 sum[TILE];
-#if BLOCKS == 2
-    float16 second[TILE];
-#else
-    (void)next;
-#endif
 #pragma unroll
     for (uint i = 0; i < TILE; i++) {
         row[i] = x + min(i, tokens - 1) * x_stride;
         sum[i] = 0.0f;
-#if BLOCKS == 2
-        second[i] = 0.0f;
-#endif
     }
     for (uint k = 0; k < columns; k++) {
-        const float16 a = load16(w + (ulong)k * 16);
-#if BLOCKS == 2
-        const float16 b = load16(w + next + (ulong)k * 16);
-#endif
+        const float16 column = load16(w + (ulong)k * 16);
 #pragma unroll
         for (uint i = 0; i < TILE; i++) {
-            const float16 v = (float16)row[i][k];
-            sum[i] = fma(v, a, sum[i]);
-#if BLOCKS == 2
-            second[i] = fma(v, b, second[i]);
-#endif
+            sum[i] = fma((float16)row[i][k], column, sum[i]);
         }
     }
 #pragma unroll
     for (uint i = 0; i < TILE; i++) {
         sums[i] = sum[i];
-#if BLOCKS == 2
-        sums[TILE + i] = second[i];
-#endif
     }
 }
 
-/*
- * y = W x + bias, or y += where `add` is 1, for `blocks` blocks of rows.  Work-items: dimension 0 takes BLOCKS blocks,
- * dimension 1 a run of `run` tokens.
- */
+/* y = W x + bias, or y += where `add` is 1.  Dimension 0: a block of rows; dimension 1: a run of `run` tokens. */
 __kernel void product_tiles(const __global float *x, ulong x_stride, uint tokens, uint run, const __global matrix *w,
-                            uint blocks, uint columns, const __global float *bias, uint bias_at, int add,
-                            __global float *y, ulong y_stride) {
-    const uint block = get_global_id(0) * BLOCKS;
-    const uint have = min((uint)BLOCKS, blocks - block); /* the last work-item computes its block twice */
-    const ulong next = (ulong)(have - 1) * columns * 16;
+                            uint columns, const __global float *bias, uint bias_at, int add, __global float *y,
+                            ulong y_stride) {
+    const uint block = get_global_id(0);
     const uint end = min((uint)(get_global_id(1) + 1) * run, tokens);
+    const float16 offset = LOAD_16(bias + bias_at + block * 16);
+    w += (ulong)block * columns * 16;
     for (uint token = (uint)get_global_id(1) * run; token < end; token += TILE) {
-        float16 sums[BLOCKS * TILE];
+        float16 sums[TILE];
         const uint count = min((uint)TILE, end - token);
-        multiply_tile(w + (ulong)block * columns * 16, next, x + token * x_stride, x_stride, count, columns, sums);
-        for (uint b = 0; b < have; b++) {
-            const float16 offset = vload16(block + b, bias + bias_at);
-            for (uint i = 0; i < count; i++) {
-                __global float *to = y + (token + i) * y_stride + (block + b) * 16;
-                vstore16(sums[b * TILE + i] + offset + (add ? vload16(0, to) : (float16)0.0f), 0, to);
-            }
+        multiply_tile(w, x + token * x_stride, x_stride, count, columns, sums);
+        for (uint i = 0; i < count; i++) {
+            __global float *to = y + (token + i) * y_stride + block * 16;
+            STORE_16(sums[i] + offset + (add ? LOAD_16(to) : (float16)0.0f), to);
         }
     }
 }
@@ -596,17 +574,15 @@ __kernel void swiglu_tiles(const __global float *x, ulong x_stride, uint tokens,
                            uint columns, __global float *y, ulong y_stride) {
     const uint block = get_global_id(0);
     const uint end = min((uint)(get_global_id(1) + 1) * run, tokens);
-    const ulong next = (ulong)columns * 16;
-    const __global matrix *gate = w + block * 2 * next;
+    const __global matrix *gate = w + (ulong)block * 2 * columns * 16;
     for (uint token = (uint)get_global_id(1) * run; token < end; token += TILE) {
-        float16 sums[2 * TILE];
+        float16 gates[TILE], ups[TILE];
         const uint count = min((uint)TILE, end - token);
-        for (uint b = 0; b < 2; b += BLOCKS) {
-            multiply_tile(gate + b * next, next, x + token * x_stride, x_stride, count, columns, sums + b * TILE);
-        }
+        multiply_tile(gate, x + token * x_stride, x_stride, count, columns, gates);
+        multiply_tile(gate + (ulong)columns * 16, x + token * x_stride, x_stride, count, columns, ups);
         for (uint i = 0; i < count; i++) {
-            const float16 result = sums[i] / (1.0f + exp(-sums[i])) * sums[TILE + i];
-            vstore16(result, 0, y + (token + i) * y_stride + block * 16);
+            const float16 result = gates[i] / (1.0f + exp(-gates[i])) * ups[i];
+            STORE_16(result, y + (token + i) * y_stride + block * 16);
         }
     }
 }
@@ -646,11 +622,11 @@ __kernel void embed(const __global int *ids, const __global matrix *embedding, _
 #if LOCAL == 1 && Q_AT % 16 == 0 && K_AT % 16 == 0 && V_AT % 16 == 0 && CHANNELS % 16 == 0 && DIM_V % 16 == 0
 #define MIX 16
 typedef float16 floatm;
-floatm loadm(const __global float *p) { return vload16(0, p); }
-void storem(floatm v, __global float *p) { vstore16(v, 0, p); }
+floatm loadm(const __global float *p) { return LOAD_16(p); }
+void storem(floatm v, __global float *p) { STORE_16(v, p); }
 void storem_storage(floatm v, __global storage *p) {
 #if STORAGE == 0
-    vstore16(v, 0, p);
+    STORE_16(v, p);
 #else
     float lanes[16];
     vstore16(v, 0, lanes);

@@ -133,4 +133,10 @@ __kernel void token(const __global int *ids, const __global matrix *embedding, _
     }
     norm_product(x, 0, X_STRIDE, final_norm, 0, eps, head, LOGITS_STRIDE / 16, hidden, zeros, 0, logits, LOGITS_STRIDE,
                  prepared, scratch);
+#if LOCAL == 1
+    if (meeting) { /* the host waits here, see src/model/shared_step.c */
+        mem_fence(CLK_GLOBAL_MEM_FENCE);
+        atomic_inc((volatile __global uint *)meeting);
+    }
+#endif
 }

@@ -123,7 +123,7 @@ LOGLIN_API loglin_status loglin_session_step(loglin_session *session, const int3
 /*
  * Writes the states of all sequences to a file, which appears whole or not at all; and reads them back, into a session
  * with as many sequences of a model of the same architecture and shape (the weights are not compared).
- * A file that does not fit is LOGLIN_BAD_FILE and leaves the session as it was.
+ * A file that does not fit is LOGLIN_BAD_FILE (LOGLIN_IO if it cannot be read) and leaves the session as it was.
  *
  * The file is safetensors, with "format" = "loglin-session" and "version" = "1" in its metadata.  Tensors: position
  * I32 [N]; for each layer I conv.I F32 [N, kernel-1, channels], values.I F32 [N, H, L, K, V], levels without a key zero,

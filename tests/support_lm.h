@@ -10,6 +10,12 @@
 
 enum { SUPPORT_LM_MAX_TENSORS = 256 };
 
+/* Texts of small configs. */
+#define SUPPORT_MAMBA2_CONFIG(more)                                                                                    \
+    "{\"model_type\": \"log_linear_mamba2\", \"num_hidden_layers\": 2, \"vocab_size\": 37, " more "}"
+#define SUPPORT_DELTA_CONFIG(more)                                                                                     \
+    "{\"model_type\": \"h_gated_deltanet\", \"num_hidden_layers\": 2, \"vocab_size\": 37, " more "}"
+
 /* A model in memory, whose tensors a test may change before it writes them. */
 typedef struct support_lm {
     const char *config; /* text of config.json */

@@ -5,7 +5,7 @@
 #include "runtime/device.h"
 #include "runtime/status.h"
 
-enum { UNPACKED_FLOATS = 16 << 20, SLACK = LOGLIN_BLOCK };
+enum { SLACK = LOGLIN_BLOCK };
 
 loglin_status loglin_session_buffer(const loglin_session *session, const char *name, size_t count, size_t element,
                                     cl_mem *mem) {
@@ -42,7 +42,8 @@ static loglin_status create_attention(const loglin_session *session, loglin_acti
 static loglin_status create_products(const loglin_session *session, loglin_activations *a) {
     RETURN_IF_ERROR(loglin_session_buffer(session, "h", a->rows * a->h_stride, sizeof(float), &a->h));
     if (!session->model->device->is_cpu) {
-        RETURN_IF_ERROR(loglin_session_buffer(session, "unpacked", UNPACKED_FLOATS, sizeof(float), &a->unpacked));
+        RETURN_IF_ERROR(
+            loglin_session_buffer(session, "unpacked", LOGLIN_UNPACKED_FLOATS, sizeof(float), &a->unpacked));
         RETURN_IF_ERROR(loglin_session_buffer(session, "both", a->rows * 2 * a->y_stride, sizeof(float), &a->both));
     }
     return LOGLIN_OK;

@@ -277,6 +277,7 @@ void loglin_fast_step_destroy(loglin_session *session) {
         }
     }
     free(session->step_layers);
+    loglin_shared_step_destroy(session);
     if (session->meeting != NULL) {
         (void)clReleaseMemObject(session->meeting);
     }
@@ -343,6 +344,9 @@ static loglin_status clear_meeting(loglin_session *session) {
 }
 
 loglin_status loglin_fast_step_run(loglin_session *session, float *logits) {
+    if (session->shared.arrived != NULL) {
+        return loglin_shared_step_run(session, logits);
+    }
     mtx_t *meetings = session->meeting != NULL ? &session->model->device->meetings : NULL;
     if (meetings != NULL) {
         mtx_lock(meetings);
@@ -363,7 +367,7 @@ loglin_status loglin_fast_step_run(loglin_session *session, float *logits) {
     return LOGLIN_OK;
 }
 
-/* Are all groups of step_token on the device together?  A trial tells; else steps take many launches. */
+/* Are all groups of step_token on the device together?  A trial step tells; else steps take many launches. */
 static loglin_status try_meeting(loglin_session *session) {
     RETURN_IF_ERROR(clear_meeting(session));
     const loglin_status status = loglin_fast_step_run(session, NULL); /* session->ids are 0 */
@@ -372,10 +376,9 @@ static loglin_status try_meeting(loglin_session *session) {
         session->step_token.kernel = NULL;
         (void)clReleaseMemObject(session->meeting);
         session->meeting = NULL;
-    } else if (status != LOGLIN_OK) {
-        return status;
+        return LOGLIN_OK;
     }
-    return loglin_session_reset(session, 0);
+    return status;
 }
 
 loglin_status loglin_fast_step_create(loglin_session *session) {
@@ -386,6 +389,9 @@ loglin_status loglin_fast_step_create(loglin_session *session) {
     }
     if (session->program.token_groups > 0) {
         RETURN_IF_ERROR(set_token(session, &session->step_token));
+    }
+    if (session->program.token_groups == 1) {
+        RETURN_IF_ERROR(loglin_shared_step_create(session));
     }
     if (session->meeting != NULL) {
         RETURN_IF_ERROR(try_meeting(session));

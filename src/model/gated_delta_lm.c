@@ -73,7 +73,8 @@ static size_t stream_tensors(const loglin_lm *lm, const char *prefix, char strea
 }
 
 static size_t layer_tensors(const loglin_lm *lm, const char *prefix, loglin_lm_tensor *tensors) {
-    const loglin_lm_layout in = loglin_lm_get_layout(lm);
+    loglin_lm_layout in;
+    layout(lm, &in);
     const loglin_matrix_id matrix = LOGLIN_MATRIX_IN;
     const size_t hidden = lm->hidden;
     size_t n = loglin_lm_mlp_tensors(lm, prefix, tensors);

@@ -16,7 +16,7 @@ enum { SMALL_LAYER_BYTES = 2 << 20 };
 enum { TOKEN_LOCAL = 512, TOKEN_GROUPS = 1 };
 #define TOKEN_OPTIONS " -cl-nv-maxrregcount=128 -DIN_FLIGHT=16" /* so many registers leave room for such a group */
 
-enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 12, GPU_TILE = 1 };
+enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 16, GPU_TILE = 1 };
 
 static const char *const kernel_names[] = {
 #define LOGLIN_MODEL_KERNEL_NAME(name) #name,
@@ -119,7 +119,6 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
     const loglin_lm *lm = &model->lm;
     const loglin_lm_layout *in = &model->layout;
     const loglin_device *device = model->device;
-    const bool wide = vector_width(device) >= 16;
     char of_step[LOGLIN_STEP_OPTIONS];
     char of_token[1536] = "";
     char options[3072];
@@ -127,7 +126,6 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
         session, loglin_stepper_options(device, step, TOKEN_LOCAL, device->info.compute_units / 2, of_step));
     program->local = program->token_groups > 1 ? TOKEN_LOCAL : group_items(device);
     program->shuffles = !device->is_cpu && is_nvidia(device);
-    program->blocks = device->is_cpu && wide ? 2 : 1;
     program->mix = device->is_cpu && mixes_in_blocks(model) ? LOGLIN_BLOCK : 1;
     program->groups = device->is_cpu ? device->info.compute_units * (size_t)GROUPS_PER_CORE : 0;
     if (program->token_groups > 0) {
@@ -135,14 +133,13 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
     }
     (void)snprintf(
         options, sizeof options,
-        "-DSTORAGE=%d -DMATRIX=%d -DLOCAL=%zu -DTILE=%d -DBLOCKS=%d -DHEADS=%zu -DDIM_V=%zu -DLEVELS=%zu -DTAPS=%zu "
+        "-DSTORAGE=%d -DMATRIX=%d -DLOCAL=%zu -DTILE=%d -DHEADS=%zu -DDIM_V=%zu -DLEVELS=%zu -DTAPS=%zu "
         "-DCHANNELS=%zu -DQ_AT=%zu -DK_AT=%zu -DV_AT=%zu -DQK_CHANNELS=%zu -DZ_AT=%zu -DCONV_AT=%zu "
         "-DDT_AT=%zu -DBETA_AT=%zu -DLEVEL_AT=%zu -DSEGMENT=%zu -DDELTA=%d -DGATE_FIRST=%d -DSHUFFLES=%d %s%s%s",
-        (int)model->options.dtype, (int)model->matrix_dtype, program->local, tile_tokens(device), wide ? 2 : 1,
-        lm->heads, lm->dim_v, lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v,
-        lm->groups * lm->dim_k, in->z, in->conv, in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA,
-        lm->gate_first, program->shuffles, program->token_groups > 0 ? of_step : "", of_token,
-        program->token_groups > 1 ? TOKEN_OPTIONS : "");
+        (int)model->options.dtype, (int)model->matrix_dtype, program->local, tile_tokens(device), lm->heads, lm->dim_v,
+        lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v, lm->groups * lm->dim_k, in->z, in->conv,
+        in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA, lm->gate_first, program->shuffles,
+        program->token_groups > 0 ? of_step : "", of_token, program->token_groups > 1 ? TOKEN_OPTIONS : "");
     return loglin_program_get(model->device, program->token_groups > 0 ? token_files : files, options,
                               &program->program);
 }

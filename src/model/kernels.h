@@ -33,7 +33,6 @@ typedef struct loglin_model_program {
     cl_program program;  /* of the device */
     size_t local;        /* LOCAL: work-items of a group */
     size_t mix;          /* MIX: channels of a work-item */
-    size_t blocks;       /* BLOCKS: blocks of rows that a work-item of product_tiles takes */
     size_t groups;       /* that share the blocks of a product with one vector; 0: a group for each block */
     bool shuffles;       /* SHUFFLES: a warp's work-items exchange values */
     size_t token_groups; /* that share a step of one launch; 0: a step takes many launches */

@@ -57,7 +57,9 @@ static void layout(const loglin_lm *lm, loglin_lm_layout *out) {
 }
 
 static size_t layer_tensors(const loglin_lm *lm, const char *prefix, loglin_lm_tensor *tensors) {
-    const size_t columns = loglin_lm_get_layout(lm).columns;
+    loglin_lm_layout in;
+    layout(lm, &in);
+    const size_t columns = in.columns;
     size_t n = loglin_lm_mlp_tensors(lm, prefix, tensors);
     tensors[n++] = loglin_lm_vector_tensor(prefix, "mixer_norm.weight", lm->hidden, LOGLIN_VECTOR_MIXER_NORM, 0);
     tensors[n++] = loglin_lm_matrix_tensor(prefix, "mixer.in_proj.weight", columns, lm->hidden, LOGLIN_MATRIX_IN, 0);

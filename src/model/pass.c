@@ -18,8 +18,6 @@ enum { RUN = 48 };
 /* Floats of logits that are on the device at once. */
 enum { LOGIT_FLOATS = 16 << 20 };
 
-enum { UNPACKED_FLOATS = 16 << 20 };
-
 loglin_status loglin_pass_create(loglin_session *session) {
     const loglin_model *model = session->model;
     const size_t piece = model->options.piece > session->sequences ? model->options.piece : session->sequences;
@@ -124,17 +122,15 @@ static loglin_status enqueue_tiles(loglin_session *session, const product *p) {
     const cl_ulong y_stride = p->y_stride;
     const cl_uint tokens = (cl_uint)p->rows;
     const cl_uint run = RUN;
-    const cl_uint blocks = (cl_uint)p->blocks;
     const cl_uint columns = (cl_uint)p->columns;
     const cl_uint bias_at = (cl_uint)p->bias_at;
     const cl_int add = p->add;
-    const size_t items = (p->blocks + session->program.blocks - 1) / session->program.blocks;
     const loglin_kernel_argument arguments[] = {
-        KERNEL_ARGUMENT(p->in),   KERNEL_ARGUMENT(in_stride), KERNEL_ARGUMENT(tokens),  KERNEL_ARGUMENT(run),
-        KERNEL_ARGUMENT(p->w),    KERNEL_ARGUMENT(blocks),    KERNEL_ARGUMENT(columns), KERNEL_ARGUMENT(p->bias),
-        KERNEL_ARGUMENT(bias_at), KERNEL_ARGUMENT(add),       KERNEL_ARGUMENT(p->y),    KERNEL_ARGUMENT(y_stride),
+        KERNEL_ARGUMENT(p->in), KERNEL_ARGUMENT(in_stride), KERNEL_ARGUMENT(tokens),   KERNEL_ARGUMENT(run),
+        KERNEL_ARGUMENT(p->w),  KERNEL_ARGUMENT(columns),   KERNEL_ARGUMENT(p->bias),  KERNEL_ARGUMENT(bias_at),
+        KERNEL_ARGUMENT(add),   KERNEL_ARGUMENT(p->y),      KERNEL_ARGUMENT(y_stride),
     };
-    return LAUNCH(session, LOGLIN_KERNEL_product_tiles, arguments, items, (p->rows + RUN - 1) / RUN, 1);
+    return LAUNCH(session, LOGLIN_KERNEL_product_tiles, arguments, p->blocks, (p->rows + RUN - 1) / RUN, 1);
 }
 
 static loglin_status enqueue_unpack(loglin_session *session, const product *p, size_t first, size_t count) {
@@ -152,7 +148,7 @@ static loglin_status enqueue_unpack(loglin_session *session, const product *p, s
 /* y += W in, so many rows of W at once as fit unpacked. */
 static loglin_status enqueue_blas(loglin_session *session, const product *p, float beta) {
     const size_t all = p->blocks * LOGLIN_BLOCK;
-    const size_t fit = UNPACKED_FLOATS / p->columns / LOGLIN_BLOCK * LOGLIN_BLOCK;
+    const size_t fit = LOGLIN_UNPACKED_FLOATS / p->columns / LOGLIN_BLOCK * LOGLIN_BLOCK;
     for (size_t first = 0; first < all; first += fit) {
         const size_t count = all - first < fit ? all - first : fit;
         RETURN_IF_ERROR(enqueue_unpack(session, p, first, count));

@@ -108,6 +108,7 @@ static loglin_status create_parts(loglin_session *session) {
     RETURN_IF_ERROR(loglin_plan_create(model->device, &problem, &session->step_plan));
     if (loglin_fast_step_applies(session)) {
         RETURN_IF_ERROR(loglin_fast_step_create(session));
+        RETURN_IF_ERROR(loglin_session_reset(session, 0));
     }
     RETURN_IF_CL_ERROR(clFinish(session->queue));
     return LOGLIN_OK;

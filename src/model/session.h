@@ -3,7 +3,8 @@
  * A session: the states of its sequences, and the two ways through the layers.
  *
  * The fast step takes one token of every sequence of a small session through six launches a layer, or all layers in
- * one launch; their arguments were all set when the session was made.  The pass takes any number of tokens through the layers, as products of matrices.
+ * one launch; their arguments were all set when the session was made.  The pass takes any number of tokens through the
+ * layers, as products of matrices.
  */
 #ifndef LOGLIN_MODEL_SESSION_H
 #define LOGLIN_MODEL_SESSION_H
@@ -11,6 +12,9 @@
 #include "model/kernels.h"
 
 enum { LOGLIN_SESSION_PLANS = 8 };
+
+/* Of a matrix's weights that are unpacked for CLBlast at once: at least a block of rows, however wide. */
+enum { LOGLIN_UNPACKED_FLOATS = 16 << 20 };
 
 /* What the layers work in, for so many tokens at once.  Strides count elements from a token to the next. */
 typedef struct loglin_activations {
@@ -51,6 +55,13 @@ typedef struct loglin_step_layer {
     loglin_launch launches[LOGLIN_STEP_LAUNCHES];
 } loglin_step_layer;
 
+/* Memory that the host and the device see at once: what a step of one launch takes and gives. */
+typedef struct loglin_shared_step {
+    atomic_uint *arrived; /* sequences that are through */
+    cl_int *ids;
+    float *logits; /* rows of logits_stride */
+} loglin_shared_step;
+
 /* A plan for pieces of a shape. */
 typedef struct loglin_piece_plan {
     loglin_plan *plan;
@@ -73,9 +84,10 @@ struct loglin_session {
     loglin_activations step_activations; /* rows 0: the session is too large for the fast step */
     loglin_step_layer *step_layers;
     loglin_launch step_embed, step_head;
-    loglin_launch step_token; /* all of these in one, where the program has it */
-    cl_mem meeting;           /* of the groups of step_token: see cl/token.cl; NULL where it has only one */
-    cl_uint met_in_vain;      /* a group has waited in vain for the others */
+    loglin_launch step_token;  /* all of these in one, where the program has it */
+    cl_mem meeting;            /* of the groups of step_token: see cl/token.cl; NULL where it has only one */
+    cl_uint met_in_vain;       /* a group has waited in vain for the others */
+    loglin_shared_step shared; /* of a step_token that one group takes; NULL where the device shares no memory */
 
     loglin_activations pass_activations; /* rows 0 until the first pass */
     loglin_piece_plan plans[LOGLIN_SESSION_PLANS];
@@ -107,10 +119,16 @@ size_t loglin_scratch_bytes(const loglin_model_program *program);
 
 /* fast_step.c */
 bool loglin_fast_step_applies(const loglin_session *session);
+/* May leave sequence 0 behind a trial step. */
 loglin_status loglin_fast_step_create(loglin_session *session);
 void loglin_fast_step_destroy(loglin_session *session);
 /* Takes session->ids, one token of every sequence, through the layers and waits; logits [N, vocabulary] may be NULL. */
 loglin_status loglin_fast_step_run(loglin_session *session, float *logits);
+
+/* shared_step.c, for a session with a step_token of one group */
+loglin_status loglin_shared_step_create(loglin_session *session);
+void loglin_shared_step_destroy(loglin_session *session);
+loglin_status loglin_shared_step_run(loglin_session *session, float *logits);
 
 /* pass.c */
 loglin_status loglin_pass_create(loglin_session *session);

@@ -4,10 +4,12 @@
 
 #include "runtime/status.h"
 #include "tensorfile/safetensors.h"
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const char format_name[] = "loglin-session";
 static const char format_version[] = "1";
@@ -230,6 +232,9 @@ static loglin_status load(loglin_session *session, const char *path, const logli
 loglin_status loglin_session_load(loglin_session *session, const char *path) {
     if (session == NULL || path == NULL) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is NULL", session == NULL ? "session" : "path");
+    }
+    if (access(path, R_OK) != 0) {
+        return loglin_fail(LOGLIN_IO, "%s: %s", path, strerror(errno));
     }
     loglin_safetensors *file = NULL;
     loglin_tensor_error error;

@@ -303,6 +303,13 @@ static loglin_status check_context_holds(cl_context context, cl_device_id id) {
     return LOGLIN_OK;
 }
 
+static bool shares_memory(cl_device_id id) {
+    const cl_device_svm_capabilities needed = CL_DEVICE_SVM_FINE_GRAIN_BUFFER | CL_DEVICE_SVM_ATOMICS;
+    cl_device_svm_capabilities has = 0;
+    return clGetDeviceInfo(id, CL_DEVICE_SVM_CAPABILITIES, sizeof has, &has, NULL) == CL_SUCCESS &&
+           (has & needed) == needed;
+}
+
 /* What a destroyed device owns beside the context and the id. */
 static void free_device(loglin_device *device) {
     free(device->cache_directory);
@@ -332,6 +339,7 @@ loglin_status loglin_device_create(cl_context context, cl_device_id id, loglin_d
     made->id = id;
     made->info = info;
     made->is_cpu = info.type == CL_DEVICE_TYPE_CPU;
+    made->shares_memory = shares_memory(id);
     made->cache_directory = loglin_cache_directory();
     made->build_options = strdup(options != NULL ? options : "");
     atomic_init(&made->references, 1);

@@ -25,6 +25,7 @@ struct loglin_device {
     cl_device_id id;
     loglin_device_info info;
     bool is_cpu;
+    bool shares_memory;    /* the host may look into a buffer while a kernel writes it: fine grain, with atomics */
     char *cache_directory; /* NULL: no cache on disk */
     char *build_options;   /* LOGLIN_BUILD_OPTIONS, never NULL */
     mtx_t meetings; /* held while groups of a kernel wait for each other: two such kernels may block each other */
