@@ -21,6 +21,7 @@ enum { MOST = 64 };
 /* Candidates with true times, noise, and some that fail. */
 typedef struct synthetic {
     double ms[MOST], noise; /* noise: the standard deviation, as a share */
+    double drift;           /* how much slower each measurement is than the one before, as a share */
     bool fails[MOST];
     size_t calls[MOST], total, stop_after; /* stop_after 0: never */
     support_random random;
@@ -47,7 +48,8 @@ static loglin_outcome simulate(void *context, size_t candidate, unsigned round, 
     if (!device->fails[candidate]) {
         reply = (loglin_reply){.outcome = LOGLIN_OUTCOME_OK, .sample = {.runs = runs}};
         for (unsigned i = 0; i < runs; i++) {
-            reply.sample.ms[i] = device->ms[candidate] * (1 + device->noise * fabs(support_normal(&device->random)));
+            reply.sample.ms[i] = device->ms[candidate] * (1 + device->noise * fabs(support_normal(&device->random))) *
+                                 (1 + device->drift * (double)device->total);
         }
     }
     if (device->journal != NULL && loglin_journal_end(device->journal, key, &reply) != LOGLIN_OK) {
@@ -114,6 +116,26 @@ Test(search, noise_alone_does_not_win) {
         lost += search(&device, 20, seed).winner != 0;
     }
     cr_expect_leq(lost, 20u, "noise has won %zu times of 200", lost);
+}
+
+/* On a device that grows slower or faster, the order of the measurements decides nothing. */
+Test(search, drift_alone_does_not_win_or_lose) {
+    for (int faster = 0; faster < 2; faster++) {
+        synthetic device = {.drift = faster != 0 ? -0.02 : 0.02, .ms = {10, 10}};
+        cr_expect_eq(search(&device, 2, 1).winner, 0u, "drift has won");
+        device.total = 0;
+        device.ms[1] = 8;
+        cr_expect_eq(search(&device, 2, 1).winner, 1u, "drift has hidden the faster one");
+    }
+}
+
+/* A challenger alone gets its duel, whatever a first look at it would have been. */
+Test(search, a_lone_challenger_gets_its_duel) {
+    synthetic device = {.ms = {10, 8}};
+    const loglin_search_result result = search(&device, 2, 1);
+    cr_expect(result.winner == 1 && result.first_ms == 10 && result.ms == 8);
+    cr_expect(device.calls[0] == 2 && device.calls[1] == 2, "%zu and %zu measurements", device.calls[0],
+              device.calls[1]);
 }
 
 Test(search, what_fails_is_measured_once_and_never_wins) {

@@ -343,7 +343,7 @@ Test(tuner, the_default_of_an_engine_comes_first) {
         cr_expect_eq(memcmp(&list.items[0], &untuned, sizeof untuned), 0);
         cr_expect_eq(memcmp(&list.items[1].gemm, &tuned, sizeof tuned), 0);
         cr_expect_eq(memcmp(list.items[1].values, untuned.values, sizeof untuned.values), 0);
-        cr_expect_gt(list.count, 3u);
+        cr_expect_geq(list.count, which % 2 != 0 ? 3u : 5u);
         for (size_t i = 0; i < list.count; i++) {
             char text[LOGLIN_CANDIDATE_TEXT_SIZE], other[LOGLIN_CANDIDATE_TEXT_SIZE];
             loglin_candidate_text(&list.items[i], text);

@@ -226,6 +226,20 @@ Test(tuning, places_that_cannot_be_written_are_reported) {
     loglin_tuning_free(&tuning);
 }
 
+/* What could not be read again is not written over what can. */
+Test(tuning, too_many_results_are_refused_and_lose_nothing) {
+    loglin_tuning tuning = one_class(1024, 128);
+    cr_assert_eq(loglin_tuning_merge(support_cache, &tuning), LOGLIN_OK);
+    loglin_entry failed = {.kind = LOGLIN_ENTRY_FAILED, .stamp = NOW, .reason = "hung"};
+    for (int i = 0; i < 12000; i++) {
+        snprintf(failed.candidate, sizeof failed.candidate, "%0200d", i);
+        cr_assert_eq(loglin_tuning_add(&tuning, &failed), LOGLIN_OK);
+    }
+    cr_expect_eq(loglin_tuning_merge(support_cache, &tuning), LOGLIN_IO);
+    cr_expect_eq(stored(), 1u);
+    loglin_tuning_free(&tuning);
+}
+
 /* ---- Import and export ------------------------------------------------------------------------------------------ */
 
 Test(tuning, an_import_is_whole_or_nothing) {

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 TestSuite(worker, .init = support_make_cache, .fini = support_remove_cache);
@@ -40,6 +41,28 @@ Test(worker, children_that_hang_crash_or_babble_cost_one_candidate) {
     cr_expect(reply.outcome == LOGLIN_OUTCOME_OK && reply.sample.runs == 1 && reply.sample.ms[0] == 2.5);
     reply = loglin_worker_ask("/nowhere/at/all", "{}", 1, NULL, NULL);
     cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_STOPPED);
+}
+
+/* Is suspended once, for longer than the child's limit. */
+static int sleep_once(void *context) {
+    bool *slept = context;
+    if (!*slept) {
+        (void)nanosleep(&(struct timespec){.tv_sec = 1}, NULL);
+    }
+    *slept = true;
+    return 0;
+}
+
+/* A tuner that was suspended takes the answer that came meanwhile; one that never ends is late all the same. */
+Test(worker, a_suspended_tuner_takes_the_answer) {
+    bool slept = false;
+    (void)ask_script("#!/bin/sh\necho '{\"ok\":true,\"reason\":\"\",\"detail\":\"\",\"ms\":[2.5]}'\n", 60);
+    char path[96];
+    snprintf(path, sizeof path, "%s/worker", support_cache);
+    loglin_reply reply = loglin_worker_ask(path, "{}", 0.2, sleep_once, &slept);
+    cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_OK, "%s", reply.reason);
+    reply = ask_script("#!/bin/sh\nexec yes babble\n", 0.5);
+    cr_expect_str_eq(reply.reason, "hung");
 }
 
 /* Some loaders of OpenCL take OCL_ICD_FILENAMES apart in place; a child gets the list that the process was given. */
