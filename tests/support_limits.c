@@ -229,8 +229,15 @@ CL_API_ENTRY cl_int CL_API_CALL clGetKernelWorkGroupInfo(cl_kernel kernel, cl_de
 
 /* ---- What its driver refuses ------------------------------------------------------------------------------------- */
 
+static size_t refusals;
+
+size_t support_refusals(void) {
+    return refusals;
+}
+
 /* Says on standard error which limit it was: a refusal that the library should have made itself is hard to find. */
 static cl_int refuse(cl_int code, const char *what, size_t wanted, size_t most) {
+    refusals++;
     fprintf(stderr, "the limited device refuses %s: %zu, at most %zu\n", what, wanted, most);
     return code;
 }

@@ -34,4 +34,7 @@ void support_edit_sources(char *(*edit)(const char *source));
 /* How often this process has launched the kernel with work-groups of that many items (0: of any size). */
 size_t support_launches(const char *kernel, size_t items);
 
+/* How many calls of this process went beyond the limits. */
+size_t support_refusals(void);
+
 #endif

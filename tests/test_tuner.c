@@ -3,6 +3,7 @@
 #include "plan/candidates.h"
 #include "plan/tuning.h"
 #include "support.h"
+#include "support_tuning.h"
 
 #include <criterion/criterion.h>
 #include <fcntl.h>
@@ -21,24 +22,15 @@
 
 /* ---- The worker -------------------------------------------------------------------------------------------------- */
 
-static char directory[64], worker[96], log_path[96];
+static char worker[96], log_path[96];
 
-static void make_directory(void) {
-    strcpy(directory, "/tmp/loglin-tuner-XXXXXX");
-    cr_assert_not_null(mkdtemp(directory));
-    snprintf(worker, sizeof worker, "%s/worker", directory);
-    snprintf(log_path, sizeof log_path, "%s/asked", directory);
-    setenv("LOGLIN_CACHE_DIR", directory, 1);
-    setenv("LOGLIN_LOG", "error", 1);
+static void make_places(void) {
+    support_make_cache();
+    snprintf(worker, sizeof worker, "%s/worker", support_cache);
+    snprintf(log_path, sizeof log_path, "%s/asked", support_cache);
 }
 
-static void remove_directory(void) {
-    char command[96];
-    snprintf(command, sizeof command, "rm -rf '%s'", directory);
-    cr_expect_eq(system(command), 0);
-}
-
-TestSuite(tuner, .init = make_directory, .fini = remove_directory);
+TestSuite(tuner, .init = make_places, .fini = support_remove_cache);
 
 /*
  * Cases of a request's text, as the shell matches them, with what happens: "answer MS", "wrong", "refused", or any
@@ -128,16 +120,10 @@ static run tune(const loglin_tune_options *options, run at) {
 }
 
 static loglin_tuning stored(void) {
-    loglin_device_info info[64];
-    size_t count = 0;
+    const loglin_device_info info = support_device_info();
+    const loglin_identity identity = loglin_identity_of(&info);
     loglin_tuning tuning = {.entries = NULL};
-    cr_assert_eq(loglin_list_devices(info, 64, &count), LOGLIN_OK);
-    for (size_t i = 0; i < count; i++) {
-        if (info[i].id == support_open()->id) {
-            const loglin_identity identity = loglin_identity_of(&info[i]);
-            cr_assert_eq(loglin_tuning_load(directory, &identity, &tuning), LOGLIN_OK);
-        }
-    }
+    cr_assert_eq(loglin_tuning_load(support_cache, &identity, &tuning), LOGLIN_OK);
     return tuning;
 }
 
@@ -312,19 +298,12 @@ Test(tuner, a_full_disk_loses_nothing) {
 
 /* Where CLBlast's own parameters are the faster ones for a class, what a plan will run is told, not what it won't. */
 Test(tuner, the_gain_of_a_class_is_that_of_the_device_s_parameters) {
-    loglin_tuning tuning = {.identity = {.device = ""}};
-    loglin_device_info info[64];
-    size_t count = 0;
-    cr_assert_eq(loglin_list_devices(info, 64, &count), LOGLIN_OK);
-    for (size_t i = 0; i < count; i++) {
-        if (info[i].id == support_open()->id) {
-            tuning.identity = loglin_identity_of(&info[i]);
-            loglin_entry entry = {.kind = LOGLIN_ENTRY_GEMM, .stamp = loglin_stamp_of(&info[i]), .ms = 1};
-            entry.configuration.gemm = (loglin_gemm_parameters){{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}};
-            cr_assert_eq(loglin_tuning_add(&tuning, &entry), LOGLIN_OK);
-        }
-    }
-    cr_assert_eq(loglin_tuning_merge(directory, &tuning), LOGLIN_OK);
+    const loglin_device_info info = support_device_info();
+    loglin_tuning tuning = {.identity = loglin_identity_of(&info)};
+    loglin_entry entry = {.kind = LOGLIN_ENTRY_GEMM, .stamp = loglin_stamp_of(&info), .ms = 1};
+    entry.configuration.gemm = (loglin_gemm_parameters){{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}};
+    cr_assert_eq(loglin_tuning_add(&tuning, &entry), LOGLIN_OK);
+    cr_assert_eq(loglin_tuning_merge(support_cache, &tuning), LOGLIN_OK);
     loglin_tuning_free(&tuning);
     set_worker("*'[0,0,0,0,0,0,0,0,0,0]'*) answer 8;;");
     const run at = tune(&BLAS, (run){0});
@@ -364,7 +343,7 @@ Test(tuner, the_default_of_an_engine_comes_first) {
         cr_expect_eq(memcmp(&list.items[0], &untuned, sizeof untuned), 0);
         cr_expect_eq(memcmp(&list.items[1].gemm, &tuned, sizeof tuned), 0);
         cr_expect_eq(memcmp(list.items[1].values, untuned.values, sizeof untuned.values), 0);
-        cr_expect_gt(list.count, 3u);
+        cr_expect_geq(list.count, which % 2 != 0 ? 3u : 5u);
         for (size_t i = 0; i < list.count; i++) {
             char text[LOGLIN_CANDIDATE_TEXT_SIZE], other[LOGLIN_CANDIDATE_TEXT_SIZE];
             loglin_candidate_text(&list.items[i], text);
@@ -385,9 +364,10 @@ static char printed[65536];
 /* Runs "loglin tune" with the arguments, its standard output into `printed`; the exit status. */
 static int command(const char *arguments) {
     char line[512];
-    snprintf(line, sizeof line, "%s tune %s > '%s/out' 2> '%s/err'", LOGLIN_COMMAND, arguments, directory, directory);
+    snprintf(line, sizeof line, "%s tune %s > '%s/out' 2> '%s/err'", LOGLIN_COMMAND, arguments, support_cache,
+             support_cache);
     const int status = system(line);
-    snprintf(line, sizeof line, "%s/out", directory);
+    snprintf(line, sizeof line, "%s/out", support_cache);
     FILE *stream = fopen(line, "r");
     cr_assert_not_null(stream);
     printed[fread(printed, 1, sizeof printed - 1, stream)] = '\0';
@@ -420,7 +400,7 @@ Test(tuner, the_command_prints_plain_rows_and_json) {
     }
     cr_expect_eq(lines, 3u, "%s", printed);
     cr_expect(strstr(printed, "mamba2 f32 K16 V16 shared T64 forward") != NULL, "%s", printed);
-    snprintf(arguments, sizeof arguments, "%s --resume --json --report '%s/page'", SMALL, directory);
+    snprintf(arguments, sizeof arguments, "%s --resume --json --report '%s/page'", SMALL, support_cache);
     cr_assert_eq(command(arguments), 0);
     json_t *report = json_loads(printed, 0, NULL);
     cr_assert_not_null(report);
@@ -439,17 +419,18 @@ Test(tuner, the_command_prints_plain_rows_and_json) {
 /* The page and its plots name nothing beside each other, so that they open without a network. */
 Test(tuner, the_report_opens_from_disk) {
     char arguments[160];
-    snprintf(arguments, sizeof arguments, "%s --report '%s/page'", SMALL, directory);
+    snprintf(arguments, sizeof arguments, "%s --report '%s/page'", SMALL, support_cache);
     cr_assert_eq(command(arguments), 0);
     char line[256];
-    snprintf(line, sizeof line, "cat '%s'/page/index.html '%s'/page/*.svg > '%s/all'", directory, directory, directory);
+    snprintf(line, sizeof line, "cat '%s'/page/index.html '%s'/page/*.svg > '%s/all'", support_cache, support_cache,
+             support_cache);
     cr_assert_eq(system(line), 0);
     snprintf(line, sizeof line, "grep -o 'https*://[^\"'\\'' >]*' '%s/all' | grep -v '^http://www.w3.org/' | grep .",
-             directory);
+             support_cache);
     cr_expect_neq(system(line), 0, "the page names an address");
-    snprintf(line, sizeof line, "test $(grep -c '<polyline\\|<path' '%s'/page/speed-*.svg) -gt 0", directory);
+    snprintf(line, sizeof line, "test $(grep -c '<polyline\\|<path' '%s'/page/speed-*.svg) -gt 0", support_cache);
     cr_expect_eq(system(line), 0);
-    snprintf(line, sizeof line, "grep -q 'img src=\"speed-' '%s/page/index.html'", directory);
+    snprintf(line, sizeof line, "grep -q 'img src=\"speed-' '%s/page/index.html'", support_cache);
     cr_expect_eq(system(line), 0);
 }
 
@@ -509,7 +490,7 @@ Test(tuner, the_command_draws_on_a_terminal) {
 Test(tuner, the_command_can_be_interrupted) {
     char *const arguments[] = {LOGLIN_COMMAND, "tune", "--quick", "--json", NULL};
     char path[96];
-    snprintf(path, sizeof path, "%s/out", directory);
+    snprintf(path, sizeof path, "%s/out", support_cache);
     const pid_t child = fork();
     cr_assert_geq(child, 0);
     if (child == 0) {

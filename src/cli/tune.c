@@ -26,7 +26,7 @@ static const char help[] =
     "  --all               all devices, one after the other\n"
     "  --engine NAME       auto (default), blas or fused: tune these engines only\n"
     "  --quick             few classes: less than two minutes on a CPU with two cores\n"
-    "  --time-limit S      begin no measurement after so many seconds\n"
+    "  --time-limit S      begin no measurement after so many seconds (--quick: 105)\n"
     "  --candidate-limit S give up a measurement after so many seconds (180)\n"
     "  --resume            go on with a run of the same options that was interrupted\n"
     "  --seed X            of the search\n"

@@ -154,11 +154,16 @@ static const loglin_gemm_parameters plain_parameters = {{[LOGLIN_GEMM_WGD] = 32,
 
 static loglin_status set_and_compile(loglin_device *device, const loglin_gemm_parameters *parameters) {
     bool is_new = false;
+    if (!loglin_gemm_parameters_fit(parameters, &device->info)) {
+        loglin_log(LOGLIN_LOG_INFO, "%s: tuned parameters of CLBlast are beyond its limits and not used",
+                   device->info.name);
+        parameters = &plain_parameters;
+    }
     RETURN_IF_ERROR(set_once(device->id, parameters, &is_new));
     loglin_status status = warm_up(device);
-    if (status != LOGLIN_OK && is_new && !loglin_gemm_parameters_absent(parameters)) {
-        loglin_log(LOGLIN_LOG_WARN, "%s: tuned parameters of CLBlast fail and are not used: %s", device->info.name,
-                   loglin_last_error());
+    if (status != LOGLIN_OK && is_new && parameters != &plain_parameters) {
+        loglin_log(LOGLIN_LOG_WARN, "%s: %s parameters of CLBlast fail and are not used: %s", device->info.name,
+                   loglin_gemm_parameters_absent(parameters) ? "the own" : "tuned", loglin_last_error());
         RETURN_IF_ERROR(set_direct_parameters(device->id, &plain_parameters));
         status = warm_up(device);
     }

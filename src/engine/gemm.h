@@ -21,8 +21,8 @@ typedef struct loglin_gemm {
 
 /*
  * Compiles CLBlast's kernels for the device, once; later calls return at once.  Slow: plan creation, not enqueue.
- * The parameters are CLBlast's for the whole process, so those of a device's first call stay.  Parameters that do not
- * compile give way to plain ones, with a warning.
+ * The parameters are CLBlast's for the whole process, so those of a device's first call stay.  Parameters beyond the
+ * device's limits give way to plain ones, and so, with a warning, do those that do not compile.
  */
 loglin_status loglin_gemm_prepare(loglin_device *device, const loglin_gemm_parameters *parameters);
 

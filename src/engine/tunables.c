@@ -77,12 +77,9 @@ bool loglin_gemm_parameters_possible(const loglin_gemm_parameters *parameters) {
            divides(group / p[LOGLIN_GEMM_NDIMBD], tile);
 }
 
-size_t loglin_gemm_group_size(const loglin_gemm_parameters *parameters) {
-    return (size_t)parameters->values[LOGLIN_GEMM_MDIMCD] * parameters->values[LOGLIN_GEMM_NDIMCD];
-}
-
-size_t loglin_gemm_local_memory(const loglin_gemm_parameters *parameters) {
-    const size_t tile = parameters->values[LOGLIN_GEMM_WGD];
-    const size_t padding = parameters->values[LOGLIN_GEMM_PADA] + parameters->values[LOGLIN_GEMM_PADB];
-    return tile * (2 * tile + padding) * sizeof(float);
+bool loglin_gemm_parameters_fit(const loglin_gemm_parameters *parameters, const loglin_device_info *info) {
+    const unsigned *p = parameters->values;
+    const size_t items = (size_t)p[LOGLIN_GEMM_MDIMCD] * p[LOGLIN_GEMM_NDIMCD], tile = p[LOGLIN_GEMM_WGD];
+    const size_t floats = tile * (2 * tile + p[LOGLIN_GEMM_PADA] + p[LOGLIN_GEMM_PADB]);
+    return items <= info->max_work_group_size && floats * sizeof(float) <= info->local_memory;
 }

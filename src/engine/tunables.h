@@ -73,9 +73,8 @@ bool loglin_tunable_takes(const loglin_tunable *tunable, unsigned value);
 /* Does CLBlast have kernels with these parameters?  What the device allows is not looked at. */
 bool loglin_gemm_parameters_possible(const loglin_gemm_parameters *parameters);
 
-/* Work-items of a group, and bytes of local memory, that the parameters need. */
-size_t loglin_gemm_group_size(const loglin_gemm_parameters *parameters);
-size_t loglin_gemm_local_memory(const loglin_gemm_parameters *parameters);
+/* Has a device of these limits the work-items of a group and the local memory for them? */
+bool loglin_gemm_parameters_fit(const loglin_gemm_parameters *parameters, const loglin_device_info *info);
 
 /* Are all parameters CLBlast's own? */
 bool loglin_gemm_parameters_absent(const loglin_gemm_parameters *parameters);

@@ -21,14 +21,15 @@ void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_tuni
 
 /*
  * An engine's chunk sizes, with CLBlast set as given.  The first candidate is the untuned default, for the blas engine
- * with CLBlast's own parameters; the default's values with the given ones come second if they differ.  quick: few sizes.
+ * with CLBlast's own parameters; the default's values with the given ones come second if they differ.  quick: what needs
+ * no compiling.
  */
 void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_parameters *gemm, bool quick,
                                  loglin_candidates *candidates);
 
 /*
  * The same first candidates, and `from` with all values of the engine's other tunables that matter to the type of device
- * and the phase.  quick: few values.
+ * and the phase.  quick: what needs no compiling.
  */
 void loglin_candidates_near(const loglin_configuration *from, cl_device_type device, loglin_phase phase, bool quick,
                             loglin_candidates *candidates);

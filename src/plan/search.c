@@ -131,10 +131,16 @@ static void halve(race *at) {
     }
 }
 
+/* Those that run in the rounds.  Before a duel the one to beat need not: it is in the duel in any case. */
+static size_t first_runner(const loglin_search *search) {
+    return search->sift ? rival_of(search) : rival_of(search) + 1;
+}
+
 static size_t expected_measurements(const loglin_search *search) {
-    size_t expected = search->count + (search->sift ? 0 : search->yardstick ? 6 : 4);
-    for (size_t left = kept_of(search->count); left > 1 && !search->one_round; left = kept_of(left)) {
+    size_t left = search->count - first_runner(search), expected = search->sift ? 0 : search->yardstick ? 6 : 4;
+    while (left > 1) {
         expected += left;
+        left = search->one_round ? 1 : kept_of(left);
     }
     return expected;
 }
@@ -147,39 +153,39 @@ static void append(loglin_sample *all, const loglin_sample *more) {
     }
 }
 
-/* What was measured in all duels. */
-typedef struct duels {
-    loglin_sample yardstick, rival, challenger;
-} duels;
+enum { YARDSTICK, RIVAL, CHALLENGER, CONTESTANTS };
 
-/* One duel with the rival, the one that is chosen if nobody beats it; true if the challenger has won. */
-static bool fight(race *at, size_t rival, size_t challenger, duels *all) {
+/*
+ * One duel with the rival, the one that is chosen if nobody beats it; true if the challenger has won.  The second duel goes
+ * backwards, so that a device that grows slower or faster favours nobody; who has lost the first is not in it.
+ */
+static bool fight(race *at, size_t challenger, bool backwards, loglin_sample all[CONTESTANTS]) {
+    const size_t candidates[CONTESTANTS] = {0, rival_of(at->search), challenger};
     const unsigned runs =
         2 * at->search->runs < LOGLIN_SEARCH_MAX_RUNS / 2 ? 2 * at->search->runs + 1 : LOGLIN_SEARCH_MAX_RUNS / 2;
-    duels now = {.rival = {.runs = 0}};
-    if (at->search->yardstick) {
-        (void)measure(at, 0, runs, &now.yardstick);
-    }
-    if (!at->stopped && !at->rival_failed) {
-        (void)measure(at, rival, runs, &now.rival);
-    }
-    if (!at->stopped && challenger != rival) {
-        (void)measure(at, challenger, runs, &now.challenger);
+    loglin_sample now[CONTESTANTS] = {{.runs = 0}};
+    for (int i = 0; i < CONTESTANTS && !at->stopped; i++) {
+        const int which = backwards ? CONTESTANTS - 1 - i : i;
+        const bool absent = which == YARDSTICK ? !at->search->yardstick
+                            : which == RIVAL   ? at->rival_failed
+                                               : challenger == candidates[RIVAL];
+        if (!absent) {
+            (void)measure(at, candidates[which], runs, &now[which]);
+            append(&all[which], &now[which]);
+        }
     }
     at->round++;
-    append(&all->yardstick, &now.yardstick);
-    append(&all->rival, &now.rival);
-    append(&all->challenger, &now.challenger);
-    const double spread = fmax(loglin_sample_spread(&now.rival), loglin_sample_spread(&now.challenger));
-    return loglin_sample_median(&now.challenger) + spread < loglin_sample_median(&now.rival);
+    const double spread = fmax(loglin_sample_spread(&now[RIVAL]), loglin_sample_spread(&now[CHALLENGER]));
+    return loglin_sample_median(&now[CHALLENGER]) + spread < loglin_sample_median(&now[RIVAL]);
 }
 
 static void settle(race *at, loglin_search_result *result) {
-    duels all = {.rival = {.runs = 0}};
-    const size_t challenger = at->runners[0].candidate, rival = rival_of(at->search);
-    const bool won = fight(at, rival, challenger, &all) && fight(at, rival, challenger, &all);
-    const loglin_sample *winner = won ? &all.challenger : &all.rival;
-    const loglin_sample *first = at->search->yardstick ? &all.yardstick : &all.rival;
+    loglin_sample all[CONTESTANTS] = {{.runs = 0}};
+    const size_t rival = rival_of(at->search), challenger = at->count > 0 ? at->runners[0].candidate : rival;
+    bool won = fight(at, challenger, false, all);
+    won = fight(at, won ? challenger : rival, true, all) && won;
+    const loglin_sample *winner = &all[won ? CHALLENGER : RIVAL];
+    const loglin_sample *first = &all[at->search->yardstick ? YARDSTICK : RIVAL];
     result->winner = won ? challenger : rival;
     result->found = winner->runs > 0 && !at->stopped;
     result->ms = loglin_sample_median(winner);
@@ -189,25 +195,25 @@ static void settle(race *at, loglin_search_result *result) {
 
 loglin_search_result loglin_search_run(const loglin_search *search) {
     loglin_search_result result = {.found = false};
+    const size_t first = first_runner(search);
     race at = {.search = search,
                .runners = calloc(search->count, sizeof(runner)),
-               .count = search->count,
+               .count = search->count - first,
                .expected = expected_measurements(search),
                .best = {.ms = INFINITY}};
     if (at.runners == NULL) {
         return result;
     }
-    at.count -= rival_of(search);
     for (size_t i = 0; i < at.count; i++) {
-        at.runners[i].candidate = i + rival_of(search);
+        at.runners[i].candidate = i + first;
     }
     halve(&at);
-    if (at.count > 0 && !at.stopped && search->sift) {
+    if (!at.stopped && !search->sift) {
+        settle(&at, &result);
+    } else if (!at.stopped && at.count > 0) {
         result.found = true;
         result.winner = at.runners[0].candidate;
         result.ms = at.runners[0].ms;
-    } else if (at.count > 0 && !at.stopped) {
-        settle(&at, &result);
     }
     result.complete = !at.stopped;
     free(at.runners);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The search for the fastest candidate, whatever a candidate is: successive halving.  All candidates are measured a few
- * times, the faster third of them again with twice as many runs, and so on.  The last challenger then meets candidate
- * 0, the one to beat, in two duels, and must win both by more than the spread that was measured.  Candidate 0 may be a
- * mere yardstick, which cannot be chosen but is measured with the duels: then candidate 1 is the one to beat.
+ * The search for the fastest candidate, whatever a candidate is: successive halving.  All challengers are measured a few
+ * times, the faster third of them again with twice as many runs, and so on.  The last one then meets candidate 0, the one
+ * to beat, in two duels, and must win both by more than the spread that was measured.  Candidate 0 may be a mere
+ * yardstick, which cannot be chosen but is measured with the duels: then candidate 1 is the one to beat.
  */
 #ifndef LOGLIN_PLAN_SEARCH_H
 #define LOGLIN_PLAN_SEARCH_H

@@ -98,17 +98,26 @@ static loglin_reply failed(const char *reason, const char *detail) {
 
 typedef enum listen_end { LISTEN_CLOSED, LISTEN_LATE, LISTEN_STOPPED } listen_end;
 
-/* Reads what the child prints until it closes its output; what does not fit is dropped. */
+/*
+ * Reads what the child prints until it closes its output; what does not fit is dropped.  The time is looked at where there
+ * is nothing to read, for this process may have been suspended while the child has answered; a child that goes on and on
+ * has no such excuse.
+ */
 static listen_end listen_to(int input, double limit, loglin_patience *patience, void *context, char *text) {
     const double end = now() + limit;
     size_t length = 0;
+    bool dropped = false;
     text[0] = '\0';
-    while (now() < end) {
+    for (;;) {
         struct pollfd ready = {.fd = input, .events = POLLIN};
         if (patience != NULL && patience(context) != 0) {
             return LISTEN_STOPPED;
         }
-        if (poll(&ready, 1, 100) <= 0) {
+        const bool idle = poll(&ready, 1, 100) <= 0;
+        if ((idle || dropped) && now() >= end) {
+            return LISTEN_LATE;
+        }
+        if (idle) {
             continue;
         }
         char piece[512];
@@ -116,23 +125,28 @@ static listen_end listen_to(int input, double limit, loglin_patience *patience, 
         if (got == 0 || (got < 0 && errno != EINTR)) {
             return LISTEN_CLOSED;
         }
-        const size_t taken = got > 0 && length + (size_t)got < REPLY_SIZE ? (size_t)got : 0;
+        dropped = dropped || (got > 0 && length + (size_t)got >= REPLY_SIZE);
+        const size_t taken = got > 0 && !dropped ? (size_t)got : 0;
         memcpy(text + length, piece, taken);
         length += taken;
         text[length] = '\0';
     }
-    return LISTEN_LATE;
+}
+
+/* Has the child ended?  It stays a zombie, so that its number, which is its group's too, is nobody else's yet. */
+static bool has_ended(pid_t child) {
+    siginfo_t info = {.si_pid = 0};
+    return waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid == child;
 }
 
 /* The child's exit; a moment is left to it if it has closed its output by itself. */
 static int reap(pid_t child, bool kill_it) {
     int status = 0;
-    pid_t ended = 0;
-    for (int i = 0; i < 200 && !kill_it && (ended = waitpid(child, &status, WNOHANG)) == 0; i++) {
+    for (int i = 0; i < 200 && !kill_it && !has_ended(child); i++) {
         (void)nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
     }
     (void)kill(-child, SIGKILL);
-    while (ended <= 0 && (ended = waitpid(child, &status, 0)) < 0 && errno == EINTR) {
+    while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
     }
     return status;
 }

@@ -20,6 +20,7 @@ enum { MAX_PROBLEMS = 64 };
 
 static const char gemm_subject[] = "CLBlast";
 static const double usual_limit = 180; /* seconds: a cold compilation of CLBlast takes 25 on a slow CPU */
+static const double quick_limit = 105; /* seconds of a quick run: what is begun by then is done within two minutes */
 
 typedef struct tuner {
     loglin_device_info info;
@@ -522,6 +523,8 @@ loglin_status loglin_tune(cl_device_id id, const loglin_tune_options *options) {
     at->options.worker = at->options.worker != NULL ? at->options.worker : "loglin";
     at->options.seed = (at->options.seed != 0 ? at->options.seed : (uint64_t)time(NULL)) & INT64_MAX;
     at->options.candidate_limit = at->options.candidate_limit > 0 ? at->options.candidate_limit : usual_limit;
+    at->options.time_limit =
+        at->options.quick != 0 && at->options.time_limit <= 0 ? quick_limit : at->options.time_limit;
     at->begin = now();
     loglin_status status = check_options(&at->options);
     status = status != LOGLIN_OK ? status : prepare_and_run(at, id);

@@ -20,7 +20,7 @@
 #include <xxhash.h>
 
 static const int format_version = 1;
-static const size_t max_file_size = (size_t)16 << 20;
+static const size_t max_file_size = (size_t)4 << 20; /* some ten thousand entries */
 static const size_t kept_stamps = 4;
 
 /* ---- Names ------------------------------------------------------------------------------------------------------- */
@@ -537,9 +537,15 @@ loglin_status loglin_tuning_write(const char *path, const loglin_tuning *tuning)
     }
     char *text = loglin_tuning_print(tuning);
     char *temporary = join(path, ".new-XXXXXX");
-    const loglin_status status = text == NULL || temporary == NULL
-                                     ? loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of host memory", path)
-                                     : replace_file(path, temporary, text);
+    loglin_status status = LOGLIN_OK;
+    if (text == NULL || temporary == NULL) {
+        status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of host memory", path);
+    } else if (strlen(text) >= max_file_size) {
+        status = loglin_fail(LOGLIN_IO, "cannot write %s: its %zu bytes are more than the %zu that are read again",
+                             path, strlen(text), max_file_size);
+    } else {
+        status = replace_file(path, temporary, text);
+    }
     free(text);
     free(temporary);
     return status;

@@ -79,13 +79,15 @@ static bool make_directory(const char *directory) {
     if (path == NULL) {
         return false;
     }
+    int code = 0; /* why a parent could not be made: then the last one fails for want of it */
     for (char *end = strchr(path + 1, '/'); end != NULL; end = strchr(end + 1, '/')) {
         *end = '\0';
-        mkdir(path, 0700); /* the last one tells whether all went well */
+        code = mkdir(path, 0700) != 0 && errno != EEXIST && code == 0 ? errno : code;
         *end = '/';
     }
     const bool made = mkdir(path, 0700) == 0 || errno == EEXIST;
     free(path);
+    errno = !made && code != 0 ? code : errno;
     return made;
 }
 
