@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Plans: what they refuse and how they say it, what calls refuse, and what plans tell about themselves. */
+#include "runtime/device.h"
 #include "support_criterion.h"
 
 #include <math.h>
@@ -205,6 +206,32 @@ Test(plan, workspace_grows_linearly) {
             }
         }
     }
+}
+
+static size_t engine_workspace(loglin_engine engine) {
+    loglin_problem problem = GOOD;
+    problem.phases = LOGLIN_FORWARD;
+    problem.engine = engine;
+    loglin_plan *plan = make_plan(&problem);
+    const size_t size = loglin_workspace_size(plan, LOGLIN_FORWARD);
+    loglin_plan_destroy(plan);
+    return size;
+}
+
+/* An engine whose workspace the device cannot allocate gives way to one that needs less. */
+Test(plan, takes_an_engine_whose_workspace_fits) {
+    const size_t fused = engine_workspace(LOGLIN_ENGINE_FUSED), blas = engine_workspace(LOGLIN_ENGINE_BLAS);
+    const size_t smaller = fused < blas ? fused : blas, larger = fused < blas ? blas : fused;
+    cr_assert_lt(smaller, larger);
+    uint64_t *limit = &support_open()->device->info.max_allocation;
+    *limit = larger - 1;
+    cr_expect_eq(engine_workspace(LOGLIN_ENGINE_AUTO), smaller);
+    *limit = smaller - 1;
+    loglin_problem problem = GOOD;
+    problem.phases = LOGLIN_FORWARD;
+    loglin_plan *plan = NULL;
+    cr_expect_eq(loglin_plan_create(support_open()->device, &problem, &plan), LOGLIN_UNSUPPORTED);
+    cr_expect(strstr(loglin_last_error(), "workspace: the forward call needs") != NULL, "%s", loglin_last_error());
 }
 
 Test(plan, counts_levels) {

@@ -61,13 +61,29 @@ static loglin_configuration choose_values(loglin_plan *plan, const wish *from, l
     return choice.configuration;
 }
 
-/* What keeps an engine from the plan, "" if nothing does: then plan->state is its. */
+/* The engine and its state are the plan's then, unless its workspace is too large. */
+static loglin_status create_state(loglin_plan *plan, const loglin_engine_class *engine,
+                                  const loglin_configuration *configuration) {
+    RETURN_IF_ERROR(engine->create(plan->device, &plan->problem, configuration, &plan->state));
+    plan->engine = engine;
+    loglin_status status = check_allocation(plan, LOGLIN_FORWARD);
+    if (status == LOGLIN_OK) {
+        status = check_allocation(plan, LOGLIN_BACKWARD);
+    }
+    if (status != LOGLIN_OK) {
+        engine->destroy(plan->state);
+        plan->state = NULL;
+    }
+    return status;
+}
+
+/* What keeps an engine from the plan, "" if nothing does: then it is the plan's. */
 static loglin_status try_engine(loglin_plan *plan, const loglin_engine_class *engine,
                                 const loglin_configuration *configuration, char *refusal, size_t capacity) {
     const char *reason = engine->refuses(plan->device, &plan->problem);
     loglin_status status = reason == NULL ? LOGLIN_OK : LOGLIN_UNSUPPORTED;
     if (status == LOGLIN_OK) {
-        status = engine->create(plan->device, &plan->problem, configuration, &plan->state);
+        status = create_state(plan, engine, configuration);
         reason = status == LOGLIN_OK ? "" : loglin_last_error();
     }
     (void)snprintf(refusal, capacity, "%s", reason);
@@ -112,7 +128,6 @@ static loglin_status choose_engine(loglin_plan *plan, const wish *from) {
         char refusal[512];
         status = try_engine(plan, engines[at].engine, &configuration, refusal, sizeof refusal);
         if (status == LOGLIN_OK) {
-            plan->engine = engines[at].engine;
             if (used > 0 && first_refused != engines[at].choice) {
                 (void)snprintf(plan->engine_reason, sizeof plan->engine_reason, "not %.*s",
                                (int)sizeof plan->engine_reason - 8, refusals);
@@ -134,8 +149,6 @@ static loglin_status choose_engine(loglin_plan *plan, const wish *from) {
 static loglin_status create_parts(loglin_plan *plan, const wish *from) {
     if (plans(plan, LOGLIN_FORWARD | LOGLIN_BACKWARD)) {
         RETURN_IF_ERROR(choose_engine(plan, from));
-        RETURN_IF_ERROR(check_allocation(plan, LOGLIN_FORWARD));
-        RETURN_IF_ERROR(check_allocation(plan, LOGLIN_BACKWARD));
     }
     if (plans(plan, LOGLIN_STEP)) {
         RETURN_IF_ERROR(loglin_stepper_create(plan->device, &plan->problem, &plan->stepper));
