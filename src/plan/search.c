@@ -34,12 +34,12 @@ static double quantile(const loglin_sample *sample, double share) {
     return sorted[low] + (at - (double)low) * (sorted[high] - sorted[low]);
 }
 
-double loglin_sample_median(const loglin_sample *sample) {
-    return quantile(sample, 0.5);
+double loglin_sample_time(const loglin_sample *sample) {
+    return quantile(sample, 0.25);
 }
 
 double loglin_sample_spread(const loglin_sample *sample) {
-    return 0.5 * (quantile(sample, 0.75) - quantile(sample, 0.25));
+    return quantile(sample, 0.25) - quantile(sample, 0);
 }
 
 /* ---- Rounds ------------------------------------------------------------------------------------------------------ */
@@ -77,8 +77,8 @@ static loglin_outcome measure(race *at, size_t candidate, unsigned runs, loglin_
     at->measured++;
     at->stopped = at->stopped || outcome == LOGLIN_OUTCOME_STOPPED;
     at->rival_failed = at->rival_failed || (candidate == rival_of(search) && outcome == LOGLIN_OUTCOME_FAILED);
-    if (outcome == LOGLIN_OUTCOME_OK && loglin_sample_median(sample) < at->best.ms) {
-        at->best = (runner){.candidate = candidate, .ms = loglin_sample_median(sample)};
+    if (outcome == LOGLIN_OUTCOME_OK && loglin_sample_time(sample) < at->best.ms) {
+        at->best = (runner){.candidate = candidate, .ms = loglin_sample_time(sample)};
     }
     if (search->advance != NULL) {
         const double share = at->measured < at->expected ? (double)at->measured / (double)at->expected : 1.0;
@@ -103,7 +103,7 @@ static void run_round(race *at, unsigned runs) {
         loglin_sample sample;
         runner entered = at->runners[i];
         if (measure(at, entered.candidate, runs, &sample) == LOGLIN_OUTCOME_OK) {
-            entered.ms = loglin_sample_median(&sample);
+            entered.ms = loglin_sample_time(&sample);
             at->runners[good++] = entered;
         }
     }
@@ -176,7 +176,7 @@ static bool fight(race *at, size_t challenger, bool backwards, loglin_sample all
     }
     at->round++;
     const double spread = fmax(loglin_sample_spread(&now[RIVAL]), loglin_sample_spread(&now[CHALLENGER]));
-    return loglin_sample_median(&now[CHALLENGER]) + spread < loglin_sample_median(&now[RIVAL]);
+    return loglin_sample_time(&now[CHALLENGER]) + spread < loglin_sample_time(&now[RIVAL]);
 }
 
 static void settle(race *at, loglin_search_result *result) {
@@ -188,9 +188,9 @@ static void settle(race *at, loglin_search_result *result) {
     const loglin_sample *first = &all[at->search->yardstick ? YARDSTICK : RIVAL];
     result->winner = won ? challenger : rival;
     result->found = winner->runs > 0 && !at->stopped;
-    result->ms = loglin_sample_median(winner);
+    result->ms = loglin_sample_time(winner);
     result->spread = loglin_sample_spread(winner);
-    result->first_ms = first->runs > 0 ? loglin_sample_median(first) : 0;
+    result->first_ms = first->runs > 0 ? loglin_sample_time(first) : 0;
 }
 
 loglin_search_result loglin_search_run(const loglin_search *search) {

@@ -44,14 +44,17 @@ typedef struct loglin_search_result {
     bool found;        /* false: all failed, or there was no time */
     bool complete;     /* false: the search was stopped */
     size_t winner;     /* candidate 0 (1 with a yardstick) unless a challenger has won */
-    double ms, spread; /* the winner's median, and the half of its middle spread */
-    double first_ms;   /* candidate 0's median in the duels; 0 if it failed or there were none */
+    double ms, spread; /* the winner's time and spread, by its samples in the duels */
+    double first_ms;   /* candidate 0's time in the duels; 0 if it failed or there were none */
 } loglin_search_result;
 
 loglin_search_result loglin_search_run(const loglin_search *search);
 
-/* The median of a sample, and half the distance between its quartiles. */
-double loglin_sample_median(const loglin_sample *sample);
+/*
+ * The lower quartile of a sample, for what disturbs a run only ever slows it down, by a factor of two where another program
+ * takes a core; and its distance to the least.
+ */
+double loglin_sample_time(const loglin_sample *sample);
 double loglin_sample_spread(const loglin_sample *sample);
 
 /* The next number of a sequence that the state fixes. */

@@ -163,7 +163,7 @@ static loglin_outcome measure(void *context, size_t candidate, unsigned round, u
         at->event.candidate = text;
         at->event.outcome = reply.outcome == LOGLIN_OUTCOME_OK ? "ok" : reply.reason;
         at->event.detail = reply.detail;
-        at->event.ms = sample->runs > 0 ? loglin_sample_median(sample) : 0;
+        at->event.ms = sample->runs > 0 ? loglin_sample_time(sample) : 0;
         at->event.spread = sample->runs > 0 ? loglin_sample_spread(sample) : 0;
         at->event.problem = at->problem;
         at->event.problem.engine = configuration->engine;
