@@ -16,15 +16,23 @@
 /* ---- What is run ------------------------------------------------------------------------------------------------- */
 
 static void expect_operator(const char *limits) {
+    /* Each operator, partition and type once: what a limit keeps a kernel from does not depend on how they meet. */
+    static const support_case cases[] = {
+        {.op = LOGLIN_MAMBA2, .partition = LOGLIN_STRONG, .dtype = LOGLIN_F32},
+        {.op = LOGLIN_GATED_DELTA, .partition = LOGLIN_STRONG, .dtype = LOGLIN_F32},
+        {.op = LOGLIN_MAMBA2, .partition = LOGLIN_WEAK, .dtype = LOGLIN_F16},
+        {.op = LOGLIN_GATED_DELTA, .partition = LOGLIN_WEAK, .dtype = LOGLIN_BF16},
+    };
     support_limit_device(limits);
-    expect_everywhere(support_check_forward, (support_case){.length = 150, .dim_k = 20, .dim_v = 24, .heads = 2});
-    for (int dtype = LOGLIN_F32; dtype <= LOGLIN_BF16; dtype++) {
-        support_case c = {.dtype = (loglin_dtype)dtype, .length = 100, .heads = 1, .dim_k = 64, .dim_v = 64};
-        c.partition = dtype == LOGLIN_F32 ? LOGLIN_STRONG : LOGLIN_WEAK;
-        expect_operators(support_check_forward, c);
-        expect_operators(support_check_backward, c);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        support_case c = cases[i];
+        c.heads = 1;
+        c.dim_k = c.dim_v = 64;
+        c.length = 100;
+        expect_pass(support_check_forward(&c));
+        expect_pass(support_check_backward(&c));
         c.length = 9;
-        expect_operators(support_check_decode, c);
+        expect_pass(support_check_decode(&c));
     }
 }
 
