@@ -40,16 +40,16 @@ __kernel void chunk_gather_qk(const loglin_panel p, __global float *ws, const __
     AT(KEY)[row * p.dim_k + i] = token < 0 ? 0.0f : k_scale * load(k, k_offset + from);
 }
 
-/* v, or its gradient dO, into `region`. */
+/* v, or its gradient dO, into the region that begins at this element of ws. */
 __kernel void chunk_gather_v(const loglin_panel p, __global float *ws, const __global storage *v, ulong offset,
-                             uint region) {
+                             ulong region) {
     const uint i = get_global_id(0), r = get_global_id(1), matrix = get_global_id(2);
     if (i >= p.dim_v) {
         return;
     }
     const long token = row_token(slot_record(p, ws, matrix / p.heads), r);
     const ulong from = ((ulong)max(token, 0L) * p.heads + matrix % p.heads) * p.dim_v + i;
-    ws[p.at[region] + ((ulong)matrix * p.chunk + r) * p.dim_v + i] = token < 0 ? 0.0f : load(v, offset + from);
+    ws[region + ((ulong)matrix * p.chunk + r) * p.dim_v + i] = token < 0 ? 0.0f : load(v, offset + from);
 }
 
 /*
@@ -80,16 +80,16 @@ __kernel void chunk_gather_gates(const loglin_panel p, __global float *ws, const
     }
 }
 
-/* From `region` to dv. */
+/* From such a region to dv. */
 __kernel void chunk_scatter_v(const loglin_panel p, const __global float *ws, __global storage *v, ulong offset,
-                              uint region) {
+                              ulong region) {
     const uint i = get_global_id(0), r = get_global_id(1), matrix = get_global_id(2);
     const long token = row_token(slot_record(p, ws, matrix / p.heads), r);
     if (i >= p.dim_v || token < 0) {
         return;
     }
     store(v, offset + ((ulong)token * p.heads + matrix % p.heads) * p.dim_v + i,
-          ws[p.at[region] + ((ulong)matrix * p.chunk + r) * p.dim_v + i]);
+          ws[region + ((ulong)matrix * p.chunk + r) * p.dim_v + i]);
 }
 
 /* Row products that the gradient of the normalisation takes off.  One work-item a row. */

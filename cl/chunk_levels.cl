@@ -22,9 +22,12 @@ float column_weight(const loglin_panel p, const __global int *slot, const __glob
     return level < (int)p.levels ? load_weight(level_scales, row + (ulong)level) : 0.0f;
 }
 
-/* `to` = `from` times its level weights, inside the chunk.  Over (column s, row r, slot and head). */
+/*
+ * Inside the chunk, region `to` = region `from` times its level weights; both are the elements of ws where they begin.  Over
+ * (column s, row r, slot and head).
+ */
 __kernel void chunk_weigh(const loglin_panel p, __global float *ws, const __global weight *level_scales, ulong offset,
-                          uint from, uint to) {
+                          ulong from, ulong to) {
     const uint s = get_global_id(0), r = get_global_id(1), matrix = get_global_id(2);
     if (s >= p.chunk) {
         return;
@@ -35,16 +38,16 @@ __kernel void chunk_weigh(const loglin_panel p, __global float *ws, const __glob
     if (token >= 0 && s <= r) {
         const int level = level_of(r, s);
         x = level < (int)p.levels
-                ? ws[p.at[from] + at] *
+                ? ws[from + at] *
                       load_weight(level_scales, offset + weight_row(p, token, matrix % p.heads) + (ulong)level)
                 : 0.0f;
     }
-    ws[p.at[to] + at] = x;
+    ws[to + at] = x;
 }
 
 /* The same between the chunk and the one before it (strong). */
 __kernel void chunk_weigh_near(const loglin_panel p, __global float *ws, const __global weight *level_scales,
-                               ulong offset, uint from, uint to) {
+                               ulong offset, ulong from, ulong to) {
     const uint s = get_global_id(0), r = get_global_id(1), matrix = get_global_id(2);
     if (s >= p.chunk) {
         return;
@@ -56,11 +59,11 @@ __kernel void chunk_weigh_near(const loglin_panel p, __global float *ws, const _
     if (token >= 0 && reads_near(slot)) {
         const int level = level_of(p.chunk + r, s);
         x = level < (int)p.levels
-                ? ws[p.at[from] + at] *
+                ? ws[from + at] *
                       load_weight(level_scales, offset + weight_row(p, token, matrix % p.heads) + (ulong)level)
                 : 0.0f;
     }
-    ws[p.at[to] + at] = x;
+    ws[to + at] = x;
 }
 
 /* o = O + the weighted sum of Y's columns.  Over (column of V, row, slot and head). */

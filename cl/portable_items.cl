@@ -74,8 +74,13 @@ strip get_strip(operand p) { return *(const __global lane_strip *)p; }
 void put_strip(strip x, matrix p) { *(__global lane_strip *)p = x; }
 
 float sum16(float16 x) {
+#if LANE_ITEMS == 1
     const float8 a = x.lo + x.hi;
     const float4 b = a.lo + a.hi;
+#else /* by elements: Oclgrind takes the upper half of a vector for uninitialised */
+    const float4 b = ((float4)(x.s0, x.s1, x.s2, x.s3) + (float4)(x.s8, x.s9, x.sa, x.sb)) +
+                     ((float4)(x.s4, x.s5, x.s6, x.s7) + (float4)(x.sc, x.sd, x.se, x.sf));
+#endif
     return (b.x + b.y) + (b.z + b.w);
 }
 

@@ -12,7 +12,7 @@ static size_t group_matrices(const loglin_tape *tape) {
 static void gather_values(loglin_tape *tape, loglin_buffer from, int region) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_gather_v, p->dim_v, p->chunk, head_matrices(tape),
-                       ARGUMENTS(BUFFER(from), UINT((size_t)region)));
+                       ARGUMENTS(BUFFER(from), ULONG(p->at[region])));
 }
 
 static void gather(loglin_tape *tape, const loglin_call *call) {
@@ -52,13 +52,13 @@ void loglin_chunkwise_states(loglin_tape *tape, const loglin_operator *rule, con
 static void weigh(loglin_tape *tape, const loglin_call *call, int from, int to) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_weigh, p->chunk, p->chunk, head_matrices(tape),
-                       ARGUMENTS(BUFFER(call->in.level_scales), UINT((size_t)from), UINT((size_t)to)));
+                       ARGUMENTS(BUFFER(call->in.level_scales), ULONG(p->at[from]), ULONG(p->at[to])));
 }
 
 static void weigh_near(loglin_tape *tape, const loglin_call *call, int from, int to) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_weigh_near, p->chunk, p->chunk, head_matrices(tape),
-                       ARGUMENTS(BUFFER(call->in.level_scales), UINT((size_t)from), UINT((size_t)to)));
+                       ARGUMENTS(BUFFER(call->in.level_scales), ULONG(p->at[from]), ULONG(p->at[to])));
 }
 
 /* MZ, MZ_NEAR and Y: all that the output is a sum of. */
@@ -253,7 +253,7 @@ static void final_gradients(loglin_tape *tape, const loglin_call *call) {
 static void scatter_gradients(loglin_tape *tape, const loglin_call *call) {
     const loglin_panel *p = &tape->panel;
     loglin_tape_launch(tape, CHUNK_scatter_v, p->dim_v, p->chunk, head_matrices(tape),
-                       ARGUMENTS(BUFFER(call->out.dv), UINT(REGION_D_V)));
+                       ARGUMENTS(BUFFER(call->out.dv), ULONG(p->at[REGION_D_V])));
     if (call->out.dg.mem != NULL) {
         loglin_tape_launch(tape, CHUNK_gate_gradients, p->chunk, 1, head_matrices(tape), NO_ARGUMENTS);
         loglin_tape_launch(tape, CHUNK_scatter_gates, head_matrices(tape), 1, 1, ARGUMENTS(BUFFER(call->out.dg)));
