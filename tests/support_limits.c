@@ -256,9 +256,6 @@ CL_API_ENTRY cl_mem CL_API_CALL clCreateBuffer(cl_context context, cl_mem_flags 
     return next(context, flags, size, contents, code);
 }
 
-/* In front of every source text of a device without double: its use is an error, with a name that tells why. */
-static const char without_double[] = "#define double this_device_has_no_double\n";
-
 static char *(*edit_source)(const char *source);
 
 void support_edit_sources(char *(*edit)(const char *source)) {
@@ -279,17 +276,51 @@ static char *copy_source(const char *source, size_t length) {
 CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithSource(cl_context context, cl_uint count, const char **strings,
                                                               const size_t *lengths, cl_int *code) {
     NEXT(clCreateProgramWithSource)
-    char **all = support_alloc(count + 1, sizeof *all);
-    all[0] = strdup(get_limits()->no_double ? without_double : "");
+    char **all = support_alloc(count, sizeof *all);
     for (cl_uint i = 0; i < count; i++) {
-        all[i + 1] = copy_source(strings[i], lengths != NULL ? lengths[i] : 0);
+        all[i] = copy_source(strings[i], lengths != NULL ? lengths[i] : 0);
     }
-    cl_program program = next(context, count + 1, (const char **)all, NULL, code);
-    for (cl_uint i = 0; i <= count; i++) {
+    cl_program program = next(context, count, (const char **)all, NULL, code);
+    for (cl_uint i = 0; i < count; i++) {
         free(all[i]);
     }
     free(all);
     return program;
+}
+
+/* Does the program build where double is a name that tells why it does not? */
+static cl_int build_without_double(__typeof__(&clBuildProgram) build, cl_program program, cl_uint count,
+                                   const cl_device_id *devices, const char *options) {
+    NEXT(clCreateProgramWithSource)
+    static const char without_double[] = "#define double this_device_has_no_double\n";
+    cl_context context = NULL;
+    size_t size = 0;
+    support_require(clGetProgramInfo(program, CL_PROGRAM_CONTEXT, sizeof(cl_context), &context, NULL), "context");
+    support_require(clGetProgramInfo(program, CL_PROGRAM_SOURCE, 0, NULL, &size), "CL_PROGRAM_SOURCE");
+    char *source = support_alloc(size + 1, 1);
+    support_require(clGetProgramInfo(program, CL_PROGRAM_SOURCE, size, source, NULL), "CL_PROGRAM_SOURCE");
+    cl_int code = CL_SUCCESS;
+    cl_program trial = next(context, 2, (const char *[]){without_double, source}, NULL, &code);
+    support_require(code, "clCreateProgramWithSource");
+    code = build(trial, count, devices, options, NULL, NULL);
+    clReleaseProgram(trial);
+    free(source);
+    return code;
+}
+
+/* A trial of its own, so that the program itself is the one that the driver's cache has from devices with double. */
+CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count, const cl_device_id *devices,
+                                               const char *options, void(CL_CALLBACK *notify)(cl_program, void *),
+                                               void *data) {
+    NEXT(clBuildProgram)
+    if (get_limits()->no_double) {
+        const cl_int code = build_without_double(next, program, count, devices, options);
+        if (code != CL_SUCCESS) {
+            fprintf(stderr, "the limited device, which has no double, does not build a program\n");
+            return code;
+        }
+    }
+    return next(program, count, devices, options, notify, data);
 }
 
 /* A binary would go past the check of the source. */
