@@ -23,8 +23,8 @@ float column_weight(const loglin_panel p, const __global int *slot, const __glob
 }
 
 /*
- * Inside the chunk, region `to` = region `from` times its level weights; both are the elements of ws where they begin.  Over
- * (column s, row r, slot and head).
+ * Inside the chunk, region `to` = region `from` times its level weights; both are the elements of ws where they begin.
+ * Over (column s, row r, slot and head).
  */
 __kernel void chunk_weigh(const loglin_panel p, __global float *ws, const __global weight *level_scales, ulong offset,
                           ulong from, ulong to) {
