@@ -4,6 +4,7 @@
  * access of the kernels and interprets them at a few million operations a second.
  */
 #include "support_case.h"
+#include "support_limits.h"
 
 #include <stdio.h>
 
@@ -31,6 +32,24 @@ static void check_calls(const support_case *c) {
     }
 }
 
+/*
+ * With two compute units, as scripts/oclgrind has it, no kernel of the fused engine is left out: the chunks of a single head
+ * with many values are spread over the lanes, all other cases have lanes enough.
+ */
+static void check_launches(void) {
+    static const char *const kernels[] = {"portable_forward", "portable_own",      "portable_merge",
+                                          "portable_read",    "portable_backward", "portable_reduce"};
+    cl_uint units = 0;
+    support_require(clGetDeviceInfo(support_open()->id, CL_DEVICE_MAX_COMPUTE_UNITS, sizeof units, &units, NULL),
+                    "CL_DEVICE_MAX_COMPUTE_UNITS");
+    for (size_t i = 0; units == 2 && i < sizeof kernels / sizeof kernels[0]; i++) {
+        if (support_launches(kernels[i], 0) == 0) {
+            fprintf(stderr, "no case has launched %s\n", kernels[i]);
+            failed++;
+        }
+    }
+}
+
 int main(void) {
     const support_case cases[] = {
         {.length = 1, .heads = 1, .dim_k = 1, .dim_v = 1},
@@ -54,8 +73,18 @@ int main(void) {
             check_calls(&c);
         }
     }
+    const support_case spread = {.length = 20,
+                                 .heads = 1,
+                                 .dim_k = 4,
+                                 .dim_v = 33,
+                                 .chunk = 16,
+                                 .positions = POSITIONS,
+                                 .final_states = true,
+                                 .only = LOGLIN_ENGINE_FUSED};
+    count_result(support_check_forward(&spread));
     support_case decaying = {.length = 20, .final_states = true, .log_decay = true, .dim_k = 4, .dim_v = 4};
     count_result(support_check_decode(&decaying));
+    check_launches();
     printf("%zu passed, %zu failed\n", passed, failed);
     fflush(stdout); /* whatever becomes of the process when libraries clean up */
     return failed == 0 ? 0 : 1;
