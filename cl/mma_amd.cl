@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * AMD's matrix units: fragments for cl/mma_fragments.cl, 16-bit storage, float sums.  MMA_INSTRUCTION is MFMA_32X32X8 (waves
- * of 64), WMMA_GFX11 or WMMA_GFX12 (waves of 32: their built-ins do not compile for other waves).
+ * AMD's matrix units: fragments for cl/mma_fragments.cl, 16-bit storage, float sums.  MMA_INSTRUCTION is MFMA_32X32X8
+ * (waves of 64), WMMA_GFX11 or WMMA_GFX12 (waves of 32: their built-ins do not compile for other waves).
  *
- * The elements that an item holds of a row of A, or of a column of B, are one or two runs along k, which is contiguous in the
- * slabs: so one or two accesses load them.  Rows of a slab are 16 bytes longer than they need be, against bank conflicts.
+ * The elements that an item holds of a row of A, or of a column of B, are one or two runs along k, which is contiguous
+ * in the slabs: so one or two accesses load them.  Rows of a slab are 16 bytes longer than they need be, against bank
+ * conflicts.
  */
 #define MMA_KERNEL
 #define SLAB_STRIDE (SLAB_DEPTH + 8)

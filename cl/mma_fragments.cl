@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The tile interface (cl/portable_product.cl) on an implementation's fragments: what one item of a team holds of a tile,
- * unions with a member `x`, the elements in the order of cl/mma_layouts.cl.  An implementation gives
+ * The tile interface (cl/portable_product.cl) on an implementation's fragments: what one item of a team holds of a
+ * tile, unions with a member `x`, the elements in the order of cl/mma_layouts.cl.  An implementation gives
  *
  *     fragment_a load_fragment_a(const __local mma_element *slab, uint row, uint k, uint lane)
  *     fragment_b load_fragment_b(const __local mma_element *slab, uint k, uint column, uint lane)

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Intel GPUs: fragments for cl/mma_fragments.cl.  MMA_INSTRUCTION is DPAS_8X8X16 (sub-groups of 8) or DPAS_8X16X16 (of 16)
- * with 16-bit storage and float sums, or FMA_8X16X16, which does without matrix units: sub-groups of 16, floats, an element
- * of A shuffled to all items for each fused multiply-add.
+ * Intel GPUs: fragments for cl/mma_fragments.cl.  MMA_INSTRUCTION is DPAS_8X8X16 (sub-groups of 8) or DPAS_8X16X16 (of
+ * 16) with 16-bit storage and float sums, or FMA_8X16X16, which does without matrix units: sub-groups of 16, floats, an
+ * element of A shuffled to all items for each fused multiply-add.
  *
- * Slabs for DPAS hold A by rows and B by pairs of rows, the two elements of a column beside each other, as an item takes
- * them; those for FMA both by rows, which block reads of the sub-group load where local memory has them.
+ * Slabs for DPAS hold A by rows and B by pairs of rows, the two elements of a column beside each other, as an item
+ * takes them; those for FMA both by rows, which block reads of the sub-group load where local memory has them.
  */
 #if MMA_INSTRUCTION == FMA_8X16X16
 #define SLAB_STRIDE SLAB_DEPTH
@@ -100,8 +100,8 @@ fragment_b load_fragment_b(const __local mma_element *slab, uint k, uint column,
 #if defined(MMA_EMULATED) || !defined(cl_intel_subgroup_local_block_io)
         b.x[i] = slab[mma_b_at(k + B_K(lane, i), column + B_COLUMN(lane, i))];
 #else
-        b.x[i] = as_float(
-            intel_sub_group_block_read((const __local uint *)(slab + mma_b_at(k + B_K(0, i), column + B_COLUMN(0, i)))));
+        const __local mma_element *row = slab + mma_b_at(k + B_K(0, i), column + B_COLUMN(0, i));
+        b.x[i] = as_float(intel_sub_group_block_read((const __local uint *)row));
 #endif
     }
 #endif

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Which item of a team, and which of its registers, holds which element of the operands of a matrix instruction: one
- * table for all of them, in both directions.  C (ROWS by COLUMNS) += A (ROWS by DEPTH) B (DEPTH by COLUMNS); i is a row of
- * C, j a column, k the inner index; `lane` is an item's number in its team and x counts the 16-bit (C: 32-bit) elements
- * that an item holds, in the order of its registers, low halves first.
+ * table for all of them, in both directions.  C (ROWS by COLUMNS) += A (ROWS by DEPTH) B (DEPTH by COLUMNS); i is a row
+ * of C, j a column, k the inner index; `lane` is an item's number in its team and x counts the 16-bit (C: 32-bit)
+ * elements that an item holds, in the order of its registers, low halves first.
  *
  *     A_LANE A_INDEX B_LANE B_INDEX C_LANE C_INDEX     element -> lane, x: as the vendor's document puts it
  *     A_ROW A_K B_K B_COLUMN C_ROW C_COLUMN            lane, x -> element: what the kernels use
  *
- * The emulation of an instruction (cl/mma_fragments.cl) goes by the first direction alone, and the kernels that feed it by
- * the second: an error in either gives wrong products.  A_COPIES: lanes 16 apart that must hold the same elements of A, B.
+ * The emulation of an instruction (cl/mma_fragments.cl) goes by the first direction alone, and the kernels that feed it
+ * by the second: an error in either gives wrong products.  A_COPIES: lanes 16 apart that must hold the same elements of
+ * A, B.
  *
  * MMA_INSTRUCTION: one of the names below; not defined: the tile products do without one, and this file is empty.
  * MMA_EMULATED, if it is defined, names the instruction that is emulated; a device that emulates one has no other.
@@ -28,8 +29,9 @@
 
 /*
  * v_mfma_f32_32x32x8_f16 and _bf16_1k, waves of 64: gfx90a, gfx942, gfx950.  AMD Matrix Instruction Calculator,
- * `matrix_calculator.py -a cdna3 -i v_mfma_f32_32x32x8_f16 -d`: "A[i][k] GPR: (floor(k / 2) % 2).[16*(k % 2)+15 :
- * 16*(k % 2)], Lane: 32 * floor(k / 4) + i"; "D[i][j] GPR: 4 * floor(i / 8) + (i % 4), Lane: (32 * floor(i / 4)) % 64 + j".
+ * `matrix_calculator.py -a cdna3 -i v_mfma_f32_32x32x8_f16 -d`:
+ *     "A[i][k] GPR: (floor(k / 2) % 2).[16*(k % 2)+15 : 16*(k % 2)], Lane: 32 * floor(k / 4) + i", B[k][j] likewise
+ *     "D[i][j] GPR: 4 * floor(i / 8) + (i % 4), Lane: (32 * floor(i / 4)) % 64 + j"
  */
 #if MMA_INSTRUCTION == MFMA_32X32X8
 #define MMA_TEAM 64
@@ -52,9 +54,10 @@
 
 /*
  * v_wmma_f32_16x16x16_f16 and _bf16, waves of 32: gfx11.  AMD Matrix Instruction Calculator, `-a rdna3 -i
- * v_wmma_f32_16x16x16_f16 -w 32`: A[i][k] in "floor(k / 2).[16*(k % 2)+15 : 16*(k % 2)]", lanes "i and i+16", B[k][j]
- * likewise in "j and j+16"; D[i][j] in GPR "floor(i / 2)", lane "((16 * i) % 32) + j".  The same: "RDNA3" Instruction Set
- * Architecture, section 7.9; "How to accelerate AI applications on RDNA 3 using WMMA", gpuopen.com/learn/wmma_on_rdna3.
+ * v_wmma_f32_16x16x16_f16 -d`:
+ *     A[i][k] GPR "floor(k / 2).[16*(k % 2)+15 : 16*(k % 2)]", lane "i and i+16", B[k][j] likewise, lane "j and j+16"
+ *     D[i][j] GPR "floor(i / 2)", lane "((16 * i) % 32) + j"
+ * See also "RDNA3" Instruction Set Architecture, Reference Guide, section 7.9 "Wave Matrix Multiply Accumulate (WMMA)".
  */
 #elif MMA_INSTRUCTION == WMMA_GFX11
 #define MMA_TEAM 32
@@ -76,11 +79,12 @@
 #define C_COLUMN(lane, x) ((lane) % 16)
 
 /*
- * v_wmma_f32_16x16x16_f16 and _bf16, waves of 32: gfx12, where nothing is held twice.  "RDNA4" Instruction Set Architecture,
- * Reference Guide, section 7.12.2 "Matrix Element Storage in VGPRs", 16 bits, Wave32: of A "lane { col[2], row[3:0] }, vgpr
- * { col[3], col[1] }, startPosn col[0]", of B the same with row and col exchanged; of 32-bit results "matrix[row][col] ->
- * VGPR[(row / 8) * 16 + col][row % 8]".  The same: AMD Matrix Instruction Calculator, `-a rdna4`.  Texts that give k = 0 .. 7
- * to the lanes 0 .. 15 exchange bits 2 and 3 of k in A and in B alike, and so get the same product.
+ * v_wmma_f32_16x16x16_f16 and _bf16, waves of 32: gfx12, where nothing is held twice.  "RDNA4" Instruction Set
+ * Architecture, Reference Guide, section 7.12.2 "Matrix Element Storage in VGPRs", Wave32:
+ *     A, 16 bits: "lane { col[2], row[3:0] }, vgpr { col[3], col[1] }, startPosn col[0]", B likewise of row and col
+ *     D, 32 bits: "matrix[row][col] -> VGPR[(row / 8) * 16 + col][row % 8]"
+ * AMD Matrix Instruction Calculator has the same with `-a rdna4`.  Code that gives k = 0 .. 7 to the lanes 0 .. 15
+ * exchanges bits 2 and 3 of k in A and B alike: its product is the same.
  */
 #elif MMA_INSTRUCTION == WMMA_GFX12
 #define MMA_TEAM 32
@@ -103,11 +107,11 @@
 
 /*
  * intel_sub_group_f16_f16_matrix_mad_k16 and _bf16_bf16_, 8 rows.  The text of the extension
- * cl_intel_subgroup_matrix_multiply_accumulate, revision 1.1.0, "Add a new Section 6.13.X": "The value for M is determined by
- * the number of vector components in the source operand a", so component i is row i, of which an item contributes 32 bits
- * where the smallest sub-group is 8 (int8 a: two elements), 16 bits where it is 16 (short8 a); of b and acc "each work item
- * contributes one column".  Its coding sample has k rise with the item, then from low bits to high in a, and from component
- * to component, low bits first, in b.
+ * cl_intel_subgroup_matrix_multiply_accumulate, revision 1.1.0, "Add a new Section 6.13.X": "The value for M is
+ * determined by the number of vector components in the source operand a", so component i is row i, of which an item
+ * contributes 32 bits where the smallest sub-group is 8 (int8 a: two elements), 16 bits where it is 16 (short8 a); of b
+ * and acc "each work item contributes one column".  Its coding sample has k rise with the item, then from low bits to
+ * high in a, and from component to component, low bits first, in b.
  */
 #elif MMA_INSTRUCTION == DPAS_8X8X16
 #define MMA_TEAM 8

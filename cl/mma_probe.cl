@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * C = A B by the tile interface, before it is trusted: one work-group, by the same function that the kernels use.  waves: the
- * size of the sub-groups that the compiler has chosen, and of those that the instruction needs.  PROBE_ROWS, PROBE_COLUMNS, PROBE_DEPTH: whole slabs and parts of them.
+ * C = A B by the tile interface, before it is trusted: one work-group, by the same function that the kernels use.
+ * waves: the size of the sub-groups that the compiler has chosen, and of those that the instruction needs.  PROBE_ROWS,
+ * PROBE_COLUMNS, PROBE_DEPTH: whole slabs and parts of them.
  */
 #define PROBE_ROWS 80
 #define PROBE_COLUMNS 112
@@ -12,7 +13,8 @@ mma_probe(const __global float *a, const __global float *b, __global float *c, _
     __local float16 slabs[(SLAB_FLOATS + 15) / 16];
     place at = {0};
     at.shared = (__local float *)slabs;
-    product(&at, PROBE_ROWS, PROBE_COLUMNS, PROBE_DEPTH, a, PROBE_DEPTH, 1, b, PROBE_COLUMNS, c, PROBE_COLUMNS, 0, 0, 0.0f);
+    product(&at, PROBE_ROWS, PROBE_COLUMNS, PROBE_DEPTH, a, PROBE_DEPTH, 1, b, PROBE_COLUMNS, c, PROBE_COLUMNS, 0, 0,
+            0.0f);
     if (get_local_id(0) == 0) {
         waves[0] = MMA_WAVE;
         waves[1] = MMA_TEAM;

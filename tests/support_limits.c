@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Implementation of support_limits.h. */
-#define _GNU_SOURCE /* RTLD_NEXT */
+#define _GNU_SOURCE /* RTLD_NEXT, setenv */
 
 #include "support_limits.h"
 #include "support.h"
@@ -70,6 +70,18 @@ void support_limit_device(const char *text) {
         parse_word(word);
     }
     free(copy);
+}
+
+void support_emulate(const char *instruction, const char *options) {
+    const bool intel = strncmp(instruction, "DPAS", 4) == 0 || strncmp(instruction, "FMA", 3) == 0;
+    /* With more memory the library adds an option that Intel's compiler alone knows. */
+    static const size_t gigabyte = (size_t)1 << 30;
+    char text[160];
+    (void)snprintf(text, sizeof text, "gpu,vendor=%s,memory=%zu,allocation=%zu",
+                   intel ? "Intel" : "Advanced Micro Devices", gigabyte, gigabyte);
+    support_limit_device(text);
+    (void)snprintf(text, sizeof text, "-DMMA_EMULATED=%s %s", instruction, options);
+    (void)setenv("LOGLIN_BUILD_OPTIONS", text, 1);
 }
 
 static const device_limits *get_limits(void) {

@@ -28,7 +28,13 @@ void support_limit_device(const char *limits);
 /* Is one of them set? */
 bool support_is_limited(void);
 
-/* Every program built from now on is made of edit(its source): a text for free(), or NULL to leave it.  NULL: none is. */
+/*
+ * A GPU of the vendor of that instruction (a name of cl/mma_layouts.cl), which emulates it and has no other; options:
+ * what else programs are built with.  Before the first OpenCL call.
+ */
+void support_emulate(const char *instruction, const char *options);
+
+/* Programs are built of edit(source) from now on, a text for free(), or NULL: as it is.  edit NULL: all as they are. */
 void support_edit_sources(char *(*edit)(const char *source));
 
 /* How often this process has launched the kernel with work-groups of that many items (0: of any size). */

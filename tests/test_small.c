@@ -2,10 +2,16 @@
 /*
  * Small shapes of everything in one process, without a test framework: made to run under Oclgrind, which checks every
  * access of the kernels and interprets them at a few million operations a second.
+ *
+ *     test_small [INSTRUCTION]
+ *
+ * With a name of cl/mma_layouts.cl: the fused engine's kernels with that instruction, emulated.
  */
 #include "support_case.h"
+#include "support_limits.h"
 
 #include <stdio.h>
+#include <string.h>
 
 static const size_t LENGTHS[] = {0, 1, 20, 0, 3};
 static const int32_t POSITIONS[] = {5, 0};
@@ -31,7 +37,25 @@ static void check_calls(const support_case *c) {
     }
 }
 
-int main(void) {
+/*
+ * With two compute units, as scripts/oclgrind has it, no kernel of the fused engine is left out: the chunks of a single
+ * head with many values are spread over the lanes, all other cases have lanes enough.
+ */
+static void check_launches(void) {
+    static const char *const kernels[] = {"portable_forward", "portable_own",      "portable_merge",
+                                          "portable_read",    "portable_backward", "portable_reduce"};
+    cl_uint units = 0;
+    support_require(clGetDeviceInfo(support_open()->id, CL_DEVICE_MAX_COMPUTE_UNITS, sizeof units, &units, NULL),
+                    "CL_DEVICE_MAX_COMPUTE_UNITS");
+    for (size_t i = 0; units == 2 && i < sizeof kernels / sizeof kernels[0]; i++) {
+        if (support_launches(kernels[i], 0) == 0) {
+            fprintf(stderr, "no case has launched %s\n", kernels[i]);
+            failed++;
+        }
+    }
+}
+
+static void check_everything(void) {
     const support_case cases[] = {
         {.length = 1, .heads = 1, .dim_k = 1, .dim_v = 1},
         {.length = 37, .dim_k = 3, .dim_v = 5, .chunk = 16, .final_states = true},
@@ -54,8 +78,49 @@ int main(void) {
             check_calls(&c);
         }
     }
+    const support_case spread = {.length = 20,
+                                 .heads = 1,
+                                 .dim_k = 4,
+                                 .dim_v = 33,
+                                 .chunk = 16,
+                                 .positions = POSITIONS,
+                                 .final_states = true,
+                                 .only = LOGLIN_ENGINE_FUSED};
+    count_result(support_check_forward(&spread));
     support_case decaying = {.length = 20, .final_states = true, .log_decay = true, .dim_k = 4, .dim_v = 4};
     count_result(support_check_decode(&decaying));
+    check_launches();
+}
+
+/* Shapes beyond what small tiles without matrix units cover. */
+static void check_emulated(const char *instruction) {
+    support_emulate(instruction, "");
+    support_case c = {.length = 17,
+                      .heads = 1,
+                      .dim_k = 33,
+                      .dim_v = 17,
+                      .chunk = 16,
+                      .dtype = strncmp(instruction, "FMA", 3) == 0 ? LOGLIN_F32 : LOGLIN_BF16,
+                      .only = LOGLIN_ENGINE_FUSED};
+    count_result(support_check_forward(&c));
+    count_result(support_check_backward(&c));
+    c.partition = LOGLIN_STRONG;
+    count_result(support_check_forward(&c));
+    c.op = LOGLIN_GATED_DELTA;
+    count_result(support_check_forward(&c));
+    c.partition = LOGLIN_WEAK;
+    count_result(support_check_forward(&c));
+    if (support_launches("portable_forward", 256) == 0 || support_launches("portable_backward", 256) == 0) {
+        count_result("the kernels of matrix units were not launched");
+    }
+}
+
+int main(int count, char **arguments) {
+    if (count > 1) {
+        check_emulated(arguments[1]);
+    } else {
+        check_everything();
+    }
     printf("%zu passed, %zu failed\n", passed, failed);
     fflush(stdout); /* whatever becomes of the process when libraries clean up */
     return failed == 0 ? 0 : 1;
