@@ -529,6 +529,8 @@ static void close_measurement(measurement *at) {
 
 int loglin_tune_worker(const char *text) {
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL); /* a call that hangs must not outlive the tuner */
+    /* PoCL's threads, where nobody has pinned them, may share a core for the first few hundred milliseconds. */
+    (void)setenv("POCL_AFFINITY", "1", 0); // NOLINT(concurrency-mt-unsafe): there is no other thread yet
     loglin_request request;
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED};
     loglin_status status = loglin_request_parse(text, &request);
