@@ -297,15 +297,15 @@ void multiply_pair(const __global matrix *w, ulong next, uint count, const __loc
         float16 d = 0.0f;
         uint k = 0;
         for (; k + 3 < columns; k += 4) {
-            a += x[k] * load16(w + (ulong)k * 16);
-            b += x[k + 1] * load16(w + (ulong)(k + 1) * 16);
-            c += x[k + 2] * load16(w + (ulong)(k + 2) * 16);
-            d += x[k + 3] * load16(w + (ulong)(k + 3) * 16);
+            a = fma((float16)x[k], load16(w + (ulong)k * 16), a);
+            b = fma((float16)x[k + 1], load16(w + (ulong)(k + 1) * 16), b);
+            c = fma((float16)x[k + 2], load16(w + (ulong)(k + 2) * 16), c);
+            d = fma((float16)x[k + 3], load16(w + (ulong)(k + 3) * 16), d);
         }
         for (; k < columns; k++) {
-            a += x[k] * load16(w + (ulong)k * 16);
+            a = fma((float16)x[k], load16(w + (ulong)k * 16), a);
         }
-        vstore16((a + b) + (c + d), block, sums);
+        storev_local((a + b) + (c + d), sums + block * 16);
         w += next;
     }
 }

@@ -89,6 +89,16 @@ typedef STEP_NAME(float, STEP_WIDTH) step_vec;
 #define STEP_VSTORE(x, p) STEP_NAME(vstore, STEP_WIDTH)(x, 0, p)
 #endif
 
+/* Of a level.  vload and vstore take four elements at a time on some CPUs' compilers; this is one access. */
+#if STEP_ITEMS > 1
+#define STEP_LOAD(p) STEP_VLOAD(p)
+#define STEP_STORE(x, p) STEP_VSTORE(x, p)
+#else
+typedef step_vec step_loose_vec __attribute__((aligned(4)));
+#define STEP_LOAD(p) (*(__global const step_loose_vec *)(p))
+#define STEP_STORE(x, p) (*(__global step_loose_vec *)(p) = (x))
+#endif
+
 /* A position that the levels do not cover; one below 0 is beyond them as well. */
 inline bool step_is_beyond(uint position) {
     return position >= 1u << (STEP_LEVELS - 1);
@@ -150,7 +160,7 @@ void step_read(__global const float *level, __local const float *query, uint row
     for (uint r = 0; r < rows; ++r) {
         _Pragma("unroll")
         for (uint c = 0; c < STEP_VECTORS; ++c) {
-            sum[c] += query[r] * STEP_VLOAD(level + r * STEP_V + c * STEP_WIDTH);
+            sum[c] += query[r] * STEP_LOAD(level + r * STEP_V + c * STEP_WIDTH);
         }
     }
     for (uint c = 0; c < STEP_VECTORS; ++c) {
@@ -261,7 +271,7 @@ void step_columns(uint block, __global const storage *q, ulong q_offset, __globa
                     for (uint c = 0; c < STEP_VECTORS; ++c) {
                         step_vec x = 0.0f;
                         if (inside && step_has_row(r)) {
-                            x = factor * STEP_VLOAD(level + r * STEP_V + c * STEP_WIDTH);
+                            x = factor * STEP_LOAD(level + r * STEP_V + c * STEP_WIDTH);
                         }
                         tile[i * STEP_VECTORS + c] = is_first ? x : tile[i * STEP_VECTORS + c] + x;
                     }
@@ -319,7 +329,7 @@ void step_columns(uint block, __global const storage *q, ulong q_offset, __globa
                 for (uint i = 0; i < STEP_ROWS; ++i) {
                     const uint r = first + i * STEP_LANES;
                     for (uint c = 0; inside && step_has_row(r) && c < STEP_VECTORS; ++c) {
-                        STEP_VSTORE(tile[i * STEP_VECTORS + c], level + r * STEP_V + c * STEP_WIDTH);
+                        STEP_STORE(tile[i * STEP_VECTORS + c], level + r * STEP_V + c * STEP_WIDTH);
                     }
                 }
             }
@@ -328,7 +338,7 @@ void step_columns(uint block, __global const storage *q, ulong q_offset, __globa
         for (uint i = 0; i < STEP_ROWS; ++i) {
             const uint r = first + i * STEP_LANES;
             for (uint c = 0; inside && !is_beyond && step_has_row(r) && c < STEP_VECTORS; ++c) {
-                STEP_VSTORE(key[r] * token[c], values + r * STEP_V + c * STEP_WIDTH);
+                STEP_STORE(key[r] * token[c], values + r * STEP_V + c * STEP_WIDTH);
             }
         }
     }
