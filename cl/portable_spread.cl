@@ -25,6 +25,12 @@ place find_spread(const loglin_panel p, __global float *ws, ulong lanes, ulong p
     return at;
 }
 
+/*
+ * A part's wave of a round of SPREAD waves.  It takes each place of a round in turn: a chunk reads a state for every
+ * bit of its number, so equal places would make unequal lanes.
+ */
+uint wave_of(uint part, uint round) { return round * SPREAD + (part + round) % SPREAD; }
+
 /* What the wave's chunk leaves behind: its state and its decay. */
 void make_own(const loglin_panel p, const place *at, const inputs *in, uint wave) {
     load_keys(p, at, ARRAY(KEY), in->k, 1.0f);
@@ -41,17 +47,22 @@ LANE_KERNEL void portable_own(const loglin_panel p, __global float *ws, ulong la
                               ulong g_offset, const __global float *values, ulong values_offset,
                               const __global float *log_decay, ulong decay_offset) {
     const inputs in = {0, k + k_offset, v + v_offset, g ? g + g_offset : 0, 0, 0};
-    uint first;
-    place at = find_spread(p, ws, lanes, pools, SPREAD, &first);
+    uint part;
+    place at = find_spread(p, ws, lanes, pools, SPREAD, &part);
     EQUIP_LANE(at)
     cu_seqlens += cu_offset;
-    for (uint n = first; (at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n)) != 0; n += SPREAD) {
+    for (uint round = 0;; round++) {
+        const uint n = wave_of(part, round);
+        at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n);
+        if (at.slot == 0) {
+            return;
+        }
         if (n == 0) {
             int where[COLUMNS];
             begin_states(p, &at, values ? values + values_offset : 0, log_decay ? log_decay + decay_offset : 0, where);
             note_states(&at, where, 0);
         }
-        look_ahead(p, &at, &in, 0, find_slot(p, ws, cu_seqlens, at.sequence, n + SPREAD));
+        look_ahead(p, &at, &in, 0, find_slot(p, ws, cu_seqlens, at.sequence, wave_of(part, round + 1)));
         make_own(p, &at, &in, n);
     }
 }
@@ -126,14 +137,19 @@ LANE_KERNEL void portable_read(const loglin_panel p, __global float *ws, ulong l
                                ulong o_offset, __global float *final_values, ulong final_offset) {
     const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
                        0};
-    uint first;
-    place at = find_spread(p, ws, lanes, pools, SPREAD, &first);
+    uint part;
+    place at = find_spread(p, ws, lanes, pools, SPREAD, &part);
     EQUIP_LANE(at)
     cu_seqlens += cu_offset;
-    for (uint n = first; (at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n)) != 0; n += SPREAD) {
+    for (uint round = 0;; round++) {
+        const uint n = wave_of(part, round);
+        at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n);
+        if (at.slot == 0) {
+            return;
+        }
         int where[COLUMNS];
         recall_states(&at, n, where);
-        look_ahead(p, &at, &in, o + o_offset, find_slot(p, ws, cu_seqlens, at.sequence, n + SPREAD));
+        look_ahead(p, &at, &in, o + o_offset, find_slot(p, ws, cu_seqlens, at.sequence, wave_of(part, round + 1)));
         load_group(p, &at, &in);
         load_head(p, &at, &in);
         make_read(p, &at, &in);
