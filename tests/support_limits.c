@@ -359,6 +359,26 @@ static size_t local_memory_of(cl_command_queue queue, cl_kernel kernel) {
     return (size_t)bytes;
 }
 
+/* Without the options that a compiler of Intel's alone knows: the device may only say that it is theirs. */
+CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count, const cl_device_id *devices,
+                                               const char *options,
+                                               void(CL_CALLBACK *notify)(cl_program program, void *data), void *data) {
+    NEXT(clBuildProgram)
+    static const char prefix[] = "-cl-intel-";
+    char known[2048] = "";
+    if (options == NULL || strlen(options) >= sizeof known || get_limits()->vendor[0] == '\0') {
+        return next(program, count, devices, options, notify, data);
+    }
+    for (const char *word = options; *word != '\0';) {
+        const size_t length = strcspn(word, " ") + strspn(word + strcspn(word, " "), " ");
+        if (strncmp(word, prefix, strlen(prefix)) != 0) {
+            (void)strncat(known, word, length);
+        }
+        word += length;
+    }
+    return next(program, count, devices, known, notify, data);
+}
+
 /* ---- What was launched ------------------------------------------------------------------------------------------- */
 
 typedef struct launch {
