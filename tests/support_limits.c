@@ -321,10 +321,31 @@ static cl_int build_without_double(__typeof__(&clBuildProgram) build, cl_program
 }
 
 /* A trial of its own, so that the program itself is the one that the driver's cache has from devices with double. */
+/* Options without those that Intel's compiler alone knows: the device may only say that it is theirs. */
+static void copy_known(const char *options, char *known, size_t capacity) {
+    static const char prefix[] = "-cl-intel-";
+    if (strlen(options) >= capacity) {
+        support_die("build options of %zu characters", strlen(options));
+    }
+    known[0] = '\0';
+    for (const char *word = options; *word != '\0';) {
+        const size_t of_word = strcspn(word, " "), length = of_word + strspn(word + of_word, " ");
+        if (strncmp(word, prefix, strlen(prefix)) != 0) {
+            (void)strncat(known, word, length);
+        }
+        word += length;
+    }
+}
+
 CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count, const cl_device_id *devices,
                                                const char *options, void(CL_CALLBACK *notify)(cl_program, void *),
                                                void *data) {
     NEXT(clBuildProgram)
+    char known[2048];
+    if (options != NULL && get_limits()->vendor[0] != '\0') {
+        copy_known(options, known, sizeof known);
+        options = known;
+    }
     if (get_limits()->no_double) {
         const cl_int code = build_without_double(next, program, count, devices, options);
         if (code != CL_SUCCESS) {
@@ -357,26 +378,6 @@ static size_t local_memory_of(cl_command_queue queue, cl_kernel kernel) {
     support_require(clGetKernelWorkGroupInfo(kernel, device, CL_KERNEL_LOCAL_MEM_SIZE, sizeof bytes, &bytes, NULL),
                     "CL_KERNEL_LOCAL_MEM_SIZE");
     return (size_t)bytes;
-}
-
-/* Without the options that a compiler of Intel's alone knows: the device may only say that it is theirs. */
-CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count, const cl_device_id *devices,
-                                               const char *options,
-                                               void(CL_CALLBACK *notify)(cl_program program, void *data), void *data) {
-    NEXT(clBuildProgram)
-    static const char prefix[] = "-cl-intel-";
-    char known[2048] = "";
-    if (options == NULL || strlen(options) >= sizeof known || get_limits()->vendor[0] == '\0') {
-        return next(program, count, devices, options, notify, data);
-    }
-    for (const char *word = options; *word != '\0';) {
-        const size_t length = strcspn(word, " ") + strspn(word + strcspn(word, " "), " ");
-        if (strncmp(word, prefix, strlen(prefix)) != 0) {
-            (void)strncat(known, word, length);
-        }
-        word += length;
-    }
-    return next(program, count, devices, known, notify, data);
 }
 
 /* ---- What was launched ------------------------------------------------------------------------------------------- */
