@@ -26,7 +26,7 @@ ulong tokens_of(const loglin_panel p) {
 #define SAVED(segment, column) (HEAD_ARRAY(SAVED) + ((ulong)(segment) * COLUMNS + (column)) * SIZE_KV)
 
 /* The states at a segment's start, kept for good. */
-void save_states(const place *at, const int *where, uint segment) {
+LANE_PART void save_states(const place *at, const int *where, uint segment) {
     note_states(at, where, segment);
     for (uint j = 0; j < COLUMNS; j++) {
         if (where[j] != NOWHERE) {
@@ -35,7 +35,7 @@ void save_states(const place *at, const int *where, uint segment) {
     }
 }
 
-void restore_states(const place *at, int *where, uint segment) {
+LANE_PART void restore_states(const place *at, int *where, uint segment) {
     for (uint j = 0; j < COLUMNS; j++) {
         where[j] = PLACES(segment)[j] != 0.0f ? (int)j : NOWHERE;
         if (where[j] != NOWHERE) {
@@ -61,7 +61,7 @@ void add_by_level(const place *at, operand pair_levels, operand x, operand y, in
 #endif
 
 /* D_LEVELS += Z_rs dS_rs by level, dS = dO V^T in D_MZ.  Weak: off the diagonal a block of 16 by 16 has one level. */
-void add_level_gradients(const place *at) {
+LANE_CALL void add_level_gradients(const place *at) {
 #if STRONG
     add_by_level(at, ARRAY(LEVEL), ARRAY(Z), ARRAY(D_MZ), 0);
 #else
@@ -123,7 +123,7 @@ void add_asked(const place *at, float decay) {
     }
 }
 #else
-void add_asked(const place *at, float decay) {
+LANE_CALL void add_asked(const place *at, float decay) {
     for (uint i = ITEM; i < CHUNK * ROW_PARTS; i += LANE_ITEMS) {
         const uint r = i % CHUNK, part = i / CHUNK;
         float dot_of_part = 0.0f;
@@ -142,8 +142,8 @@ void add_asked(const place *at, float decay) {
  * A state's reads, E = decay times what stands there: with ASKED = dO E^T, D_READ += weight ASKED, the weight's
  * gradient is READ . ASKED, and D_E = keep D_E + (weight READ)^T dO.
  */
-void read_gradients(const loglin_panel p, const place *at, uint j, operand state, float decay, matrix d_state,
-                    float keep) {
+LANE_PART void read_gradients(const loglin_panel p, const place *at, uint j, operand state, float decay, matrix d_state,
+                              float keep) {
     read_weights(p, at, j);
     product(at, PAD_K, CHUNK, PAD_V, state, PAD_V, 1, ARRAY(D_O_T), CHUNK, ARRAY(ASKED_T), CHUNK, 0, 0, 0.0f);
     add_asked(at, decay);
@@ -186,7 +186,7 @@ LANE_CALL float pass_gradients(const place *at, operand state, float decay, matr
 /* ---- Final states ----------------------------------------------------------------------------------------------- */
 
 /* The caller's gradient of a level, padded. */
-void load_level(const loglin_panel p, const place *at, matrix to, const __global float *values, int level) {
+LANE_PART void load_level(const loglin_panel p, const place *at, matrix to, const __global float *values, int level) {
     for (uint k = FIRST_STATE_ROW; k < PAD_K; k += STATE_ROW_STEP) {
         const __global float *row = values + state_row(p, at, min(k, DIM_K - 1u)) + (ulong)level * DIM_K * DIM_V;
         for (uint i = FIRST_VALUE; i < PAD_V; i += VALUE_STEP) {
@@ -220,7 +220,7 @@ void key_gradients(const place *at, operand d_state, uint begin, uint end, opera
 }
 
 /* What the final states ask of the last chunk's keys and values, level by level. */
-void final_gradients(const loglin_panel p, const place *at, const __global float *dfinal, matrix scratch) {
+LANE_PART void final_gradients(const loglin_panel p, const place *at, const __global float *dfinal, matrix scratch) {
     const uint last = (uint)at->slot[SLOT_HI] - 1;
     for (uint begin = (uint)at->slot[SLOT_LO], end; begin <= last; begin = end) {
         const int level = level_of(last, begin);
@@ -397,7 +397,7 @@ LANE_CALL void share_gradients(const place *at) {
 }
 
 /* Products that the heads of the lane share: D_Q and D_KEY through q k^T and k k^T. */
-void group_gradients(const place *at) {
+LANE_PART void group_gradients(const place *at) {
     product(at, CHUNK, PAD_K, CHUNK, ARRAY(D_QK), CHUNK, 1, ARRAY(KEY), PAD_K, ARRAY(D_Q), PAD_K, 0, A_LOWER | ADD,
             1.0f);
     product(at, CHUNK, PAD_K, CHUNK, ARRAY(D_QK), 1, CHUNK, ARRAY(Q), PAD_K, ARRAY(D_KEY), PAD_K, 0, A_UPPER | ADD,
@@ -416,8 +416,8 @@ void group_gradients(const place *at) {
  * The head's dv, and its parts of dg, dbeta and dlevel_scales.  A gate takes part in the sums of its row and the rows
  * behind it, and in the decays to the end (d_decay: of the states) of the rows before it.
  */
-void store_head(const loglin_panel p, const place *at, __global float *ws, parts to, __global storage *dv,
-                float d_decay) {
+LANE_PART void store_head(const loglin_panel p, const place *at, __global float *ws, parts to, __global storage *dv,
+                          float d_decay) {
     float before = d_decay, behind = 0.0f;
     uint first = 0, last = CHUNK;
     for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
@@ -449,7 +449,7 @@ void store_head(const loglin_panel p, const place *at, __global float *ws, parts
     store_values(p, at, dv, ARRAY(D_V));
 }
 
-void store_group(const loglin_panel p, const place *at, __global float *ws, parts to) {
+LANE_PART void store_group(const loglin_panel p, const place *at, __global float *ws, parts to) {
     for (uint r = FIRST_STATE_ROW; r < CHUNK; r += STATE_ROW_STEP) {
         const long token = row_token(at->slot, r);
         const ulong row = ((ulong)max(token, 0L) * p.groups + at->group) * DIM_K;
@@ -492,8 +492,8 @@ int free_adjoint(const int *behind, const int *here) {
  * here: places of the next chunk's columns and of this one's; the last of the states that have become one takes its
  * place.
  */
-int take_adjoint(const loglin_panel p, const place *at, uint moment, uint j, const int *behind, const int *here,
-                 const __global float *dfinal) {
+LANE_PART int take_adjoint(const loglin_panel p, const place *at, uint moment, uint j, const int *behind,
+                           const int *here, const __global float *dfinal) {
     const int next = at->slot[SLOT_MAP + j], last = at->slot[SLOT_FLAGS] & SLOT_LAST;
     if (!last && next >= 0 && joining(at, moment, next, j + 1) == 0) {
         return behind[next];
@@ -510,8 +510,9 @@ int take_adjoint(const loglin_panel p, const place *at, uint moment, uint j, con
 }
 
 /* One head: everything up to its parts of the gradients; moment: where its states are noted. */
-void head_gradients(const loglin_panel p, const place *at, __global float *ws, parts to, uint moment, const int *behind,
-                    int *here, const __global storage *d_o, __global storage *dv, const __global float *dfinal) {
+LANE_PART void head_gradients(const loglin_panel p, const place *at, __global float *ws, parts to, uint moment,
+                              const int *behind, int *here, const __global storage *d_o, __global storage *dv,
+                              const __global float *dfinal) {
     const int last = at->slot[SLOT_FLAGS] & SLOT_LAST, own = at->slot[SLOT_OWN];
     load_values(p, at, ARRAY(D_O), d_o);
     transpose(at, ARRAY(D_O_T), CHUNK, ARRAY(D_O), PAD_V, CHUNK, PAD_V);
@@ -575,7 +576,7 @@ void head_gradients(const loglin_panel p, const place *at, __global float *ws, p
 }
 
 /* The gradient of the caller's initial states, at the first chunk of a sequence. */
-void store_initial(const loglin_panel p, const place *at, __global float *to, const int *here) {
+LANE_PART void store_initial(const loglin_panel p, const place *at, __global float *to, const int *here) {
     for (uint level = 0; level < p.levels; level++) {
         const int column = initial_column(p, (int)level, (uint)at->slot[SLOT_TIME]);
         for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
@@ -615,9 +616,9 @@ void load_near(const loglin_panel p, place *at, const inputs *in, const __global
  * The states of the waves first .. end - 1: those at the start of each segment are saved (save), or those of every
  * chunk stay where they are and are noted.
  */
-void walk_states(const loglin_panel p, place *at, const __global float *ws, const __global int *cu_seqlens,
-                 const inputs *in, const __global float *values, const __global float *log_decay, uint first, uint end,
-                 int save) {
+LANE_PART void walk_states(const loglin_panel p, place *at, const __global float *ws, const __global int *cu_seqlens,
+                           const inputs *in, const __global float *values, const __global float *log_decay, uint first,
+                           uint end, int save) {
     int where[COLUMNS], next[COLUMNS], fresh = COLUMNS;
     for (uint n = first; n < end; n++) {
         at->slot = find_slot(p, ws, cu_seqlens, at->sequence, n);

@@ -123,7 +123,7 @@ float row_dot(operand x, operand y, uint count) {
 /* Each item's strips of `count` floats. */
 #define FOR_STRIPS(i, count) for (uint i = STRIP * ITEM; i < (count); i += STRIP * LANE_ITEMS)
 
-void set_zero(const place *at, matrix to, uint count) {
+LANE_CALL void set_zero(const place *at, matrix to, uint count) {
     (void)at;
     FOR_STRIPS(i, count) {
         put_strip((strip)0.0f, to + i);
@@ -132,7 +132,7 @@ void set_zero(const place *at, matrix to, uint count) {
 }
 
 /* to = scale from */
-void set_scaled(const place *at, matrix to, operand from, float scale, uint count) {
+LANE_CALL void set_scaled(const place *at, matrix to, operand from, float scale, uint count) {
     (void)at;
     FOR_STRIPS(i, count) {
         put_strip(scale * get_strip(from + i), to + i);
@@ -141,7 +141,7 @@ void set_scaled(const place *at, matrix to, operand from, float scale, uint coun
 }
 
 /* to = keep to + scale from */
-void add_scaled(const place *at, matrix to, float keep, operand from, float scale, uint count) {
+LANE_CALL void add_scaled(const place *at, matrix to, float keep, operand from, float scale, uint count) {
     (void)at;
     FOR_STRIPS(i, count) {
         put_strip(fma((strip)scale, get_strip(from + i), keep * get_strip(to + i)), to + i);
@@ -150,7 +150,7 @@ void add_scaled(const place *at, matrix to, float keep, operand from, float scal
 }
 
 /* Row r of to = x[r] times that of from. */
-void scale_rows(const place *at, matrix to, operand from, operand x, uint width) {
+LANE_CALL void scale_rows(const place *at, matrix to, operand from, operand x, uint width) {
     (void)at;
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const strip factor = x[r];
@@ -260,7 +260,7 @@ float sum_of_items(const place *at, float x) {
 /* ---- What the heads of a group share ----------------------------------------------------------------------------- */
 
 /* Rows of q or k, times scale, divided by their norms where asked for. */
-void load_keys(const loglin_panel p, const place *at, matrix to, const __global storage *from, float scale) {
+LANE_PART void load_keys(const loglin_panel p, const place *at, matrix to, const __global storage *from, float scale) {
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const long token = row_token(at->slot, r);
         const __global storage *row = from + ((ulong)max(token, 0L) * p.groups + at->group) * DIM_K;
@@ -284,7 +284,7 @@ void load_keys(const loglin_panel p, const place *at, matrix to, const __global 
     }
 }
 
-void load_group(const loglin_panel p, const place *at, const inputs *in) {
+LANE_PART void load_group(const loglin_panel p, const place *at, const inputs *in) {
     load_keys(p, at, ARRAY(Q), in->q, p.scale);
     load_keys(p, at, ARRAY(KEY), in->k, 1.0f);
     transpose(at, ARRAY(KEY_T), CHUNK, ARRAY(KEY), PAD_K, CHUNK, PAD_K);
@@ -296,7 +296,7 @@ void load_group(const loglin_panel p, const place *at, const inputs *in) {
 
 /* ---- One head ---------------------------------------------------------------------------------------------------- */
 
-void load_values(const loglin_panel p, const place *at, matrix to, const __global storage *from) {
+LANE_PART void load_values(const loglin_panel p, const place *at, matrix to, const __global storage *from) {
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const long token = row_token(at->slot, r);
         const __global storage *row = from + ((ulong)max(token, 0L) * p.heads + head_of(at)) * DIM_V + at->first_value;
@@ -307,7 +307,7 @@ void load_values(const loglin_panel p, const place *at, matrix to, const __globa
     SYNC();
 }
 
-void store_values(const loglin_panel p, const place *at, __global storage *to, operand from) {
+LANE_PART void store_values(const loglin_panel p, const place *at, __global storage *to, operand from) {
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const long token = row_token(at->slot, r);
         __global storage *row = to + ((ulong)max(token, 0L) * p.heads + head_of(at)) * DIM_V + at->first_value;
@@ -323,7 +323,7 @@ void store_values(const loglin_panel p, const place *at, __global storage *to, o
  * behind a run of very negative gates.  An item sums up to its own rows.  The decays from the chunk's start and to its
  * end, and beta.
  */
-void load_gates(const loglin_panel p, const place *at, const inputs *in) {
+LANE_PART void load_gates(const loglin_panel p, const place *at, const inputs *in) {
     matrix sums = ARRAY(SUMS), gates = ARRAY(START);
     for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         const long token = row_token(at->slot, r);
@@ -361,7 +361,7 @@ float chunk_log_decay(const place *at) { return ARRAY(SUMS)[CHUNK - 1] + ARRAY(S
 float chunk_decay(const place *at) { return exp(chunk_log_decay(at)); }
 
 /* The level weights of the rows; zeros where there is no token or no such level. */
-void load_weights(const loglin_panel p, const place *at, const inputs *in) {
+LANE_PART void load_weights(const loglin_panel p, const place *at, const inputs *in) {
     const uint count = min(p.levels, min((uint)PORTABLE_WEIGHTS, p.first_level + p.columns));
     set_zero(at, ARRAY(WEIGHTS), CHUNK * PORTABLE_WEIGHTS);
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
@@ -571,7 +571,7 @@ LANE_CALL void make_write(const place *at) {
 }
 
 /* And of what it reads: the level weights, Z, MZ and READ. */
-void make_read(const loglin_panel p, const place *at, const inputs *in) {
+LANE_PART void make_read(const loglin_panel p, const place *at, const inputs *in) {
     load_weights(p, at, in);
 #if IS_DELTA
     scale_triangle(at, ARRAY(A), ARRAY(QK), 0, DECAYED);
@@ -595,7 +595,7 @@ void make_read(const loglin_panel p, const place *at, const inputs *in) {
 }
 
 /* What one head needs of its chunk: gates, values and what it writes. */
-void load_head(const loglin_panel p, const place *at, const inputs *in) {
+LANE_PART void load_head(const loglin_panel p, const place *at, const inputs *in) {
     load_gates(p, at, in);
     load_values(p, at, ARRAY(V), in->v);
 #if !IS_DELTA
@@ -612,7 +612,12 @@ void load_head(const loglin_panel p, const place *at, const inputs *in) {
     rows_ahead ahead = {.end = 0};                                                                                     \
     at.ahead = &ahead;
 #else
-#define LANE_KERNEL __attribute__((reqd_work_group_size(LANE_ITEMS, 1, 1))) MMA_KERNEL __kernel
+#ifdef __AMDGCN__
+#define TWO_WAVES __attribute__((amdgpu_waves_per_eu(2))) /* of a SIMD in flight, that memory is waited for less */
+#else
+#define TWO_WAVES
+#endif
+#define LANE_KERNEL __attribute__((reqd_work_group_size(LANE_ITEMS, 1, 1))) TWO_WAVES MMA_KERNEL __kernel
 /* Room for a product's slabs, or for the sums over rows or items. */
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define EQUIP_LANE(at)                                                                                                 \

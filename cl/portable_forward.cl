@@ -23,7 +23,7 @@ void weigh_near(const place *at, matrix x) {
 #endif
 
 /* O, from the map, the values and the states. */
-void chunk_output(const loglin_panel p, const place *at, const int *where) {
+LANE_PART void chunk_output(const loglin_panel p, const place *at, const int *where) {
     product(at, CHUNK, PAD_V, CHUNK, ARRAY(MZ), CHUNK, 1, ARRAY(V), PAD_V, ARRAY(O), PAD_V, 0, A_LOWER, 0.0f);
     for (uint j = 0; j < COLUMNS; j++) {
         if (is_read(j, where[j])) {

@@ -56,6 +56,13 @@ typedef uint4 strip_uint;
 #define LANE_CALL __attribute__((noinline))
 #endif
 
+/* Smaller ones that take the panel: Intel's compiler, which has no stack to copy it to, needs fewer registers so. */
+#if LANE_ITEMS > 1 && defined(cl_intel_subgroups)
+#define LANE_PART __attribute__((noinline))
+#else
+#define LANE_PART
+#endif
+
 typedef __global float *matrix;
 typedef const __global float *operand;
 

@@ -111,6 +111,7 @@ void place_slabs(__local mma_element *slab_a, __local mma_element *slab_b, const
 /* The team's tiles of the slabs, multiplied. */
 void multiply_slabs(mma_c sums[TILES_ROWS][TILES_COLUMNS], const __local mma_element *a, const __local mma_element *b,
                     uint row, uint column) {
+#pragma unroll 2 /* unrolled further, operands of many steps wait in registers */
     for (uint k = 0; k < SLAB_DEPTH; k += MMA_DEPTH) {
         mma_b right[TILES_COLUMNS];
 #pragma unroll

@@ -26,7 +26,7 @@ ulong state_row(const loglin_panel p, const place *at, uint k) {
 #define STATE_ROW_STEP (LANE_ITEMS / VALUE_STEP)
 
 /* Every item has read what it needs of the decays before one is changed. */
-void set_decay(const place *at, int index, float log_decay) {
+LANE_PART void set_decay(const place *at, int index, float log_decay) {
     SYNC();
     if (ITEM == 0) {
         HEAD_ARRAY(DECAY)[index] = log_decay;
@@ -35,8 +35,8 @@ void set_decay(const place *at, int index, float log_decay) {
 }
 
 /* The states at a sequence's first chunk: the caller's, or none. */
-void begin_states(const loglin_panel p, const place *at, const __global float *values, const __global float *log_decay,
-                  int *where) {
+LANE_PART void begin_states(const loglin_panel p, const place *at, const __global float *values,
+                            const __global float *log_decay, int *where) {
     for (uint j = 0; j < COLUMNS; j++) {
         where[j] = NOWHERE;
     }
@@ -64,7 +64,7 @@ void begin_states(const loglin_panel p, const place *at, const __global float *v
 }
 
 /* A place that no column has. */
-int free_place(const int *where) {
+LANE_PART int free_place(const int *where) {
     ulong taken = 0;
     for (uint j = 0; j < COLUMNS; j++) {
         taken |= where[j] == NOWHERE ? 0ul : 1ul << where[j];
@@ -89,7 +89,7 @@ int level_seen(const loglin_panel p, const place *at, uint j, uint r) {
 }
 
 /* Column j's level weights of the rows, into ROWS. */
-void read_weights(const loglin_panel p, const place *at, uint j) {
+LANE_PART void read_weights(const loglin_panel p, const place *at, uint j) {
     for (uint r = ITEM; r < CHUNK; r += LANE_ITEMS) {
         const int level = level_seen(p, at, j, r);
         ARRAY(ROWS)[r] = level < (int)PORTABLE_WEIGHTS ? ARRAY(WEIGHTS)[r * PORTABLE_WEIGHTS + level] : 0.0f;
@@ -113,7 +113,7 @@ LANE_CALL void pass_state(const place *at, int from, int to) {
 }
 
 /* The chunk's own state. */
-void own_state(const place *at, matrix to) {
+LANE_PART void own_state(const place *at, matrix to) {
 #if IS_DELTA
     product(at, PAD_K, PAD_V, CHUNK, ARRAY(WRITE), 1, PAD_K, ARRAY(V), PAD_V, to, PAD_V, 0, 0, 0.0f);
 #else
@@ -195,7 +195,8 @@ void note_states(const place *at, const int *where, uint moment) {
 /* ---- The final states -------------------------------------------------------------------------------------------- */
 
 /* The caller's state of a level += scale * from. */
-void add_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand from, float scale) {
+LANE_PART void add_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand from,
+                            float scale) {
     for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
         __global float *to = values + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
         for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
@@ -206,8 +207,8 @@ void add_to_level(const loglin_panel p, const place *at, __global float *values,
 }
 
 /* Keys and values of rows begin .. end - 1, which stand at the same level: += keys^T values. */
-void add_keys_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand keys,
-                       operand of_values, uint begin, uint end, matrix scratch) {
+LANE_PART void add_keys_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand keys,
+                                 operand of_values, uint begin, uint end, matrix scratch) {
     product(at, PAD_K, PAD_V, end - begin, keys + begin * PAD_K, 1, PAD_K, of_values + begin * PAD_V, PAD_V, scratch,
             PAD_V, 0, 0, 0.0f);
     add_to_level(p, at, values, level, scratch, 1.0f);
@@ -230,7 +231,8 @@ void near_keys(const place *at) {
 #endif
 
 /* The states after the last token, from the last chunk of a sequence.  scratch: a place that no column has. */
-void end_states(const loglin_panel p, const place *at, const int *where, matrix scratch, __global float *values) {
+LANE_PART void end_states(const loglin_panel p, const place *at, const int *where, matrix scratch,
+                          __global float *values) {
     for (uint level = 0; level < p.levels; level++) {
         for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
             for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {

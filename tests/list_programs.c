@@ -26,26 +26,28 @@
 typedef struct target {
     const char *name, *vendor;
     size_t group, local;
-    bool has_nvidia_units;   /* mma.sync with bfloat16, cp.async */
+    size_t most_local; /* NVIDIA: what the driver gives a group that has mma.sync with bfloat16 and cp.async, or 0 */
+    bool has_wgmma;    /* hidden from the OpenCL compiler: src/runtime/program.c */
     const char *instruction; /* of cl/mma_layouts.cl, or NULL */
+    const char *shuffles;    /* Intel: for floats, or NULL */
 } target;
 
 static const target targets[] = {
-    {"gfx90a", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
-    {"gfx942", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
-    {"gfx950", "Advanced Micro Devices, Inc.", 256, 65536, false, "MFMA_32X32X8"},
-    {"gfx1030", "Advanced Micro Devices, Inc.", 256, 65536, false, NULL},
-    {"gfx1100", "Advanced Micro Devices, Inc.", 256, 65536, false, "WMMA_GFX11"},
-    {"gfx1201", "Advanced Micro Devices, Inc.", 256, 65536, false, "WMMA_GFX12"},
-    {"skl", "Intel(R) Corporation", 256, 65536, false, NULL},
-    {"tgllp", "Intel(R) Corporation", 512, 65536, false, NULL},
-    {"dg2", "Intel(R) Corporation", 512, 65536, false, "DPAS_8X8X16"},
-    {"pvc", "Intel(R) Corporation", 512, 131072, false, "DPAS_8X16X16"},
-    {"sm_70", "NVIDIA Corporation", 1024, 49152, false, NULL},
-    {"sm_80", "NVIDIA Corporation", 1024, 49152, true, NULL},
-    {"sm_90", "NVIDIA Corporation", 1024, 49152, true, NULL},
-    {"sm_120", "NVIDIA Corporation", 1024, 49152, true, NULL},
-    {"spirv", "any", 256, 32768, false, NULL}, /* what a driver that knows nothing better is given */
+    {"gfx90a", "Advanced Micro Devices, Inc.", 256, 65536, 0, false, "MFMA_32X32X8", NULL},
+    {"gfx942", "Advanced Micro Devices, Inc.", 256, 65536, 0, false, "MFMA_32X32X8", NULL},
+    {"gfx950", "Advanced Micro Devices, Inc.", 256, 65536, 0, false, "MFMA_32X32X8", NULL},
+    {"gfx1030", "Advanced Micro Devices, Inc.", 256, 65536, 0, false, NULL, NULL},
+    {"gfx1100", "Advanced Micro Devices, Inc.", 256, 65536, 0, false, "WMMA_GFX11", NULL},
+    {"gfx1201", "Advanced Micro Devices, Inc.", 256, 65536, 0, false, "WMMA_GFX12", NULL},
+    {"skl", "Intel(R) Corporation", 256, 65536, 0, false, NULL, NULL},
+    {"tgllp", "Intel(R) Corporation", 512, 65536, 0, false, NULL, NULL},
+    {"dg2", "Intel(R) Corporation", 512, 65536, 0, false, "DPAS_8X8X16", NULL},
+    {"pvc", "Intel(R) Corporation", 512, 131072, 0, false, "DPAS_8X16X16", "FMA_8X16X16"},
+    {"sm_70", "NVIDIA Corporation", 1024, 49152, 0, false, NULL, NULL},
+    {"sm_80", "NVIDIA Corporation", 1024, 49152, 166912, false, NULL, NULL},
+    {"sm_90", "NVIDIA Corporation", 1024, 49152, 232448, true, NULL, NULL},
+    {"sm_120", "NVIDIA Corporation", 1024, 49152, 101376, false, NULL, NULL},
+    {"spirv", "any", 256, 32768, 0, false, NULL, NULL}, /* what a driver that knows nothing better is given */
 };
 
 static const target *the_target;
@@ -90,7 +92,7 @@ CL_API_ENTRY cl_int CL_API_CALL clGetDeviceInfo(cl_device_id device, cl_device_i
 
 /* What programs and kernels are here. */
 typedef struct listed {
-    char *text;
+    char *text; /* NULL: a kernel, or made of a binary */
 } listed;
 
 CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithSource(cl_context context, cl_uint count, const char **strings,
@@ -113,13 +115,46 @@ CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithSource(cl_context context
     return (cl_program)made;
 }
 
+CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithBinary(cl_context context, cl_uint count,
+                                                              const cl_device_id *devices, const size_t *lengths,
+                                                              const unsigned char **binaries, cl_int *loaded,
+                                                              cl_int *code) {
+    (void)context, (void)count, (void)devices, (void)lengths, (void)binaries;
+    *loaded = CL_SUCCESS;
+    *code = CL_SUCCESS;
+    return (cl_program)support_alloc(1, sizeof(listed));
+}
+
 static const char *folder, *purpose;
+static cl_device_id built_for; /* the device of all programs */
+
+/* A binary is as much PTX as src/runtime/program.c needs to see. */
+CL_API_ENTRY cl_int CL_API_CALL clGetProgramInfo(cl_program program, cl_program_info what, size_t capacity, void *value,
+                                                 size_t *size) {
+    static const char ptx[] = ".target sm_90,";
+    (void)program, (void)capacity;
+    if (what == CL_PROGRAM_BINARIES) {
+        memcpy(*(unsigned char **)value, ptx, sizeof ptx);
+    } else if (value != NULL && what == CL_PROGRAM_BINARY_SIZES) {
+        *(size_t *)value = sizeof ptx;
+    } else if (value != NULL) {
+        *(cl_device_id *)value = built_for;
+    }
+    if (size != NULL) {
+        *size = what == CL_PROGRAM_DEVICES ? sizeof built_for : sizeof(size_t);
+    }
+    return CL_SUCCESS;
+}
 
 CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count, const cl_device_id *devices,
                                                const char *options,
                                                void(CL_CALLBACK *notify)(cl_program program, void *data), void *data) {
-    (void)count, (void)devices, (void)notify, (void)data;
+    (void)count, (void)notify, (void)data;
     const listed *of = (const listed *)program;
+    built_for = devices[0];
+    if (of->text == NULL) { /* listed when it was built of its source */
+        return CL_SUCCESS;
+    }
     uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
     const char *const parts[] = {of->text, options};
     for (size_t i = 0; i < 2; i++) {
@@ -176,6 +211,8 @@ CL_API_ENTRY cl_int CL_API_CALL clEnqueueNDRangeKernel(cl_command_queue queue, c
 
 loglin_status __real_loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
 loglin_status __wrap_loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
+loglin_status __real_loglin_nvidia_probe_wgmma(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
+loglin_status __wrap_loglin_nvidia_probe_wgmma(loglin_device *device, loglin_dtype dtype, size_t local_bytes);
 loglin_status __real_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
                                         const loglin_lane_schedule *schedule);
 loglin_status __wrap_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
@@ -184,18 +221,29 @@ loglin_status __wrap_loglin_gemm_prepare(loglin_device *device, const loglin_gem
 
 /* The trial run's program is listed; its answer means nothing here. */
 loglin_status __wrap_loglin_nvidia_probe(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
-    if (!the_target->has_nvidia_units) {
+    if (local_bytes > the_target->most_local) {
         return LOGLIN_UNSUPPORTED;
     }
     (void)__real_loglin_nvidia_probe(device, dtype, local_bytes);
     return LOGLIN_OK;
 }
 
+loglin_status __wrap_loglin_nvidia_probe_wgmma(loglin_device *device, loglin_dtype dtype, size_t local_bytes) {
+    if (!the_target->has_wgmma || local_bytes > the_target->most_local) {
+        return LOGLIN_UNSUPPORTED;
+    }
+    (void)__real_loglin_nvidia_probe_wgmma(device, dtype, local_bytes);
+    return LOGLIN_OK;
+}
+
 loglin_status __wrap_loglin_lanes_probe(loglin_device *device, loglin_dtype dtype,
                                         const loglin_lane_schedule *schedule) {
-    const bool is_intel = strstr(the_target->vendor, "Intel") != NULL;
-    const char *own = the_target->instruction != NULL ? the_target->instruction : "";
-    if (strcmp(schedule->instruction, own) != 0 && !(is_intel && strcmp(schedule->instruction, "FMA_8X16X16") == 0)) {
+    const char *const own[] = {the_target->instruction, the_target->shuffles};
+    bool has = false;
+    for (size_t i = 0; i < sizeof own / sizeof own[0]; i++) {
+        has = has || (own[i] != NULL && strcmp(schedule->instruction, own[i]) == 0);
+    }
+    if (!has) {
         return LOGLIN_UNSUPPORTED;
     }
     (void)__real_loglin_lanes_probe(device, dtype, schedule);

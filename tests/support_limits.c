@@ -321,10 +321,31 @@ static cl_int build_without_double(__typeof__(&clBuildProgram) build, cl_program
 }
 
 /* A trial of its own, so that the program itself is the one that the driver's cache has from devices with double. */
+/* Options without those that Intel's compiler alone knows: the device may only say that it is theirs. */
+static void copy_known(const char *options, char *known, size_t capacity) {
+    static const char prefix[] = "-cl-intel-";
+    if (strlen(options) >= capacity) {
+        support_die("build options of %zu characters", strlen(options));
+    }
+    known[0] = '\0';
+    for (const char *word = options; *word != '\0';) {
+        const size_t of_word = strcspn(word, " "), length = of_word + strspn(word + of_word, " ");
+        if (strncmp(word, prefix, strlen(prefix)) != 0) {
+            (void)strncat(known, word, length);
+        }
+        word += length;
+    }
+}
+
 CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count, const cl_device_id *devices,
                                                const char *options, void(CL_CALLBACK *notify)(cl_program, void *),
                                                void *data) {
     NEXT(clBuildProgram)
+    char known[2048];
+    if (options != NULL && get_limits()->vendor[0] != '\0') {
+        copy_known(options, known, sizeof known);
+        options = known;
+    }
     if (get_limits()->no_double) {
         const cl_int code = build_without_double(next, program, count, devices, options);
         if (code != CL_SUCCESS) {

@@ -259,7 +259,7 @@ Test(mma, planted_error_in_trial) {
     static const planted_error error = {"B_COLUMN", "^ 1"};
     fused_error = &error;
     support_edit_sources(plant_fused);
-    support_emulate("DPAS_8X8X16", "-cl-opt-disable");
+    support_emulate("MFMA_32X32X8", "-cl-opt-disable");
     loglin_lane_schedule schedule;
     support_require(loglin_lanes_choose(support_open()->device, LOGLIN_BF16, &schedule), "loglin_lanes_choose");
     cr_expect_null(schedule.instruction);

@@ -13,12 +13,15 @@ typedef struct row {
     const char *vendor; /* a part of its name, or NULL: any */
     bool is_16_bit;     /* for f16 and bf16 only */
     size_t local_bytes;
-    loglin_lane_schedule schedule;
+    loglin_lane_schedule schedule; /* no mma: there is none for these devices, and the rows below are not for them */
 } row;
 
+/* Twice the registers for half the threads, where there are matrix units: with fewer they spill. */
+#define INTEL_REGISTERS "-cl-intel-256-GRF-per-thread"
+
 /*
- * What scripts/vendorcheck prints decides here: it finds no spills on gfx90a and gfx942, but some kernels there have one wave
- * in flight only, and gfx1030 and gfx1100 spill in the backward pass (docs/implementations.md).
+ * What scripts/vendorcheck prints decides here: no spills, and two waves or more in flight (docs/implementations.md).  Floats
+ * on Intel's dg2, and everything on its GPUs without matrix units, spill with every slab that was tried: the blas engine's.
  */
 static const row table[LOGLIN_LANE_ROWS] = {
     {"Advanced Micro Devices",
@@ -36,15 +39,32 @@ static const row table[LOGLIN_LANE_ROWS] = {
     {"Intel",
      true,
      12288,
-     {.mma = "mma_intel.cl", .instruction = "DPAS_8X16X16", .items = 256, .slab_depth = 32, .teams_rows = 4}},
+     {.mma = "mma_intel.cl",
+      .instruction = "DPAS_8X16X16",
+      .items = 256,
+      .slab_depth = 32,
+      .teams_rows = 4,
+      .options = INTEL_REGISTERS}},
     {"Intel",
      true,
      12288,
-     {.mma = "mma_intel.cl", .instruction = "DPAS_8X8X16", .items = 256, .slab_depth = 32, .teams_rows = 4}},
-    {"Intel",
+     {.mma = "mma_intel.cl",
+      .instruction = "DPAS_8X8X16",
+      .items = 256,
+      .slab_depth = 32,
+      .teams_rows = 4,
+      .options = INTEL_REGISTERS}},
+    {"Intel", /* pvc, which alone has so much local memory */
      false,
-     16384,
-     {.mma = "mma_intel.cl", .instruction = "FMA_8X16X16", .items = 256, .slab_depth = 32, .teams_rows = 4}},
+     131072,
+     {.mma = "mma_intel.cl",
+      .instruction = "FMA_8X16X16",
+      .items = 256,
+      .slab_depth = 16,
+      .teams_rows = 4,
+      .options = INTEL_REGISTERS,
+      .forward_only = true}},
+    {"Intel", false, 0, {.mma = NULL}},
     {NULL, false, 20480, {.mma = "mma_portable.cl", .items = 256, .slab_depth = 32, .teams_rows = 4}},
     {NULL, false, 20480, {.mma = "mma_portable.cl", .items = 128, .slab_depth = 32, .teams_rows = 2}},
     {NULL, false, 12288, {.mma = "mma_portable.cl", .items = 64, .slab_depth = 16, .teams_rows = 2}},
@@ -89,7 +109,10 @@ loglin_status loglin_lanes_choose(loglin_device *device, loglin_dtype dtype, log
     for (size_t at = 0; at < LOGLIN_LANE_ROWS; at++) {
         if (can_run(device, dtype, at)) {
             *schedule = table[at].schedule;
-            return LOGLIN_OK;
+            return schedule->mma != NULL
+                       ? LOGLIN_OK
+                       : loglin_fail(LOGLIN_UNSUPPORTED, "%s: it has too few registers for the fused kernels",
+                                     device->info.name);
         }
     }
     return loglin_fail(LOGLIN_UNSUPPORTED,
@@ -106,7 +129,10 @@ void loglin_lanes_options(const loglin_lane_schedule *schedule, char options[LOG
                            schedule->slab_rows, schedule->slab_columns);
     }
     if (schedule->instruction != NULL) {
-        (void)snprintf(options + length, LOGLIN_LANE_OPTIONS - (size_t)length, " -DMMA_INSTRUCTION=%s",
-                       schedule->instruction);
+        length += snprintf(options + length, LOGLIN_LANE_OPTIONS - (size_t)length, " -DMMA_INSTRUCTION=%s",
+                           schedule->instruction);
+    }
+    if (schedule->options != NULL) {
+        (void)snprintf(options + length, LOGLIN_LANE_OPTIONS - (size_t)length, " %s", schedule->options);
     }
 }

@@ -5,6 +5,8 @@
 
 #include "loglin.h"
 
+#include <stdbool.h>
+
 /* A lane's work-items, and how they share a product out: see cl/portable_product.cl. */
 typedef struct loglin_lane_schedule {
     const char *mma;         /* the implementation of the tile interface, a file of cl/ */
@@ -12,9 +14,11 @@ typedef struct loglin_lane_schedule {
     unsigned items;
     unsigned slab_depth, teams_rows;  /* of no meaning to a single item */
     unsigned slab_rows, slab_columns; /* 0: those of cl/portable_items.cl */
+    const char *options;              /* of the vendor's compiler, or NULL */
+    bool forward_only;                /* the backward pass's registers would be spilled */
 } loglin_lane_schedule;
 
-enum { LOGLIN_LANE_OPTIONS = 128 }; /* room for the text below */
+enum { LOGLIN_LANE_OPTIONS = 192 }; /* room for the text below */
 
 /*
  * The first schedule of the table that the device can run with storage of this type: matrix units are tried out before they

@@ -269,18 +269,23 @@ static loglin_status lay_out_workspace(const loglin_problem *problem, const logl
 }
 
 /* What keeps this engine's backward pass from the problem, NULL if nothing does. */
-static const char *backward_obstacle(const loglin_device *device, const loglin_problem *problem) {
+static const char *backward_obstacle(const loglin_device *device, const loglin_problem *problem,
+                                     const loglin_lane_schedule *schedule) {
     if (problem->partition == LOGLIN_STRONG && !device->is_cpu) {
         return "by the blas engine: the strong partition's fused one has not run on a GPU";
     }
     if (problem->op == LOGLIN_GATED_DELTA && !device->is_cpu) {
         return "by the blas engine: a GPU's compiler takes minutes for the delta rule's fused one";
     }
+    if (schedule->forward_only) {
+        return "by the blas engine: the fused one needs more registers than the device has";
+    }
     return NULL;
 }
 
-static bool has_backward(const loglin_device *device, const loglin_problem *problem) {
-    return (problem->phases & LOGLIN_BACKWARD) != 0 && backward_obstacle(device, problem) == NULL;
+static bool has_backward(const loglin_device *device, const loglin_problem *problem,
+                         const loglin_lane_schedule *schedule) {
+    return (problem->phases & LOGLIN_BACKWARD) != 0 && backward_obstacle(device, problem, schedule) == NULL;
 }
 
 static loglin_status lay_out(const loglin_device *device, const loglin_problem *problem, const unsigned *tuned,
@@ -294,7 +299,7 @@ static loglin_status lay_out(const loglin_device *device, const loglin_problem *
     const lane_shape shape = divide(problem, panel, device->info.compute_units, tuned[LOGLIN_TUNABLE_LANE_HEADS]);
     state->shape = spread(problem, state, shape, device->info.compute_units);
     RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->shape, &state->forward));
-    if (has_backward(device, problem)) {
+    if (has_backward(device, problem, &state->schedule)) {
         state->backward_shape =
             divide_backward(state, shape, tuned[LOGLIN_TUNABLE_SEGMENT_CHUNKS], problem->partition == LOGLIN_STRONG);
         RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->backward_shape, &state->backward));
@@ -374,7 +379,9 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
     RETURN_IF_ERROR(loglin_lanes_choose(device, problem->dtype, &state->schedule));
     RETURN_IF_ERROR(lay_out(device, problem, configuration->values, state));
     if (state->schedule.items > loglin_small_lanes.items && is_small(problem, &state->shape)) {
+        const char *options = state->schedule.options;
         state->schedule = loglin_small_lanes;
+        state->schedule.options = options;
     }
     RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
     const bool spread = state->shape.spread > 0;
@@ -384,11 +391,11 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
                                             spread ? KERNEL_portable_own : KERNEL_portable_forward,
                                             spread ? KERNEL_portable_backward : KERNEL_portable_own, state));
     }
-    if (has_backward(device, problem)) {
+    if (has_backward(device, problem, &state->schedule)) {
         return create_lane_kernels(device, problem, &state->backward_shape, tile_rows, KERNEL_portable_backward,
                                    KERNEL_COUNT, state);
     }
-    state->obstacle = backward_obstacle(device, problem);
+    state->obstacle = backward_obstacle(device, problem, &state->schedule);
     return (problem->phases & LOGLIN_BACKWARD) == 0
                ? LOGLIN_OK
                : loglin_blas_engine.create(device, problem, configuration, &state->blas);
