@@ -16,9 +16,6 @@ typedef struct row {
     loglin_lane_schedule schedule; /* no mma: there is none for these devices, and the rows below are not for them */
 } row;
 
-/* Twice the registers for half the threads, where there are matrix units: with fewer they spill. */
-#define INTEL_REGISTERS "-cl-intel-256-GRF-per-thread"
-
 /*
  * What scripts/vendorcheck prints decides here: no spills, and two waves or more in flight (docs/implementations.md).  Floats
  * on Intel's dg2, and everything on its GPUs without matrix units, spill with every slab that was tried: the blas engine's.
@@ -44,7 +41,8 @@ static const row table[LOGLIN_LANE_ROWS] = {
       .items = 256,
       .slab_depth = 32,
       .teams_rows = 4,
-      .options = INTEL_REGISTERS}},
+      .options = LOGLIN_INTEL_REGISTERS,
+      .forward_only = true}},
     {"Intel",
      true,
      12288,
@@ -53,7 +51,7 @@ static const row table[LOGLIN_LANE_ROWS] = {
       .items = 256,
       .slab_depth = 32,
       .teams_rows = 4,
-      .options = INTEL_REGISTERS}},
+      .options = LOGLIN_INTEL_REGISTERS}},
     {"Intel", /* pvc, which alone has so much local memory */
      false,
      131072,
@@ -62,7 +60,7 @@ static const row table[LOGLIN_LANE_ROWS] = {
       .items = 256,
       .slab_depth = 16,
       .teams_rows = 4,
-      .options = INTEL_REGISTERS,
+      .options = LOGLIN_INTEL_REGISTERS,
       .forward_only = true}},
     {"Intel", false, 0, {.mma = NULL}},
     {NULL, false, 20480, {.mma = "mma_portable.cl", .items = 256, .slab_depth = 32, .teams_rows = 4}},

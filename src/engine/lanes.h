@@ -18,6 +18,9 @@ typedef struct loglin_lane_schedule {
     bool forward_only;                /* the backward pass's registers would be spilled */
 } loglin_lane_schedule;
 
+/* Intel: twice the registers for half the threads, for GPUs with matrix units and kernels that spill with fewer. */
+#define LOGLIN_INTEL_REGISTERS "-cl-intel-256-GRF-per-thread"
+
 enum { LOGLIN_LANE_OPTIONS = 192 }; /* room for the text below */
 
 /*

@@ -2,6 +2,7 @@
 /* Building cl/model.cl for a model: its shapes are build options. */
 #include "model/session.h"
 
+#include "engine/lanes.h"
 #include "engine/step.h"
 #include "runtime/device.h"
 #include "runtime/program.h"
@@ -15,6 +16,9 @@ enum { SMALL_LAYER_BYTES = 2 << 20 };
 /* Work-items of a group of cl/token.cl on a GPU, and groups on a compute unit. */
 enum { TOKEN_LOCAL = 512, TOKEN_GROUPS = 1 };
 #define TOKEN_OPTIONS " -cl-nv-maxrregcount=128 -DIN_FLIGHT=16" /* so many registers leave room for such a group */
+
+/* Intel's pvc, which alone has so much local memory, is compiled for 32 work-items a thread: the products would spill. */
+enum { INTEL_WIDE_LOCAL_BYTES = 131072 };
 
 enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 16, GPU_TILE = 1 };
 
@@ -47,6 +51,12 @@ static size_t group_items(const loglin_device *device) {
 
 static bool is_nvidia(const loglin_device *device) {
     return strstr(device->info.vendor, "NVIDIA") != NULL;
+}
+
+static const char *register_options(const loglin_device *device) {
+    const bool is_wide = !device->is_cpu && strstr(device->info.vendor, "Intel") != NULL &&
+                         device->info.local_memory >= INTEL_WIDE_LOCAL_BYTES;
+    return is_wide ? " " LOGLIN_INTEL_REGISTERS : "";
 }
 
 static size_t layer_bytes(const loglin_model *model) {
@@ -139,7 +149,8 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
         (int)model->options.dtype, (int)model->matrix_dtype, program->local, tile_tokens(device), lm->heads, lm->dim_v,
         lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v, lm->groups * lm->dim_k, in->z, in->conv,
         in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA, lm->gate_first, program->shuffles,
-        program->token_groups > 0 ? of_step : "", of_token, program->token_groups > 1 ? TOKEN_OPTIONS : "");
+        program->token_groups > 0 ? of_step : "", of_token,
+        program->token_groups > 1 ? TOKEN_OPTIONS : register_options(device));
     return loglin_program_get(model->device, program->token_groups > 0 ? token_files : files, options,
                               &program->program);
 }
