@@ -300,7 +300,10 @@ CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithSource(cl_context context
     return program;
 }
 
-/* Does the program build where double is a name that tells why it does not? */
+/*
+ * Does the program build where double is a name that tells why it does not?  A trial of its own, so that the program itself
+ * is the one that the driver's cache has from devices with double.
+ */
 static cl_int build_without_double(__typeof__(&clBuildProgram) build, cl_program program, cl_uint count,
                                    const cl_device_id *devices, const char *options) {
     NEXT(clCreateProgramWithSource)
@@ -320,7 +323,6 @@ static cl_int build_without_double(__typeof__(&clBuildProgram) build, cl_program
     return code;
 }
 
-/* A trial of its own, so that the program itself is the one that the driver's cache has from devices with double. */
 /* Options without those that Intel's compiler alone knows: the device may only say that it is theirs. */
 static void copy_known(const char *options, char *known, size_t capacity) {
     static const char prefix[] = "-cl-intel-";

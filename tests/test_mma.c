@@ -264,3 +264,25 @@ Test(mma, planted_error_in_trial) {
     support_require(loglin_lanes_choose(support_open()->device, LOGLIN_BF16, &schedule), "loglin_lanes_choose");
     cr_expect_null(schedule.instruction);
 }
+
+/* Small tiles take the place of pvc's instruction, but not of what its compiler cannot do: the backward pass stays blas'. */
+Test(mma, small_shapes_on_pvc) {
+    support_emulate("DPAS_8X16X16", "-cl-opt-disable");
+    const loglin_problem problem = {.batch = 1,
+                                    .length = 20,
+                                    .heads = 1,
+                                    .groups = 1,
+                                    .dim_k = 16,
+                                    .dim_v = 16,
+                                    .levels = loglin_num_levels(20),
+                                    .chunk = 16,
+                                    .dtype = LOGLIN_BF16,
+                                    .engine = LOGLIN_ENGINE_FUSED,
+                                    .phases = LOGLIN_BACKWARD};
+    loglin_plan *plan = NULL;
+    support_require(loglin_plan_create(support_open()->device, &problem, &plan), "loglin_plan_create");
+    char text[1024];
+    (void)loglin_plan_describe(plan, text, sizeof text);
+    cr_expect(strstr(text, "the fused one needs more registers") != NULL, "%s", text);
+    loglin_plan_destroy(plan);
+}

@@ -162,8 +162,10 @@ static loglin_status set_and_compile(loglin_device *device, const loglin_gemm_pa
     RETURN_IF_ERROR(set_once(device->id, parameters, &is_new));
     loglin_status status = warm_up(device);
     if (status != LOGLIN_OK && is_new && parameters != &plain_parameters) {
-        loglin_log(LOGLIN_LOG_WARN, "%s: %s parameters of CLBlast fail and are not used: %s", device->info.name,
-                   loglin_gemm_parameters_absent(parameters) ? "the own" : "tuned", loglin_last_error());
+        loglin_log(LOGLIN_LOG_WARN, "%s: %s fail and are not used: %s", device->info.name,
+                   loglin_gemm_parameters_absent(parameters) ? "CLBlast's own parameters"
+                                                             : "tuned parameters of CLBlast",
+                   loglin_last_error());
         RETURN_IF_ERROR(set_direct_parameters(device->id, &plain_parameters));
         status = warm_up(device);
     }

@@ -52,9 +52,9 @@ static const row table[LOGLIN_LANE_ROWS] = {
       .slab_depth = 32,
       .teams_rows = 4,
       .options = LOGLIN_INTEL_REGISTERS}},
-    {"Intel", /* pvc, which alone has so much local memory */
+    {"Intel",
      false,
-     131072,
+     LOGLIN_PVC_LOCAL_BYTES,
      {.mma = "mma_intel.cl",
       .instruction = "FMA_8X16X16",
       .items = 256,

@@ -21,6 +21,9 @@ typedef struct loglin_lane_schedule {
 /* Intel: twice the registers for half the threads, for GPUs with matrix units and kernels that spill with fewer. */
 #define LOGLIN_INTEL_REGISTERS "-cl-intel-256-GRF-per-thread"
 
+/* Intel's pvc alone has so much local memory. */
+enum { LOGLIN_PVC_LOCAL_BYTES = 131072 };
+
 enum { LOGLIN_LANE_OPTIONS = 192 }; /* room for the text below */
 
 /*

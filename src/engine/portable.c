@@ -379,9 +379,10 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
     RETURN_IF_ERROR(loglin_lanes_choose(device, problem->dtype, &state->schedule));
     RETURN_IF_ERROR(lay_out(device, problem, configuration->values, state));
     if (state->schedule.items > loglin_small_lanes.items && is_small(problem, &state->shape)) {
-        const char *options = state->schedule.options;
+        const loglin_lane_schedule of_device = state->schedule;
         state->schedule = loglin_small_lanes;
-        state->schedule.options = options;
+        state->schedule.options = of_device.options;
+        state->schedule.forward_only = of_device.forward_only;
     }
     RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
     const bool spread = state->shape.spread > 0;

@@ -17,9 +17,6 @@ enum { SMALL_LAYER_BYTES = 2 << 20 };
 enum { TOKEN_LOCAL = 512, TOKEN_GROUPS = 1 };
 #define TOKEN_OPTIONS " -cl-nv-maxrregcount=128 -DIN_FLIGHT=16" /* so many registers leave room for such a group */
 
-/* Intel's pvc, which alone has so much local memory, is compiled for 32 work-items a thread: the products would spill. */
-enum { INTEL_WIDE_LOCAL_BYTES = 131072 };
-
 enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 16, GPU_TILE = 1 };
 
 static const char *const kernel_names[] = {
@@ -53,10 +50,11 @@ static bool is_nvidia(const loglin_device *device) {
     return strstr(device->info.vendor, "NVIDIA") != NULL;
 }
 
+/* Intel's pvc is compiled for 32 work-items a thread: the products would spill. */
 static const char *register_options(const loglin_device *device) {
-    const bool is_wide = !device->is_cpu && strstr(device->info.vendor, "Intel") != NULL &&
-                         device->info.local_memory >= INTEL_WIDE_LOCAL_BYTES;
-    return is_wide ? " " LOGLIN_INTEL_REGISTERS : "";
+    const bool is_pvc = !device->is_cpu && strstr(device->info.vendor, "Intel") != NULL &&
+                        device->info.local_memory >= LOGLIN_PVC_LOCAL_BYTES;
+    return is_pvc ? " " LOGLIN_INTEL_REGISTERS : "";
 }
 
 static size_t layer_bytes(const loglin_model *model) {
