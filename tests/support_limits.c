@@ -16,7 +16,7 @@
 
 typedef struct device_limits {
     bool given; /* any of those below */
-    bool gpu, no_double, no_half, no_subgroups;
+    bool cpu, gpu, no_double, no_half, no_subgroups;
     size_t local, group, allocation, memory; /* 0: the device's own */
     char vendor[64];                         /* "": the device's own */
 } device_limits;
@@ -28,7 +28,8 @@ static void parse_word(const char *word) {
     const struct {
         const char *name;
         bool *flag;
-    } flags[] = {{"gpu", &limits.gpu},
+    } flags[] = {{"cpu", &limits.cpu},
+                 {"gpu", &limits.gpu},
                  {"no-double", &limits.no_double},
                  {"no-half", &limits.no_half},
                  {"no-subgroups", &limits.no_subgroups}};
@@ -147,8 +148,8 @@ static void remove_extensions(char *text, const device_limits *of) {
 static void limit_answer(cl_device_info what, size_t size, void *value, const device_limits *of) {
     switch (what) {
     case CL_DEVICE_TYPE:
-        if (of->gpu) {
-            memcpy(value, &(cl_device_type){CL_DEVICE_TYPE_GPU}, sizeof(cl_device_type));
+        if (of->cpu || of->gpu) {
+            memcpy(value, &(cl_device_type){of->cpu ? CL_DEVICE_TYPE_CPU : CL_DEVICE_TYPE_GPU}, sizeof(cl_device_type));
         }
         return;
     case CL_DEVICE_NATIVE_VECTOR_WIDTH_FLOAT:

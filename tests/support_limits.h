@@ -12,6 +12,7 @@
 
 /*
  * The limits of this process, before its first OpenCL call: words apart by commas, "" or NULL for none.
+ *     cpu              says that it is a CPU and nothing else
  *     gpu              says that it is a GPU, with vectors of one float
  *     vendor=NAME      says that it is this vendor's
  *     local=BYTES      of local memory
