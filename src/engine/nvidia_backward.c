@@ -129,7 +129,14 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
 #define BACKWARD_NAME(name) #name,
     static const char *const names[KERNEL_COUNT] = {BACKWARD_KERNELS(BACKWARD_NAME)};
 #undef BACKWARD_NAME
-    static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_backward_layout.cl", "nvidia_backward.cl",
+    static const char *const files[] = {"common.cl",
+                                        "mma_nvidia.cl",
+                                        "nvidia_backward_layout.cl",
+                                        "nvidia_backward.cl",
+                                        "nvidia_backward_sums.cl",
+                                        "nvidia_backward_rows.cl",
+                                        "nvidia_backward_tiles.cl",
+                                        "nvidia_backward_ends.cl",
                                         NULL};
     char options[512]; /* 13 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
