@@ -21,8 +21,8 @@
  * sum of dO . o - v . dv, both from the same products; pairs that cross a chunk's end are counted anew there, from
  * products of states and adjoints, so that rounding errors do not add up along the sequence.
  *
- * States and adjoints lie as rows of K, 64 columns of V each, rounded to storage, decayed to the block's end.
- * Local tiles: rows of pieces of 8 columns, piece c of row r at place c ^ r % 8.
+ * States and adjoints lie as rows of K, 64 columns of V each, rounded to storage, decayed to the block's end.  Their rows
+ * and those of local tiles are pieces of 8 columns, piece c of row r at place c ^ r % 8.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales),
  * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_HEADS and
@@ -93,6 +93,14 @@ uint4 load_b_transposed(const __local uint4 *tile, uint pieces, uint row, uint p
 void fetch_tile(__local uint4 *to, const __global uint4 *from, uint rows, uint pieces, uint item, uint items) {
     for (uint i = item; i < rows * pieces; i += items) {
         copy_16(&to[swizzled(i / pieces, pieces, i % pieces)], &from[i], 1);
+    }
+}
+
+/* Starts copying a state or adjoint, whose pieces lie as in a local tile. */
+void fetch_state(__local uint4 *to, const __global uint4 *from, uint item, uint items) {
+#pragma unroll 1
+    for (uint i = item; i < STATE; i += items) {
+        copy_16(&to[i], &from[i], 1);
     }
 }
 

@@ -77,8 +77,8 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
             const uint h = wanted.h;
             const ulong bh = first_bh + h;
             const uint e = block_end(n, turn_level(wanted));
-            fetch_tile(states_at[step % 2], all_states + ((bh * TILES_V + wanted.part) * call.chunks + e) * STATE, NV_K,
-                       8, item, NB_ITEMS);
+            fetch_state(states_at[step % 2], all_states + ((bh * TILES_V + wanted.part) * call.chunks + e) * STATE,
+                        item, NB_ITEMS);
             if (wanted.bits == n && wanted.part == 0) {
                 for (uint i = 0; i < TILES_V; i++) {
                     fetch_columns(values_at[h % 2][i], values + (ulong)h * DIM_V, i, rows, aligned, item, NB_ITEMS);

@@ -36,7 +36,9 @@ uint job_chunk(sum_job job, uint i) {
 }
 
 /* 16 rows of K, 32 columns of V: an item's four eights of a row, from or to the state. */
-uint sum_place(uint row, uint half_v) { return (row + warp_lane() / 4) * 8 + half_v * 4 + warp_lane() % 4; }
+uint sum_place(uint row, uint half_v) {
+    return swizzled(row + warp_lane() / 4, 8, half_v * 4 + warp_lane() % 4);
+}
 
 void store_sum(__global uint4 *to, float4 sum[8 * SUM_TILES], uint warp) {
     const float unit = 1.0f / STATE_UNIT;

@@ -271,9 +271,9 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                                   rows - (int)j * NB_TILE, aligned & 1, item, NB_TILE_ITEMS);
                 }
                 if (has_adjoint) {
-                    fetch_tile(to->adjoint + i * STATE, (const __global uint4 *)place(ws, ws_offset, call.adjoints) +
-                                                            ((bh * TILES_V + i) * call.chunks + n) * STATE,
-                               NV_K, 8, item, NB_TILE_ITEMS);
+                    fetch_state(to->adjoint + i * STATE, (const __global uint4 *)place(ws, ws_offset, call.adjoints) +
+                                                             ((bh * TILES_V + i) * call.chunks + n) * STATE,
+                                item, NB_TILE_ITEMS);
                 }
             }
             const __global float2 *gates =
