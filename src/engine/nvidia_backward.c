@@ -6,6 +6,7 @@
 #include "engine/nvidia_launch.h"
 #include "plan/problem.h"
 #include "runtime/device.h"
+#include "runtime/program.h"
 #include "runtime/status.h"
 
 #include "../../cl/nvidia_backward_layout.cl"
@@ -41,6 +42,7 @@ typedef struct backward_shape {
     size_t unit_bits, unit_count;  /* chunks of a unit of the sums; units of a level */
     size_t sum_heads, block_heads; /* heads of a work-group */
     size_t head_blocks;            /* of a group */
+    bool wgmma;
 } backward_shape;
 
 const char *loglin_nvidia_backward_refuses(const loglin_problem *problem) {
@@ -141,10 +143,12 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     char options[512]; /* 13 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DCHUNK_LEVELS=%zu"
-                   " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu -DSUM_HEADS=%zu -DBLOCK_HEADS=%zu",
+                   " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu -DSUM_HEADS=%zu -DBLOCK_HEADS=%zu"
+                   " %s",
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   shape->unit_bits, shape->sum_heads, shape->block_heads);
+                   shape->unit_bits, shape->sum_heads, shape->block_heads,
+                   shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
@@ -159,8 +163,11 @@ static size_t local_bytes(const backward_shape *shape) {
 
 loglin_status loglin_nvidia_backward_create(loglin_device *device, const loglin_problem *problem,
                                             loglin_nvidia_backward **backward) {
-    const backward_shape shape = find_shape(problem);
-    RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, local_bytes(&shape)));
+    backward_shape shape = find_shape(problem);
+    shape.wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, local_bytes(&shape)) == LOGLIN_OK;
+    if (!shape.wgmma) {
+        RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, local_bytes(&shape)));
+    }
     loglin_nvidia_backward *made = calloc(1, sizeof *made);
     if (made == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "NVIDIA engine: out of host memory");
