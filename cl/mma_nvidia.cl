@@ -65,24 +65,26 @@ uint4 scale_rows(uint4 a, uint upper, uint lower) {
 uint local_address(const __local void *p) { return (uint)(size_t)p; }
 
 /* Four 8 x 8 matrices; item i gives the address of row i % 8 of matrix i / 8. */
-uint4 load_matrices(const __local void *row) {
+uint4 load_matrices_at(uint row) {
     uint4 x;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(local_address(row))
+                 : "r"(row)
                  : "memory");
     return x;
 }
+uint4 load_matrices(const __local void *row) { return load_matrices_at(local_address(row)); }
 
 /* The same, each transposed. */
-uint4 load_transposed(const __local void *row) {
+uint4 load_transposed_at(uint row) {
     uint4 x;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(local_address(row))
+                 : "r"(row)
                  : "memory");
     return x;
 }
+uint4 load_transposed(const __local void *row) { return load_transposed_at(local_address(row)); }
 
 /* Starts copying the first `bytes` of 16, and clears the others. */
 void copy_some_of_16(__local void *to, const __global void *from, uint bytes) {
@@ -147,7 +149,8 @@ uint4 transpose_quad(uint4 x) {
 /*
  * Products of a warpgroup, four warps: C (64 x 64) += A (64 x 64) B (64 x 64), in four steps of 16.  A warp has 16 rows of A
  * and C, as above; C has its eight tiles of 8 columns one behind the other.  B lies in local memory for all warps, rows of
- * 128 bytes, the piece of 16 bytes c of row r at place c ^ r % 8; row 0 at a multiple of 1024 bytes.
+ * 128 bytes, the piece of 16 bytes c of row r at place c ^ r % 8; row 0 at a multiple of 1024 bytes.  "transposed": B's
+ * transpose lies so.  "local": A lies so too, and warp i of the warpgroup takes its rows 16 i...
  *
  * WGMMA 0: mma.sync, each warp by itself.  1: wgmma, which the driver's assembler does not take, so it stands in comments
  * that the host uncovers (runtime/program.h).  A product then runs beside what follows: A and C are in use until it is
@@ -167,36 +170,84 @@ uint4 transpose_quad(uint4 x) {
 #define TILE_ALL_C TILE_C(0), TILE_C(1), TILE_C(2), TILE_C(3), TILE_C(4), TILE_C(5), TILE_C(6), TILE_C(7)
 #define TILE_A(i) "+r"(a[i].x), "+r"(a[i].y), "+r"(a[i].z), "+r"(a[i].w)
 
+#define TILE_C_LIST                                                                                                    \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
+    "%24, %25, %26, %27, %28, %29, %30, %31}"
+
 /* What names B: its address, the step from 8 rows to the next 8, and how pieces are placed. */
 typedef ulong tile_rows;
 tile_rows tile_at(const __local void *rows) {
     return (ulong)((local_address(rows) >> 4) & 0x3fffu) | 1ul << 16 | 64ul << 32 | 1ul << 62;
 }
+
+/* From 16 rows to the next, or from 16 columns to the next. */
 tile_rows tile_step(tile_rows rows, uint step) { return rows + step * 128u; }
+tile_rows tile_columns(tile_rows rows, uint step) { return rows + step * 2u; }
 
-void tile_multiply_step(float4 c[8], uint4 a, tile_rows b) {
-    asm volatile(WGMMA_OP "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-                          "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, "
-                          "1, 1, 1, 1;"
-                 : TILE_ALL_C
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
-}
+/* The last numbers: C is added to, nothing is negated, what is transposed for the matrix units. */
+#define TILE_REGISTERS(transposed)                                                                                     \
+    asm volatile(WGMMA_OP TILE_C_LIST ", {%32, %33, %34, %35}, %36, 1, 1, 1, " transposed ";"                          \
+                 : TILE_ALL_C                                                                                          \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b))
+#define TILE_LOCAL(transposed)                                                                                         \
+    asm volatile(WGMMA_OP TILE_C_LIST ", %32, %33, 1, 1, 1, 0, " transposed ";" : TILE_ALL_C : "l"(a), "l"(b))
 
-void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
-    /* The operands stand here so that A and C are set before. */
+void tile_multiply_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("1"); }
+void tile_multiply_transposed_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("0"); }
+void tile_multiply_local_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("1"); }
+void tile_multiply_local_transposed_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("0"); }
+
+/* The operands stand here so that A and C are set before. */
+void tile_start(float4 c[8], uint4 a[4]) {
     asm volatile("//WG wgmma.fence.sync.aligned;"
                  : TILE_ALL_C, TILE_A(0), TILE_A(1), TILE_A(2), TILE_A(3)
                  :
                  : "memory");
+}
+void tile_start_local(float4 c[8]) { asm volatile("//WG wgmma.fence.sync.aligned;" : TILE_ALL_C : : "memory"); }
+void tile_end(void) { asm volatile("//WG wgmma.commit_group.sync.aligned;" : : : "memory"); }
+
+void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
+    tile_start(c, a);
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
         tile_multiply_step(c, a[step], tile_step(b, step));
     }
-    asm volatile("//WG wgmma.commit_group.sync.aligned;" : : : "memory");
+    tile_end();
 }
 
-/* Waits for all products but the last one; for all, which makes C usable. */
+void tile_multiply_transposed(float4 c[8], uint4 a[4], tile_rows b) {
+    tile_start(c, a);
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_transposed_step(c, a[step], tile_columns(b, step));
+    }
+    tile_end();
+}
+
+void tile_multiply_local(float4 c[8], tile_rows a, tile_rows b) {
+    tile_start_local(c);
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_local_step(c, tile_columns(a, step), tile_step(b, step));
+    }
+    tile_end();
+}
+
+void tile_multiply_local_transposed(float4 c[8], tile_rows a, tile_rows b) {
+    tile_start_local(c);
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_local_transposed_step(c, tile_columns(a, step), tile_columns(b, step));
+    }
+    tile_end();
+}
+
+/* Waits for all products but the last one, and makes the C of one of them usable; waits for all, which makes C usable. */
 void tile_wait_but_one(void) { asm volatile("//WG wgmma.wait_group.sync.aligned 1;" : : : "memory"); }
+void tile_wait_before_last(float4 c[8]) {
+    asm volatile("//WG wgmma.wait_group.sync.aligned 1;" : TILE_ALL_C : : "memory");
+}
 void tile_wait(float4 c[8]) { asm volatile("//WG wgmma.wait_group.sync.aligned 0;" : TILE_ALL_C : : "memory"); }
 
 /* What this item has written to local memory becomes visible to tile_multiply, behind a barrier. */
@@ -239,24 +290,64 @@ typedef uint tile_rows;
 tile_rows tile_at(const __local void *rows) { return local_address(rows); }
 tile_rows tile_step(tile_rows rows, uint step) { return rows + step * 2048u; }
 
+uint tile_piece(tile_rows rows, uint row, uint piece) { return rows + row * 128 + ((piece ^ (row & 7u)) * 16); }
+
+/* A step's A: 16 of its columns. */
+uint4 tile_load_a(tile_rows a, uint step) {
+    const uint row = (uint)get_local_id(0) / 32 % 4 * 16 + (warp_lane() & 15u);
+    return load_matrices_at(tile_piece(a, row, 2 * step + warp_lane() / 16));
+}
+
+void tile_multiply_step(float4 c[8], uint4 a, tile_rows b, uint step) {
+#pragma unroll
+    for (uint j = 0; j < 4; j++) {
+        const uint4 x =
+            load_transposed_at(tile_piece(tile_step(b, step), warp_lane() & 15u, 2 * j + warp_lane() / 16));
+        mma(&c[2 * j], a, x.x, x.y);
+        mma(&c[2 * j + 1], a, x.z, x.w);
+    }
+}
+
+void tile_multiply_transposed_step(float4 c[8], uint4 a, tile_rows b, uint step) {
+    const uint row = warp_lane() / 16 * 8 + (warp_lane() & 7u), piece = 2 * step + (warp_lane() / 8 & 1u);
+#pragma unroll
+    for (uint j = 0; j < 4; j++) {
+        const uint4 x = load_matrices_at(tile_piece(tile_step(b, j), row, piece));
+        mma(&c[2 * j], a, x.x, x.y);
+        mma(&c[2 * j + 1], a, x.z, x.w);
+    }
+}
+
 void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
-    const uint row = warp_lane() & 15u, odd = warp_lane() / 16;
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
+        tile_multiply_step(c, a[step], b, step);
+    }
+}
+
+void tile_multiply_transposed(float4 c[8], uint4 a[4], tile_rows b) {
 #pragma unroll
-        for (uint j = 0; j < 4; j++) {
-            uint4 x;
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                         : "r"(tile_step(b, step) + row * 128 + (((2 * j + odd) ^ (row & 7u)) * 16))
-                         : "memory");
-            mma(&c[2 * j], a[step], x.x, x.y);
-            mma(&c[2 * j + 1], a[step], x.z, x.w);
-        }
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_transposed_step(c, a[step], b, step);
+    }
+}
+
+void tile_multiply_local(float4 c[8], tile_rows a, tile_rows b) {
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_step(c, tile_load_a(a, step), b, step);
+    }
+}
+
+void tile_multiply_local_transposed(float4 c[8], tile_rows a, tile_rows b) {
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_transposed_step(c, tile_load_a(a, step), b, step);
     }
 }
 
 void tile_wait_but_one(void) {}
+void tile_wait_before_last(float4 c[8]) { (void)c; }
 void tile_wait(float4 c[8]) { (void)c; }
 void tile_publish(void) {}
 #endif

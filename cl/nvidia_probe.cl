@@ -13,6 +13,8 @@
 #error "PROBE_BYTES is below 16384"
 #endif
 
+uint differs(float4 x, float4 y) { return x.x != y.x || x.y != y.y || x.z != y.z || x.w != y.w; }
+
 /* a 64 x 64, b 64 x 64, both row-major; products 64 x 64 of every work-group.  faults counts what else is wrong. */
 __kernel __attribute__((reqd_work_group_size(NV_ITEMS, 1, 1))) void
 nvidia_probe(const __global uint4 *a, const __global uint4 *b, __global float *products, __global uint *faults) {
@@ -31,7 +33,7 @@ nvidia_probe(const __global uint4 *a, const __global uint4 *b, __global float *p
     __local uint4 *rows_of_a = area + 64 * 8;
     for (uint i = item; i < 64 * 8; i += NV_ITEMS) {
         copy_16(&area[i / 8 * 8 + (i % 8 ^ i / 8 % 8)], &b[i], 1);
-        copy_16(&rows_of_a[i], &a[i], 1);
+        copy_16(&rows_of_a[i / 8 * 8 + (i % 8 ^ i / 8 % 8)], &a[i], 1);
     }
     wait_for_copies();
     tile_publish();
@@ -39,18 +41,39 @@ nvidia_probe(const __global uint4 *a, const __global uint4 *b, __global float *p
     uint4 left[4];
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
-        left[step] = load_matrices(&rows_of_a[(item / 32 * 16 + lane % 16) * 8 + 2 * step + lane / 16]);
+        left[step] = load_matrices(&rows_of_a[(item / 32 * 16 + lane % 16) * 8 + ((2 * step + lane / 16) ^ lane % 8)]);
     }
-    float4 sum = (float4)(0.0f), c[8];
+    float4 sum = (float4)(0.0f), across = (float4)(0.0f), c[8], other[8];
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
         const uint4 right = load_transposed(&area[(16 * step + lane % 16) * 8 + (lane / 16 ^ lane % 8)]);
         mma(&sum, left[step], right.x, right.y);
+        const uint4 rows = load_matrices(&area[lane % 8 * 8 + ((2 * step + lane / 8 % 2) ^ lane % 8)]);
+        mma(&across, left[step], rows.x, rows.y);
     }
     tile_clear(c);
     tile_multiply(c, left, tile_at(area));
     tile_wait(c);
-    wrong += sum.x != c[0].x || sum.y != c[0].y || sum.z != c[0].z || sum.w != c[0].w;
+    wrong += differs(sum, c[0]);
+    tile_clear(other);
+    tile_multiply_local(other, tile_at(rows_of_a), tile_at(area));
+    tile_wait(other);
+#pragma unroll
+    for (uint j = 0; j < 8; j++) {
+        wrong += differs(other[j], c[j]);
+    }
+    float4 transposed[8];
+    tile_clear(other);
+    tile_clear(transposed);
+    tile_multiply_transposed(other, left, tile_at(area));
+    tile_multiply_local_transposed(transposed, tile_at(rows_of_a), tile_at(area));
+    tile_wait_before_last(other);
+    tile_wait(transposed);
+    wrong += differs(other[0], across);
+#pragma unroll
+    for (uint j = 0; j < 8; j++) {
+        wrong += differs(other[j], transposed[j]);
+    }
     const uint4 quad = transpose_quad((uint4)(p * 4, p * 4 + 1, p * 4 + 2, p * 4 + 3));
     wrong += quad.x != p || quad.y != 4 + p || quad.z != 8 + p || quad.w != 12 + p;
     const float2 same = unpack(multiply_pairs(pack(3.0f, -5.0f), pack(0.5f, 2.0f)));
