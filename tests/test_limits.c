@@ -112,6 +112,26 @@ Test(limits, models) {
     expect_models("gpu," SMALLEST);
 }
 
+/* The NVIDIA engine says so before it tries anything out.  Local memory: too little for all others. */
+Test(limits, nvidia_engine_needs_large_work_groups) {
+    support_limit_device("gpu,vendor=NVIDIA Corporation,group=512,local=8192");
+    const loglin_problem problem = {.batch = 1,
+                                    .length = 64,
+                                    .heads = 1,
+                                    .groups = 1,
+                                    .dim_k = 64,
+                                    .dim_v = 64,
+                                    .levels = loglin_num_levels(64),
+                                    .dtype = LOGLIN_BF16,
+                                    .phases = LOGLIN_FORWARD,
+                                    .engine = LOGLIN_ENGINE_FUSED};
+    loglin_plan *plan = NULL;
+    cr_expect_eq(loglin_plan_create(support_open()->device, &problem, &plan), LOGLIN_UNSUPPORTED);
+    cr_expect_not_null(strstr(loglin_last_error(), "work-groups of 1024"), "%s", loglin_last_error());
+    cr_expect_eq(support_refusals(), 0u);
+    loglin_plan_destroy(plan);
+}
+
 /* ---- What does not fit ------------------------------------------------------------------------------------------- */
 
 /* The widest states: every phase is planned, and then also runs, or the plan says what it lacks. */

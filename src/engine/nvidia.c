@@ -74,8 +74,8 @@ static size_t items_of_group(const loglin_problem *problem) {
 /* ---- Which problems ---------------------------------------------------------------------------------------------- */
 
 static const char *refuses(const loglin_device *device, const loglin_problem *problem) {
-    if (strstr(device->info.vendor, "NVIDIA") == NULL) {
-        return "the device is not NVIDIA's";
+    if (loglin_nvidia_refuses(device) != NULL) {
+        return loglin_nvidia_refuses(device);
     }
     if (problem->op != LOGLIN_MAMBA2 || problem->partition != LOGLIN_WEAK) {
         return "it has the scalar-gated operator with the weak partition only";

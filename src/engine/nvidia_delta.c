@@ -86,8 +86,8 @@ static bool goes_back(const loglin_problem *problem) {
 /* ---- Which problems ---------------------------------------------------------------------------------------------- */
 
 static const char *refuses(const loglin_device *device, const loglin_problem *problem) {
-    if (strstr(device->info.vendor, "NVIDIA") == NULL) {
-        return "the device is not NVIDIA's";
+    if (loglin_nvidia_refuses(device) != NULL) {
+        return loglin_nvidia_refuses(device);
     }
     if (problem->op != LOGLIN_GATED_DELTA || problem->partition != LOGLIN_WEAK) {
         return "it has the delta rule with the weak partition only";

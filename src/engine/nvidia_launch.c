@@ -1,8 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "engine/nvidia_launch.h"
 
+#include "runtime/device.h"
 #include "runtime/program.h"
 #include "runtime/status.h"
+
+#include <string.h>
+
+/* All of NVIDIA's devices have work-groups of 1024; this engine's are smaller. */
+static const size_t most_items = 1024;
+
+const char *loglin_nvidia_refuses(const loglin_device *device) {
+    if (strstr(device->info.vendor, "NVIDIA") == NULL) {
+        return "the device is not NVIDIA's";
+    }
+    return device->info.max_work_group_size < most_items ? "it takes devices with work-groups of 1024" : NULL;
+}
 
 loglin_status loglin_nvidia_kernels_get(loglin_device *device, const char *const *files, const char *options,
                                         const char *const *names, size_t count, loglin_nvidia_kernel *kernels) {

@@ -16,6 +16,9 @@ typedef struct loglin_nvidia_kernel {
     size_t items, group; /* work-items, and those of a work-group; no items: no launch */
 } loglin_nvidia_kernel;
 
+/* Why the device is none for this engine, or NULL. */
+const char *loglin_nvidia_refuses(const loglin_device *device);
+
 /* The kernels `names` of a program; on failure those already made are the caller's too. */
 loglin_status loglin_nvidia_kernels_get(loglin_device *device, const char *const *files, const char *options,
                                         const char *const *names, size_t count, loglin_nvidia_kernel *kernels);
