@@ -111,6 +111,15 @@ bool support_is_limited(void) {
         support_die("the OpenCL loader has no " #name);                                                                \
     }
 
+bool support_is_gpu(void) {
+    NEXT(clGetDeviceInfo)
+    cl_device_id id = NULL;
+    cl_device_type type = 0;
+    support_require(loglin_select_device(NULL, &id), "loglin_select_device");
+    support_require(next(id, CL_DEVICE_TYPE, sizeof type, &type, NULL), "CL_DEVICE_TYPE");
+    return (type & CL_DEVICE_TYPE_GPU) != 0;
+}
+
 static void cap_size(void *value, size_t most) {
     size_t size;
     memcpy(&size, value, sizeof size);

@@ -29,6 +29,9 @@ void support_limit_device(const char *limits);
 /* Is one of them set? */
 bool support_is_limited(void);
 
+/* Is the device that is there, behind all limits, a GPU? */
+bool support_is_gpu(void);
+
 /*
  * A GPU of the vendor of that instruction (a name of cl/mma_layouts.cl), which emulates it and has no other; options:
  * what else programs are built with.  Before the first OpenCL call.

@@ -194,6 +194,11 @@ Test(device, a_bad_selector_is_named_with_what_there_is) {
 
 Test(device, no_platform_is_a_clear_error) {
     setenv("OCL_ICD_VENDORS", "/nonexistent", 1); /* read at this process's first OpenCL call, which comes now */
+    cl_uint platforms = 0;
+    (void)clGetPlatformIDs(0, NULL, &platforms);
+    if (platforms > 0) {
+        cr_skip_test("NVIDIA's OpenCL loader does not read OCL_ICD_VENDORS");
+    }
     size_t count = 5;
     cr_expect_eq(loglin_list_devices(NULL, 0, &count), LOGLIN_NO_DEVICE);
     cr_expect_eq(count, 0);
