@@ -333,7 +333,7 @@ static cl_int build_without_double(__typeof__(&clBuildProgram) build, cl_program
     return code;
 }
 
-/* Options without those that Intel's compiler alone knows: the device may only say that it is theirs. */
+/* Options without those that Intel's compiler alone knows: the device may only say that it is a GPU of theirs. */
 static void copy_known(const char *options, char *known, size_t capacity) {
     static const char prefix[] = "-cl-intel-";
     if (strlen(options) >= capacity) {
@@ -354,7 +354,7 @@ CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count
                                                void *data) {
     NEXT(clBuildProgram)
     char known[2048];
-    if (options != NULL && get_limits()->vendor[0] != '\0') {
+    if (options != NULL && (get_limits()->gpu || get_limits()->vendor[0] != '\0')) {
         copy_known(options, known, sizeof known);
         options = known;
     }

@@ -112,6 +112,19 @@ Test(limits, models) {
     expect_models("gpu," SMALLEST);
 }
 
+/* The widest input of a product is the MLP's, which a step reads in slices. */
+Test(limits, local_memory_of_a_step) {
+    support_limit_device("gpu,local=11000,allocation=1073741824,memory=1073741824");
+    const support_device *device = support_open();
+    loglin_model *model = NULL;
+    loglin_session *session = NULL;
+    support_require(loglin_model_open(device->device, device->queue, models[0], NULL, &model), models[0]);
+    cr_expect_eq(loglin_session_create(model, device->queue, 1, &session), LOGLIN_UNSUPPORTED);
+    cr_expect_not_null(strstr(loglin_last_error(), "local memory"), "%s", loglin_last_error());
+    loglin_session_destroy(session);
+    loglin_model_close(model);
+}
+
 /* The NVIDIA engine says so before it tries anything out.  Local memory: too little for all others. */
 Test(limits, nvidia_engine_needs_large_work_groups) {
     support_limit_device("gpu,vendor=NVIDIA Corporation,group=512,local=8192");

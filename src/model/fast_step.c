@@ -18,12 +18,15 @@ enum { MAX_SEQUENCES_CPU = 2, MAX_SEQUENCES_GPU = 16 };
 /* Columns of a slice of add_product. */
 enum { SLICE = 4096 };
 
-static size_t max_size(size_t a, size_t b) {
-    return a > b ? a : b;
-}
-
 bool loglin_fast_step_applies(const loglin_session *session) {
     return session->sequences <= (session->model->device->is_cpu ? MAX_SEQUENCES_CPU : MAX_SEQUENCES_GPU);
+}
+
+size_t loglin_widest_input(const loglin_session *session) {
+    const loglin_lm *lm = &session->model->lm;
+    const size_t slice = lm->intermediate < SLICE ? lm->intermediate : SLICE;
+    const size_t widest = lm->hidden > lm->inner ? lm->hidden : lm->inner;
+    return loglin_fast_step_applies(session) && slice > widest ? slice : widest;
 }
 
 /* The range of a product with one vector: `blocks` of rows are shared among groups. */
@@ -212,7 +215,7 @@ static loglin_status set_token(const loglin_session *session, loglin_launch *lau
         KERNEL_ARGUMENT(session->all_positions.all),
         KERNEL_ARGUMENT(a->o),
         {sizeof session->meeting, session->meeting != NULL ? &session->meeting : NULL},
-        KERNEL_LOCAL(loglin_prepared_bytes(max_size(max_size(lm->hidden, lm->inner), slice))),
+        KERNEL_LOCAL(loglin_prepared_bytes(loglin_widest_input(session))),
         KERNEL_LOCAL(loglin_scratch_bytes(program)),
     };
     RETURN_IF_ERROR(loglin_model_create_kernel(program, LOGLIN_KERNEL_token, &launch->kernel));

@@ -74,10 +74,9 @@ static loglin_problem step_problem(const loglin_session *session) {
     };
 }
 
-/* The products keep their whole input in local memory. */
+/* The products keep their input in local memory. */
 static loglin_status check_local_memory(const loglin_session *session) {
-    const loglin_lm *lm = &session->model->lm;
-    const size_t widest = lm->hidden > lm->inner ? lm->hidden : lm->inner;
+    const size_t widest = loglin_widest_input(session);
     const size_t need = loglin_prepared_bytes(widest) + loglin_scratch_bytes(&session->program);
     const uint64_t have = session->model->device->info.local_memory;
     if (need > have) {

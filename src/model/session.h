@@ -119,6 +119,8 @@ size_t loglin_scratch_bytes(const loglin_model_program *program);
 
 /* fast_step.c */
 bool loglin_fast_step_applies(const loglin_session *session);
+/* Columns of the widest input that a product keeps in local memory. */
+size_t loglin_widest_input(const loglin_session *session);
 /* May leave sequence 0 behind a trial step. */
 loglin_status loglin_fast_step_create(loglin_session *session);
 void loglin_fast_step_destroy(loglin_session *session);
