@@ -227,6 +227,13 @@ CL_API_ENTRY cl_int CL_API_CALL clGetDeviceInfo(cl_device_id device, cl_device_i
     if (what == CL_DEVICE_VENDOR && get_limits()->vendor[0] != '\0') {
         return answer_text(limits.vendor, capacity, value, size);
     }
+    if (what == CL_DEVICE_VENDOR && limits.gpu) {
+        cl_device_type type = 0; /* "GenuineIntel", a processor's, would be taken for a GPU of Intel's */
+        const cl_int code = next(device, CL_DEVICE_TYPE, sizeof type, &type, NULL);
+        if (code != CL_SUCCESS || type == CL_DEVICE_TYPE_CPU) {
+            return code != CL_SUCCESS ? code : answer_text("none", capacity, value, size);
+        }
+    }
     size_t written = 0;
     const cl_int code = next(device, what, capacity, value, &written);
     if (code == CL_SUCCESS && value != NULL && support_is_limited()) {

@@ -13,7 +13,7 @@
 /*
  * The limits of this process, before its first OpenCL call: words apart by commas, "" or NULL for none.
  *     cpu              says that it is a CPU and nothing else
- *     gpu              says that it is a GPU, with vectors of one float
+ *     gpu              says that it is a GPU, with vectors of one float; of no vendor in particular if it is none
  *     vendor=NAME      says that it is this vendor's
  *     local=BYTES      of local memory
  *     group=ITEMS      of a work-group
