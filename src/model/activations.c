@@ -41,9 +41,11 @@ static loglin_status create_attention(const loglin_session *session, loglin_acti
 
 static loglin_status create_products(const loglin_session *session, loglin_activations *a) {
     RETURN_IF_ERROR(loglin_session_buffer(session, "h", a->rows * a->h_stride, sizeof(float), &a->h));
-    if (!session->model->device->is_cpu) {
+    if (!session->model->device->is_cpu && session->matrix_units.product == NULL) {
         RETURN_IF_ERROR(
             loglin_session_buffer(session, "unpacked", LOGLIN_UNPACKED_FLOATS, sizeof(float), &a->unpacked));
+    }
+    if (!session->model->device->is_cpu) {
         RETURN_IF_ERROR(loglin_session_buffer(session, "both", a->rows * 2 * a->y_stride, sizeof(float), &a->both));
     }
     return LOGLIN_OK;

@@ -3,7 +3,8 @@
  * The pass: many tokens through the layers at once.
  *
  * Products of matrices go through a kernel of cl/model.cl that reads the weights as they are stored on CPUs, where it is
- * many times faster than CLBlast, and elsewhere through CLBlast, the weights unpacked to floats before each product.
+ * many times faster than CLBlast; through NVIDIA's matrix units where the weights are bfloat16; and elsewhere through
+ * CLBlast, the weights unpacked to floats before each product.
  */
 #include "model/session.h"
 
@@ -18,14 +19,27 @@ enum { RUN = 48 };
 /* Floats of logits that are on the device at once. */
 enum { LOGIT_FLOATS = 16 << 20 };
 
+/* On a GPU: NVIDIA's matrix units or CLBlast. */
+static loglin_status prepare_products(loglin_session *session) {
+    loglin_device *device = session->model->device;
+    if (session->model->matrix_dtype == LOGLIN_BF16 && session->matrix_units.product == NULL &&
+        loglin_nvidia_product_create(device, &session->matrix_units) != LOGLIN_OK) {
+        loglin_nvidia_product_destroy(&session->matrix_units);
+    }
+    if (session->matrix_units.product != NULL) {
+        return LOGLIN_OK;
+    }
+    const loglin_gemm_parameters parameters = loglin_tuning_gemm(device);
+    return loglin_gemm_prepare(device, &parameters);
+}
+
 loglin_status loglin_pass_create(loglin_session *session) {
     const loglin_model *model = session->model;
     const size_t piece = model->options.piece > session->sequences ? model->options.piece : session->sequences;
     const size_t fit = LOGIT_FLOATS / loglin_whole_blocks(model->lm.vocabulary);
     const size_t logit_rows = fit < 1 ? 1 : fit < piece ? fit : piece;
     if (!model->device->is_cpu) {
-        const loglin_gemm_parameters parameters = loglin_tuning_gemm(model->device);
-        RETURN_IF_ERROR(loglin_gemm_prepare(model->device, &parameters));
+        RETURN_IF_ERROR(prepare_products(session));
     }
     return loglin_activations_create(session, piece, logit_rows, true, &session->pass_activations);
 }
@@ -37,6 +51,7 @@ void loglin_pass_destroy(loglin_session *session) {
     if (session->workspace != NULL) {
         (void)clReleaseMemObject(session->workspace);
     }
+    loglin_nvidia_product_destroy(&session->matrix_units);
     loglin_activations_destroy(&session->pass_activations);
 }
 
@@ -168,9 +183,32 @@ static loglin_status enqueue_blas(loglin_session *session, const product *p, flo
     return LOGLIN_OK;
 }
 
+static loglin_status enqueue_matrix_units(loglin_session *session, const product *p, int mode) {
+    const loglin_activations *a = &session->pass_activations;
+    const loglin_nvidia_product what = {
+        .x = p->in,
+        .w = p->w,
+        .bias = p->bias,
+        .y = p->y,
+        .x_stride = p->in_stride,
+        .y_stride = p->y_stride,
+        .tokens = p->rows,
+        .columns = p->columns,
+        .blocks = p->blocks,
+        .bias_at = p->bias_at,
+        .mode = mode,
+        .parts = a->both,
+        .part_floats = a->rows * 2 * a->y_stride,
+    };
+    return loglin_nvidia_product_enqueue(&session->matrix_units, &what, session->queue);
+}
+
 static loglin_status enqueue_product(loglin_session *session, const product *p) {
     if (session->model->device->is_cpu) {
         return enqueue_tiles(session, p);
+    }
+    if (session->matrix_units.product != NULL) {
+        return enqueue_matrix_units(session, p, p->add ? PRODUCT_ADD : PRODUCT_SET);
     }
     const cl_ulong y_stride = p->y_stride;
     const cl_uint bias_at = (cl_uint)p->bias_at;
@@ -201,14 +239,19 @@ static loglin_status enqueue_swiglu(loglin_session *session, size_t layer, size_
         return LAUNCH(session, LOGLIN_KERNEL_swiglu_tiles, arguments, a->y_stride / LOGLIN_BLOCK,
                       (rows + RUN - 1) / RUN, 1);
     }
-    const product both = {.in = a->h,
-                          .w = w,
-                          .y = a->both,
-                          .in_stride = a->h_stride,
-                          .y_stride = both_stride,
-                          .rows = rows,
-                          .columns = columns,
-                          .blocks = both_stride / LOGLIN_BLOCK};
+    product both = {.in = a->h,
+                    .w = w,
+                    .y = a->both,
+                    .in_stride = a->h_stride,
+                    .y_stride = both_stride,
+                    .rows = rows,
+                    .columns = columns,
+                    .blocks = both_stride / LOGLIN_BLOCK};
+    if (session->matrix_units.product != NULL) {
+        both.y = a->y;
+        both.y_stride = a->y_stride;
+        return enqueue_matrix_units(session, &both, PRODUCT_SWIGLU);
+    }
     RETURN_IF_ERROR(enqueue_blas(session, &both, 0));
     const loglin_kernel_argument arguments[] = {
         KERNEL_ARGUMENT(a->both),

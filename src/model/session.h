@@ -9,6 +9,7 @@
 #ifndef LOGLIN_MODEL_SESSION_H
 #define LOGLIN_MODEL_SESSION_H
 
+#include "engine/nvidia_product.h"
 #include "model/kernels.h"
 
 enum { LOGLIN_SESSION_PLANS = 8 };
@@ -28,8 +29,8 @@ typedef struct loglin_activations {
     cl_mem conv_v;                            /* v behind the convolution */
     cl_mem q, k, v, g, level_scales, beta, o; /* of the attention */
     cl_mem y;                                 /* of the MLP */
-    cl_mem unpacked; /* matrices as CLBlast reads them, and both halves of the MLP; NULL on CPUs */
-    cl_mem both;
+    cl_mem unpacked;                          /* matrices as CLBlast reads them; NULL where they are not needed */
+    cl_mem both; /* halves of the MLP, or parts of a product's sums: [rows, 2 y_stride]; NULL on CPUs */
     cl_mem logits;
 } loglin_activations;
 
@@ -89,7 +90,8 @@ struct loglin_session {
     cl_uint met_in_vain;       /* a group has waited in vain for the others */
     loglin_shared_step shared; /* of a step_token that one group takes; NULL where the device shares no memory */
 
-    loglin_activations pass_activations; /* rows 0 until the first pass */
+    loglin_activations pass_activations;        /* rows 0 until the first pass */
+    loglin_nvidia_product_kernels matrix_units; /* of passes; not made where others make their products */
     loglin_piece_plan plans[LOGLIN_SESSION_PLANS];
     uint64_t plan_uses;
     cl_mem workspace; /* the largest that a plan needed */
