@@ -4,7 +4,7 @@
  * Rows that hold no token are zeros, so are the columns beyond K and V.
  *
  * DIM_K, DIM_V, CHUNK, PAD_K, PAD_V, LANE_HEADS, COLUMNS (at least 1), IS_DELTA, IS_NEAR, IS_NORMALIZED,
- * GRADIENTS, SPREAD (lanes that share a head's chunks, or 0): the host's.
+ * GRADIENTS, SPREAD (lanes that share a head's chunks, or 0), MAPS_BEFORE (cl/portable_maps.cl): the host's.
  */
 #define SIZE_C CHUNK
 #define SIZE_K PAD_K
@@ -38,12 +38,15 @@
 #define PORTABLE_OFFSET(name, count, rows, columns, when)                                                              \
     LANE_##name, LANE_##name##_LAST = LANE_##name + COUNT_##count * SIZE_##rows * SIZE_##columns * (WHEN_##when) - 1,
 enum {
-    PORTABLE_ARRAYS(PORTABLE_OFFSET) POOL_BEGIN,
+    PORTABLE_ARRAYS(PORTABLE_OFFSET) MAP_BEGIN,
+    MAP_BEGIN_LAST = MAP_BEGIN - 1,
+    PORTABLE_MAP_ARRAYS(PORTABLE_OFFSET) POOL_BEGIN,
     POOL_BEGIN_LAST = POOL_BEGIN - 1,
     PORTABLE_POOL_ARRAYS(PORTABLE_OFFSET) LANE_FLOATS
 };
 
-#define ARRAY(name) ((LANE_##name < POOL_BEGIN ? at->memory : at->pool) + LANE_##name)
+#define ARRAY(name)                                                                                                    \
+    ((LANE_##name < MAP_BEGIN ? at->memory : LANE_##name < POOL_BEGIN ? at->map : at->pool) + LANE_##name)
 /* The head's own copy. */
 #define HEAD_ARRAY(name) (ARRAY(name) + at->head * ((LANE_##name##_LAST - LANE_##name + 1) / LANE_HEADS))
 
@@ -631,6 +634,7 @@ place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane
     const uint of_heads = lane / value_parts, of_group = of_heads / head_parts;
     place at;
     at.memory = ws + lanes + (ulong)lane * ((LANE_FLOATS + 15) / 16 * 16); /* whole vectors, as the host has it */
+    at.map = at.memory;
     at.pool = at.memory;
     at.sequence = of_group / p.groups;
     at.group = of_group % p.groups;

@@ -113,7 +113,7 @@ typedef struct {
 
 /* Where a lane stands. */
 typedef struct {
-    matrix memory, pool; /* of the lane; of its states, from which it counts on */
+    matrix memory, map, pool; /* of the lane, of the chunk's map, of the states; each counts on from the one before */
 #if LANE_ITEMS > 1
     __local float *shared; /* for the products' slabs, and for sums */
 #else

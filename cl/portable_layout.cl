@@ -21,11 +21,9 @@
     ARRAY(KK, ONE, C, C, DELTA)            /* k k^T, likewise */                                                       \
     ARRAY(V, ONE, C, V, ALWAYS)            /* values */                                                                \
     ARRAY(V_END, ONE, C, V, SCALAR)        /* values decayed to the chunk's end */                                     \
-    ARRAY(SUMS, ONE, C, 2, ALWAYS)         /* running sums a_r of the gates, then their remainders */                  \
     ARRAY(START, ONE, C, 1, ALWAYS)        /* exp(a_r) */                                                              \
     ARRAY(END, ONE, C, 1, ALWAYS)          /* exp(a_C - a_r) */                                                        \
     ARRAY(BETA, ONE, C, 1, DELTA)                                                                                      \
-    ARRAY(WEIGHTS, ONE, C, L, ALWAYS)      /* level weights of the rows */                                             \
     ARRAY(ROWS, ONE, C, 1, ALWAYS)         /* what the rows of a product are multiplied with */                        \
     ARRAY(TOTALS, ONE, C, 2, ALWAYS)       /* sums over rows */                                                        \
     ARRAY(LEVEL, ONE, C, C, STRONG)        /* level(r, s) inside the chunk, ints */                                    \
@@ -35,11 +33,7 @@
     ARRAY(XINV, ONE, C, C, DELTA)                                                                                      \
     ARRAY(T, ONE, C, C, DELTA)                                                                                         \
     ARRAY(Z, ONE, C, C, PAIRS)                                                                                         \
-    ARRAY(MZ, ONE, C, C, ALWAYS)                                                                                       \
-    ARRAY(K_START, ONE, C, K, DELTA)                                                                                   \
     ARRAY(K_END, ONE, C, K, DELTA)                                                                                     \
-    ARRAY(READ, ONE, C, K, MAPS)                                                                                       \
-    ARRAY(WRITE, ONE, C, K, MAPS)                                                                                      \
     ARRAY(SEEN, ONE, C, V, DELTA)          /* K_START E of one state */                                                \
     ARRAY(O, ONE, C, V, ALWAYS)                                                                                        \
     ARRAY(Z_NEAR, ONE, C, C, NEAR)                                                                                     \
@@ -88,6 +82,15 @@
     ARRAY(D_K_END, ONE, C, K, DELTA_GRADIENTS)                                                                         \
     ARRAY(SAVED, HEAD, SJ, KV, GRADIENTS)  /* states at the start of segments */                                       \
     ARRAY(D_E, HEAD, A, KV, GRADIENTS)     /* adjoints of states */
+
+/* A chunk's map for a head: what the walk over the states needs of its queries, keys and gates. */
+#define PORTABLE_MAP_ARRAYS(ARRAY)                                                                                     \
+    ARRAY(SUMS, ONE, C, 2, ALWAYS)         /* running sums a_r of the gates, then their remainders */                  \
+    ARRAY(WEIGHTS, ONE, C, L, ALWAYS)      /* level weights of the rows */                                             \
+    ARRAY(MZ, ONE, C, C, ALWAYS)                                                                                       \
+    ARRAY(READ, ONE, C, K, MAPS)                                                                                       \
+    ARRAY(WRITE, ONE, C, K, MAPS)                                                                                      \
+    ARRAY(K_START, ONE, C, K, DELTA)
 
 /* Those that lanes of one head may share. */
 #define PORTABLE_POOL_ARRAYS(ARRAY)                                                                                    \

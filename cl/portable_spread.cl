@@ -21,6 +21,7 @@ place find_spread(const loglin_panel p, __global float *ws, ulong lanes, ulong p
     place at = find_lane(p, ws, lanes, lane / count);
     *part = lane % count;
     at.memory = ws + lanes + (ulong)lane * POOL_BEGIN;
+    at.map = at.memory;
     at.pool = ws + pools + (ulong)(lane / count) * ((LANE_FLOATS - POOL_BEGIN + 15) / 16 * 16) - POOL_BEGIN;
     return at;
 }

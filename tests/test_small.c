@@ -40,11 +40,11 @@ static void check_calls(const support_case *c) {
 
 /*
  * With two compute units, as scripts/oclgrind has it, no kernel of the fused engine is left out: the chunks of a single
- * head with many values are spread over the lanes, all other cases have lanes enough.
+ * head with many values are spread over the lanes, or its maps are, all other cases have lanes enough.
  */
 static void check_launches(void) {
-    static const char *const kernels[] = {"portable_forward", "portable_own",      "portable_merge",
-                                          "portable_read",    "portable_backward", "portable_reduce"};
+    static const char *const kernels[] = {"portable_forward", "portable_own",  "portable_merge",    "portable_read",
+                                          "portable_maps",    "portable_walk", "portable_backward", "portable_reduce"};
     cl_uint units = 0;
     support_require(clGetDeviceInfo(support_open()->id, CL_DEVICE_MAX_COMPUTE_UNITS, sizeof units, &units, NULL),
                     "CL_DEVICE_MAX_COMPUTE_UNITS");
@@ -79,14 +79,16 @@ static void check_everything(void) {
             check_calls(&c);
         }
     }
-    const support_case spread = {.length = 20,
-                                 .heads = 1,
-                                 .dim_k = 4,
-                                 .dim_v = 33,
-                                 .chunk = 16,
-                                 .positions = POSITIONS,
-                                 .final_states = true,
-                                 .only = LOGLIN_ENGINE_FUSED};
+    support_case spread = {.length = 20,
+                           .heads = 1,
+                           .dim_k = 4,
+                           .dim_v = 33,
+                           .chunk = 16,
+                           .positions = POSITIONS,
+                           .final_states = true,
+                           .only = LOGLIN_ENGINE_FUSED};
+    count_result(support_check_forward(&spread));
+    spread.op = LOGLIN_GATED_DELTA;
     count_result(support_check_forward(&spread));
     support_case decaying = {.length = 20, .final_states = true, .log_decay = true, .dim_k = 4, .dim_v = 4};
     count_result(support_check_decode(&decaying));

@@ -20,13 +20,22 @@
 /* Lanes of a core that share the chunks of a head: several, so that the cores end together. */
 static const size_t spread_lanes = 4;
 
-/* X(name): the kernels: of the slots, of the forward pass, of the spread one, of the backward pass. */
+/* Of the maps that are made before a walk. */
+static const size_t most_map_floats = (size_t)64 << 20;
+
+/* X(name): the kernels: of the slots, of the forward pass, of the spread one and of that with maps, of the backward pass. */
 #define PORTABLE_KERNELS(X)                                                                                            \
     X(chunk_layout)                                                                                                    \
     X(chunk_keep)                                                                                                      \
     X(chunk_positions)                                                                                                 \
     X(portable_forward)                                                                                                \
-    X(portable_own) X(portable_merge) X(portable_read) X(portable_backward) X(portable_reduce)
+    X(portable_own)                                                                                                    \
+    X(portable_merge)                                                                                                  \
+    X(portable_read)                                                                                                   \
+    X(portable_maps)                                                                                                   \
+    X(portable_walk)                                                                                                   \
+    X(portable_backward)                                                                                               \
+    X(portable_reduce)
 
 typedef enum portable_kernel {
 #define PORTABLE_KERNEL_ENUM(name) KERNEL_##name,
@@ -44,12 +53,13 @@ typedef struct lane_shape {
     size_t head_parts, value_parts; /* of a group, of its values */
     size_t lanes;
     size_t spread;            /* lanes that share the chunks of a head; 0: a lane walks over all of them */
+    size_t map_lanes;         /* lanes that make the maps of a head before the walk; 0: each lane its own */
     size_t segment, segments; /* backward: chunks, and how many of them a sequence has at most; 0: forward */
 } lane_shape;
 
 /* Where the parts of the workspace begin, in floats from its start. */
 typedef struct workspace_layout {
-    size_t lanes, pools;
+    size_t lanes, pools, maps;
     size_t q_parts, k_parts, g_parts, beta_parts, level_parts; /* backward */
     size_t floats;
 } workspace_layout;
@@ -85,6 +95,10 @@ static size_t ceil_div(size_t a, size_t b) {
 
 static size_t smaller(size_t a, size_t b) {
     return a < b ? a : b;
+}
+
+static size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
 }
 
 static size_t pad(size_t count) {
@@ -127,8 +141,12 @@ static bool is_backward(const lane_shape *shape) {
     return shape->segment > 0 && shape->spread == 0;
 }
 
-/* Floats of a lane's memory; *pool: of those the ones of its states. */
-static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bool strong, size_t *pool) {
+/* Floats of a lane's memory, and of its parts. */
+typedef struct lane_size {
+    size_t all, map, pool;
+} lane_size;
+
+static lane_size size_lane(const lane_shape *shape, const loglin_panel *panel, bool strong) {
     const bool gradients = is_backward(shape);
     enum {
         ALWAYS,
@@ -197,10 +215,11 @@ static size_t lane_floats(const lane_shape *shape, const loglin_panel *panel, bo
     floats += when[condition] ? counts[count] * sizes[SIZE_##rows] * sizes[SIZE_##columns] : 0;
     PORTABLE_ARRAYS(PORTABLE_ADD)
     const size_t own = floats;
+    PORTABLE_MAP_ARRAYS(PORTABLE_ADD)
+    const size_t before_pool = floats;
     PORTABLE_POOL_ARRAYS(PORTABLE_ADD)
 #undef PORTABLE_ADD
-    *pool = pad(floats - own);
-    return pad(floats);
+    return (lane_size){.all = pad(floats), .map = before_pool - own, .pool = pad(floats - before_pool)};
 }
 
 static size_t reserve(size_t *end, size_t floats) {
@@ -215,18 +234,40 @@ static size_t reserve(size_t *end, size_t floats) {
  */
 static lane_shape spread(const loglin_problem *problem, const loglin_engine_state *state, lane_shape shape,
                          size_t cores) {
-    if (shape.value_parts == 1 || state->waves < cores || state->panel.delta || problem->partition == LOGLIN_STRONG) {
+    const size_t heads = loglin_problem_sequences(problem) * problem->heads;
+    if (shape.value_parts == 1 || heads * state->waves < cores || state->panel.delta ||
+        problem->partition == LOGLIN_STRONG) {
         return shape;
     }
-    const size_t heads = loglin_problem_sequences(problem) * problem->heads;
     shape.heads = 1;
     shape.head_parts = problem->heads / problem->groups;
     shape.value_parts = 1;
     shape.pad_v = pad(problem->dim_v);
-    shape.spread = smaller(ceil_div(spread_lanes * cores, heads), state->waves);
+    size_t waves = 1; /* a power of two: many lengths share the kernels */
+    while (waves < state->waves) {
+        waves *= 2;
+    }
+    shape.spread = smaller(ceil_div(spread_lanes * cores, heads), waves);
     shape.lanes = heads * shape.spread;
-    shape.segment = state->waves;
-    shape.pool = shape.columns + state->waves;
+    shape.segment = waves;
+    shape.pool = shape.columns + waves;
+    return shape;
+}
+
+/* The same for the delta rule, whose states tie the chunks together: their maps are made before, where there is room. */
+static lane_shape make_maps_before(const loglin_problem *problem, const loglin_engine_state *state, lane_shape shape,
+                                   size_t cores) {
+    if (shape.value_parts == 1 || state->waves == 1 || !state->panel.delta || problem->partition == LOGLIN_STRONG) {
+        return shape;
+    }
+    const size_t heads = loglin_problem_sequences(problem) * problem->heads;
+    if (heads * state->waves * size_lane(&shape, &state->panel, false).map > most_map_floats) {
+        return shape;
+    }
+    shape.heads = 1;
+    shape.head_parts = problem->heads / problem->groups;
+    shape.lanes = heads * shape.value_parts;
+    shape.map_lanes = smaller(ceil_div(cores, heads), state->waves);
     return shape;
 }
 
@@ -244,17 +285,19 @@ static lane_shape divide_backward(const loglin_engine_state *state, lane_shape s
 }
 
 /* The workspace behind the slot table: the lanes, and backwards the parts of the gradients. */
-static loglin_status lay_out_workspace(const loglin_problem *problem, const loglin_panel *panel,
+static loglin_status lay_out_workspace(const loglin_problem *problem, const loglin_panel *panel, size_t waves,
                                        const lane_shape *shape, workspace_layout *layout) {
-    size_t pool = 0;
-    const size_t floats = lane_floats(shape, panel, problem->partition == LOGLIN_STRONG, &pool);
-    if (floats > INT32_MAX) {
-        return loglin_fail(LOGLIN_UNSUPPORTED, "a lane takes %zu floats, expected below 2^31", floats);
+    const lane_size size = size_lane(shape, panel, problem->partition == LOGLIN_STRONG);
+    const size_t heads = loglin_problem_sequences(problem) * problem->heads;
+    if (size.all > INT32_MAX) {
+        return loglin_fail(LOGLIN_UNSUPPORTED, "a lane takes %zu floats, expected below 2^31", size.all);
     }
     size_t end = 0;
     (void)reserve(&end, (size_t)panel->slots * SLOT_INTS);
-    layout->lanes = reserve(&end, shape->lanes * (shape->spread > 0 ? floats - pool : floats));
-    layout->pools = reserve(&end, shape->spread > 0 ? shape->lanes / shape->spread * pool : 0);
+    layout->lanes = reserve(&end, larger(shape->lanes, heads * shape->map_lanes) *
+                                      (shape->spread > 0 ? size.all - size.pool : size.all));
+    layout->pools = reserve(&end, shape->spread > 0 ? shape->lanes / shape->spread * size.pool : 0);
+    layout->maps = reserve(&end, shape->map_lanes > 0 ? heads * waves * size.map : 0);
     if (is_backward(shape)) {
         const size_t tokens = problem->batch * problem->length, values = tokens * problem->heads * shape->value_parts;
         const size_t keys = tokens * problem->groups * problem->dim_k * shape->head_parts * shape->value_parts;
@@ -298,11 +341,12 @@ static loglin_status lay_out(const loglin_device *device, const loglin_problem *
     state->waves = problem->sequences > 0 ? problem->max_length / problem->chunk + 2 : panel->waves;
     const lane_shape shape = divide(problem, panel, device->info.compute_units, tuned[LOGLIN_TUNABLE_LANE_HEADS]);
     state->shape = spread(problem, state, shape, device->info.compute_units);
-    RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->shape, &state->forward));
+    state->shape = make_maps_before(problem, state, state->shape, device->info.compute_units);
+    RETURN_IF_ERROR(lay_out_workspace(problem, panel, state->waves, &state->shape, &state->forward));
     if (has_backward(device, problem, &state->schedule)) {
         state->backward_shape =
             divide_backward(state, shape, tuned[LOGLIN_TUNABLE_SEGMENT_CHUNKS], problem->partition == LOGLIN_STRONG);
-        RETURN_IF_ERROR(lay_out_workspace(problem, panel, &state->backward_shape, &state->backward));
+        RETURN_IF_ERROR(lay_out_workspace(problem, panel, state->waves, &state->backward_shape, &state->backward));
     }
     return LOGLIN_OK;
 }
@@ -352,20 +396,23 @@ static loglin_status create_lane_kernels(loglin_device *device, const loglin_pro
                                          unsigned tile_rows, portable_kernel first, portable_kernel end,
                                          loglin_engine_state *state) {
     const char *const files[] = {
-        "panel.cl",           "common.cl",           "chunk_layout.cl",     "portable_items.cl",    "mma_layouts.cl",
-        state->schedule.mma,  "mma_fragments.cl",    "portable_product.cl", "portable_layout.cl",   "portable_chunk.cl",
-        "portable_states.cl", "portable_forward.cl", "portable_spread.cl",  "portable_backward.cl", NULL};
+        "panel.cl",           "common.cl",         "chunk_layout.cl",      "portable_items.cl",
+        "mma_layouts.cl",     state->schedule.mma, "mma_fragments.cl",     "portable_product.cl",
+        "portable_layout.cl", "portable_chunk.cl", "portable_states.cl",   "portable_forward.cl",
+        "portable_spread.cl", "portable_maps.cl",  "portable_backward.cl", NULL};
     char lanes[LOGLIN_LANE_OPTIONS], options[LOGLIN_LANE_OPTIONS + 640];
     loglin_lanes_options(&state->schedule, lanes);
     (void)snprintf(options, sizeof options,
                    "-DSTORAGE=%d -DWEIGHT_STORAGE=%d -DSTRONG=%d %s -DVECTOR=%d -DTILE_ROWS=%u -DDIM_K=%zu -DDIM_V=%zu "
                    "-DCHUNK=%zu "
                    "-DPAD_K=%zu -DPAD_V=%zu -DLANE_HEADS=%zu -DCOLUMNS=%zu -DPOOL=%zu -DIS_DELTA=%u -DIS_NEAR=%u "
-                   "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSPREAD=%zu -DSEGMENT=%zu -DSEGMENTS=%zu -cl-denorms-are-zero",
+                   "-DIS_NORMALIZED=%d -DGRADIENTS=%d -DSPREAD=%zu -DMAPS_BEFORE=%d -DSEGMENT=%zu -DSEGMENTS=%zu "
+                   "-cl-denorms-are-zero",
                    (int)problem->dtype, (int)problem->weight_dtype, problem->partition == LOGLIN_STRONG, lanes,
                    vector_width(device), tile_rows, problem->dim_k, problem->dim_v, problem->chunk, shape->pad_k,
                    shape->pad_v, shape->heads, shape->columns, shape->pool, state->panel.delta, state->panel.near,
-                   problem->normalize_qk != 0, is_backward(shape), shape->spread, shape->segment, shape->segments);
+                   problem->normalize_qk != 0, is_backward(shape), shape->spread, shape->map_lanes > 0, shape->segment,
+                   shape->segments);
     return create_kernels(device, files, options, first, end, state);
 }
 
@@ -385,12 +432,15 @@ static loglin_status prepare(loglin_device *device, const loglin_problem *proble
         state->schedule.forward_only = of_device.forward_only;
     }
     RETURN_IF_ERROR(create_slot_kernels(device, problem, state));
-    const bool spread = state->shape.spread > 0;
+    const portable_kernel first = state->shape.spread > 0      ? KERNEL_portable_own
+                                  : state->shape.map_lanes > 0 ? KERNEL_portable_maps
+                                                               : KERNEL_portable_forward;
+    const portable_kernel end = state->shape.spread > 0      ? KERNEL_portable_maps
+                                : state->shape.map_lanes > 0 ? KERNEL_portable_backward
+                                                             : KERNEL_portable_own;
     const unsigned tile_rows = configuration->values[LOGLIN_TUNABLE_TILE_ROWS];
     if ((problem->phases & LOGLIN_FORWARD) != 0) {
-        RETURN_IF_ERROR(create_lane_kernels(device, problem, &state->shape, tile_rows,
-                                            spread ? KERNEL_portable_own : KERNEL_portable_forward,
-                                            spread ? KERNEL_portable_backward : KERNEL_portable_own, state));
+        RETURN_IF_ERROR(create_lane_kernels(device, problem, &state->shape, tile_rows, first, end, state));
     }
     if (has_backward(device, problem, &state->schedule)) {
         return create_lane_kernels(device, problem, &state->backward_shape, tile_rows, KERNEL_portable_backward,
@@ -477,12 +527,29 @@ static void walk_spread(const loglin_engine_state *state, const loglin_call *cal
                            BUFFER(call->o), BUFFER(call->final.values)));
 }
 
+static void walk_with_maps(const loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
+                           loglin_tape *tape) {
+    const lane_shape *shape = &state->shape;
+    const size_t heads = shape->lanes / shape->value_parts, items = state->schedule.items;
+    const size_t lanes = workspace.offset + state->forward.lanes, maps = workspace.offset + state->forward.maps;
+    launch_lanes(tape, KERNEL_portable_maps, heads * shape->map_lanes, items,
+                 ARGUMENTS(ULONG(lanes), ULONG(maps), UINT(state->waves), UINT(shape->map_lanes),
+                           BUFFER(call->in.cu_seqlens), BUFFER(call->in.q), BUFFER(call->in.k), BUFFER(call->in.g),
+                           BUFFER(call->in.level_scales), BUFFER(call->in.beta)));
+    launch_lanes(tape, KERNEL_portable_walk, shape->lanes, items,
+                 ARGUMENTS(ULONG(lanes), ULONG(maps), UINT(state->waves), BUFFER(call->in.cu_seqlens),
+                           BUFFER(call->in.v), BUFFER(call->initial.values), BUFFER(call->initial.log_decay),
+                           BUFFER(call->o), BUFFER(call->final.values)));
+}
+
 static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
     workspace = align(workspace);
     loglin_tape tape = start(state, call, workspace, queue, num_wait, wait);
     if (state->shape.spread > 0) {
         walk_spread(state, call, workspace, &tape);
+    } else if (state->shape.map_lanes > 0) {
+        walk_with_maps(state, call, workspace, &tape);
     } else {
         launch_lanes(&tape, KERNEL_portable_forward, state->shape.lanes, state->schedule.items,
                      ARGUMENTS(ULONG(workspace.offset + state->forward.lanes), BUFFER(call->in.cu_seqlens),
