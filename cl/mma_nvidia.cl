@@ -146,6 +146,9 @@ uint4 transpose_quad(uint4 x) {
     return high ? (uint4)(c, d, x.z, x.w) : (uint4)(x.x, x.y, c, d);
 }
 
+/* A barrier of a warpgroup alone, the `own`th of its work-group. */
+void warpgroup_barrier(uint own) { asm volatile("bar.sync %0, 128;" : : "r"(own + 1) : "memory"); }
+
 /*
  * Products of a warpgroup, four warps: C (64 x 64) += A (64 x 64) B (64 x 64), in four steps of 16.  A warp has 16 rows of A
  * and C, as above; C has its eight tiles of 8 columns one behind the other.  B lies in local memory for all warps, rows of

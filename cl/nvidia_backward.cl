@@ -8,6 +8,7 @@
  * until each chunk has one that holds everything behind it.
  *     prepare   q and k, normalised and padded; the gates' running sums
  *     since     the gates' sums over chunks
+ *     weights   what weighs tokens in states and adjoints
  *     sums      states of blocks of up to 2^UNIT_BITS chunks, and adjoints of all blocks, larger ones in parts
  *     tree      states up, adjoints down
  *     rows      the levels above a chunk: dO S^T gives dq and dlevel_scales
@@ -25,8 +26,9 @@
  * and those of local tiles are pieces of 8 columns, piece c of row r at place c ^ r % 8.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales),
- * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_HEADS and
- * BLOCK_HEADS (heads of a group that a work-group of the sums takes side by side, and of rows and tiles one by one).
+ * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_GROUPS (warpgroups of a
+ * work-group of the sums), SUM_TURNS (heads and tiles of V that each takes one by one) and BLOCK_HEADS (heads of a group that
+ * a work-group of rows and tiles takes one by one).
  */
 
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
@@ -104,6 +106,11 @@ void fetch_state(__local uint4 *to, const __global uint4 *from, uint item, uint 
     }
 }
 
+/* Eight columns, whatever their alignment. */
+uint4 load_piece(const __global ushort *x) {
+    return (uint4)(x[0] | (uint)x[1] << 16, x[2] | (uint)x[3] << 16, x[4] | (uint)x[5] << 16, x[6] | (uint)x[7] << 16);
+}
+
 /* Starts copying 64 rows of v or dO; missing rows and columns become zeros. */
 void fetch_columns(__local uint4 *to, const __global ushort *x, uint tile, int rows, int aligned, uint item,
                    uint items) {
@@ -115,12 +122,7 @@ void fetch_columns(__local uint4 *to, const __global ushort *x, uint tile, int r
         if (aligned) {
             copy_16(place_of_piece, from, wanted);
         } else {
-            uint4 values = (uint4)(0);
-            if (wanted) {
-                values = (uint4)(from[0] | (uint)from[1] << 16, from[2] | (uint)from[3] << 16,
-                                 from[4] | (uint)from[5] << 16, from[6] | (uint)from[7] << 16);
-            }
-            *place_of_piece = values;
+            *place_of_piece = wanted ? load_piece(from) : (uint4)(0);
         }
     }
 }
@@ -211,14 +213,14 @@ float2 split(double x) {
 }
 
 /*
- * A warp sums a chunk's gates.  The factors of a token: the decay from before its 16 tokens, to the end of these,
- * between it and the middle of the chunk, to the chunk's end.
+ * A warp sums a chunk's gates; the warps beside it have the next heads, whose gates lie between these.  The factors of a
+ * token: the decay from before its 16 tokens, to the end of these, between it and the middle of the chunk, to the chunk's end.
  */
 void sum_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global float *g,
                ulong id, __local double *sums) {
-    const uint lane = warp_lane(), n = id % call.chunks;
-    const ulong bh = id / call.chunks;
-    const ulong first = (bh / HEADS * call.length + (ulong)n * NB_CHUNK) * HEADS + bh % HEADS;
+    const uint lane = warp_lane(), n = id / HEADS % call.chunks, b = id / HEADS / call.chunks, head = id % HEADS;
+    const ulong bh = (ulong)b * HEADS + head, at = (bh * call.chunks + n) * NB_CHUNK;
+    const ulong first = ((ulong)b * call.length + (ulong)n * NB_CHUNK) * HEADS + head;
     double running[4];
     double sum = 0.0;
 #pragma unroll
@@ -233,8 +235,8 @@ void sum_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_
         sums[4 * lane + i] = running[i] + before;
     }
     barrier(CLK_LOCAL_MEM_FENCE);
-    __global float2 *gates = (__global float2 *)place(ws, ws_offset, call.gates) + id * NB_CHUNK;
-    __global float4 *factors = (__global float4 *)place(ws, ws_offset, call.factors) + id * NB_CHUNK;
+    __global float2 *gates = (__global float2 *)place(ws, ws_offset, call.gates) + at;
+    __global float4 *factors = (__global float4 *)place(ws, ws_offset, call.factors) + at;
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         const uint t = i * 32 + lane, base = t / 16 * 16;

@@ -1,38 +1,107 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The scalar-gated backward pass, see nvidia_backward.cl: states and adjoints of blocks. */
 
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
+
+#define WEIGHT_SLOTS (1 + CHUNK_LEVELS)
+
+/* Where a pair of a chunk's tokens stands: an item finds what the columns of A of 64 tokens take in a row. */
+uint weight_place(uint pair) { return pair / 32 * 32 + pair % 4 * 8 + pair % 32 / 4; }
+
+#define WEIGHT_HEADS (NB_ITEMS / 32)
+#define WEIGHT_ROW (WEIGHT_HEADS * SLOTS | 1)
+
+/*
+ * A work-group has a chunk of some heads, a warp one of them: what weighs its tokens in its state, and in the adjoint of each
+ * level, decayed from the start of its block or of its unit.  Level scales come through local memory, [token][head][level].
+ */
+__kernel __attribute__((reqd_work_group_size(NB_ITEMS, 1, 1))) void
+nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global weight *level_scales,
+           ulong level_scales_offset) {
+    __local float scales[NB_CHUNK * WEIGHT_ROW];
+    const uint bundles = (HEADS + WEIGHT_HEADS - 1) / WEIGHT_HEADS, first_head = get_group_id(0) % bundles * WEIGHT_HEADS;
+    const uint n = get_group_id(0) / bundles % call.chunks, b = get_group_id(0) / bundles / call.chunks;
+    const ulong first = ((ulong)b * call.length + n * NB_CHUNK) * HEADS + first_head;
+    const uint tokens = min((uint)NB_CHUNK, call.length - n * NB_CHUNK), heads = min((uint)WEIGHT_HEADS, HEADS - first_head);
+#pragma unroll 4
+    for (uint i = get_local_id(0); i < NB_CHUNK * WEIGHT_HEADS * SLOTS; i += NB_ITEMS) {
+        const uint level = i % SLOTS, head = i / SLOTS % WEIGHT_HEADS, t = i / (SLOTS * WEIGHT_HEADS);
+        const int wanted = ((n >> level) & 1) != 0 && t < tokens && head < heads;
+        const ulong at = level_scales_offset + (first + t * HEADS + head) * LEVELS + CHUNK_LEVEL + level;
+        scales[t * WEIGHT_ROW + head * SLOTS + level] = wanted ? load_weight(level_scales, at) * call.scale : 0.0f;
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    const uint warp = get_local_id(0) / 32;
+    if (warp >= heads) {
+        return;
+    }
+    const ulong bh = (ulong)b * HEADS + first_head + warp;
+    const __global float4 *gates = (const __global float4 *)place(ws, ws_offset, call.gates) +
+                                   (bh * call.chunks + n) * (NB_CHUNK / 2);
+    const __global float2 *since = (const __global float2 *)place(ws, ws_offset, call.since) + bh * (call.chunks + 1);
+    __global uint *to = (__global uint *)place(ws, ws_offset, call.weights) +
+                        (bh * call.chunks + n) * (WEIGHT_SLOTS * NB_CHUNK / 2);
+    const float2 end = gates[NB_CHUNK / 2 - 1].zw, start = since[n];
+#pragma unroll
+    for (uint i = 0; i < 2; i++) {
+        const uint pair = i * 32 + warp_lane();
+        const float4 own = gates[pair];
+        const __local float *scale = scales + 2 * pair * WEIGHT_ROW + warp * SLOTS;
+        to[weight_place(pair)] = pack(2 * pair < tokens ? decay_between(end, own.xy) : 0.0f,
+                                      2 * pair + 1 < tokens ? decay_between(end, own.zw) : 0.0f);
+        for (uint level = 0; level < CHUNK_LEVELS; level++) {
+            if (((n >> level) & 1) != 0) {
+                const float2 early = since[max(n >> level << level, n >> UNIT_BITS << UNIT_BITS)];
+                to[(1 + level) * (NB_CHUNK / 2) + weight_place(pair)] =
+                    pack(scale[level] * decay_between(start + own.xy, early),
+                         scale[WEIGHT_ROW + level] * decay_between(start + own.zw, early));
+            }
+        }
+    }
+}
+
 /* ---- sums -------------------------------------------------------------------------------------------------------- */
 
-#define SUM_ITEMS (128 * SUM_HEADS)
-#define SUM_TILES (NV_K / 64) /* sixteens of K of a warp */
+#define SUM_ITEMS (128 * SUM_GROUPS)
+#define SUM_CHUNKS (1 << SUM_BITS)
+#define GROUP_MATRICES (GROUP_HEADS * TILES_V) /* heads and tiles of V of a group */
+#define SUM_MATRICES (SUM_GROUPS * SUM_TURNS)
+#define SUM_BLOCKS ((GROUP_MATRICES + SUM_MATRICES - 1) / SUM_MATRICES)
 
-/* What a work-group sums: k^T v or q^T dO over `count` chunks. */
-typedef struct sum_job {
-    int is_state;
-    uint level; /* above a chunk: chunks with this bit set */
-    uint unit, first, count;
-} sum_job;
+/* A chunk's product in a sum: which chunk, and its level; whether what is stored counts too; whether the sum ends. */
+typedef uchar4 sum_product;
 
-/* How many chunks have bit j set? */
-uint count_with_bit(uint chunks, uint j) {
-    const uint rest = chunks & ((2u << j) - 1), width = 1u << j;
-    return (chunks >> (j + 1) << j) + (rest > width ? rest - width : 0);
+/*
+ * Lists the products for `chunks` chunks from `first`.  A state takes its chunk alone; an adjoint of level j takes all chunks
+ * of a block of 2^j with bit j set that its unit has.
+ */
+uint list_products(__local sum_product *to, uint first, uint chunks, int is_state) {
+    uint count = 0;
+    for (uint level = 0; level < (is_state ? 1 : CHUNK_LEVELS); level++) {
+        for (uint i = 0; i < chunks; i++) {
+            const uint n = first + i, others = (1u << level) - 1;
+            if (is_state) {
+                to[count++] = (sum_product)(i, level, 0, 1);
+            } else if (((n >> level) & 1) != 0) {
+                const int resumes = max(n & ~others, first / UNIT * UNIT) < first;
+                to[count++] = (sum_product)(i, level, resumes, i + 1 == chunks || (n & others) == others);
+            }
+        }
+    }
+    return count;
 }
 
-/* Jobs that read the same tokens are close to each other.  A count of 0: there is none of this number. */
-sum_job find_job(uint chunks, uint id) {
-    const uint turn = id / (2 + CHUNK_LEVELS), kind = id % (2 + CHUNK_LEVELS);
-    sum_job job = {kind < 2, kind < 2 ? 0 : kind - 2, kind < 2 ? 2 * turn + kind : turn, 0, 0};
-    const uint total = job.is_state ? chunks - 1 : count_with_bit(chunks, job.level);
-    job.first = job.unit * UNIT;
-    job.count = job.first < total ? min((uint)UNIT, total - job.first) : 0;
-    return job;
-}
+/* Where a warpgroup is: a head and tile of V of its group, and a product. */
+typedef struct sum_position {
+    uint matrix, product;
+} sum_position;
 
-/* The job's chunk number i: any, or the one with the bit set. */
-uint job_chunk(sum_job job, uint i) {
-    const uint x = job.first + i, j = job.level;
-    return job.is_state ? x : (x >> j << (j + 1)) | (1u << j) | (x & ((1u << j) - 1));
+sum_position next_position(sum_position now, uint products) {
+    if (++now.product == products) {
+        now.product = 0;
+        now.matrix += SUM_GROUPS;
+    }
+    return now;
 }
 
 /* 16 rows of K, 32 columns of V: an item's four eights of a row, from or to the state. */
@@ -40,15 +109,15 @@ uint sum_place(uint row, uint half_v) {
     return swizzled(row + warp_lane() / 4, 8, half_v * 4 + warp_lane() % 4);
 }
 
-void store_sum(__global uint4 *to, float4 sum[8 * SUM_TILES], uint warp) {
+void store_sum(__global uint4 *to, const float4 sum[NV_K / 64][8], uint warp) {
     const float unit = 1.0f / STATE_UNIT;
 #pragma unroll
-    for (uint m = 0; m < SUM_TILES; m++) {
+    for (uint m = 0; m < NV_K / 64; m++) {
+        const uint row = 64 * m + 16 * warp;
 #pragma unroll
         for (uint half_v = 0; half_v < 2; half_v++) {
-            const float4 a = sum[8 * m + 4 * half_v] * unit, b = sum[8 * m + 4 * half_v + 1] * unit;
-            const float4 c = sum[8 * m + 4 * half_v + 2] * unit, d = sum[8 * m + 4 * half_v + 3] * unit;
-            const uint row = (warp * SUM_TILES + m) * 16;
+            const float4 a = sum[m][4 * half_v] * unit, b = sum[m][4 * half_v + 1] * unit;
+            const float4 c = sum[m][4 * half_v + 2] * unit, d = sum[m][4 * half_v + 3] * unit;
             to[sum_place(row, half_v)] =
                 transpose_quad((uint4)(pack(a.x, a.y), pack(b.x, b.y), pack(c.x, c.y), pack(d.x, d.y)));
             to[sum_place(row + 8, half_v)] =
@@ -57,153 +126,185 @@ void store_sum(__global uint4 *to, float4 sum[8 * SUM_TILES], uint warp) {
     }
 }
 
-void add_sum(float4 sum[8 * SUM_TILES], const __global uint4 *from, float weight, uint warp) {
+void add_sum(float4 sum[NV_K / 64][8], const __global uint4 *from, float weight, uint warp) {
     weight *= STATE_UNIT;
 #pragma unroll
-    for (uint m = 0; m < SUM_TILES; m++) {
+    for (uint m = 0; m < NV_K / 64; m++) {
+        const uint row = 64 * m + 16 * warp;
 #pragma unroll
         for (uint half_v = 0; half_v < 2; half_v++) {
-            const uint row = (warp * SUM_TILES + m) * 16;
             const uint4 upper = transpose_quad(from[sum_place(row, half_v)]);
             const uint4 lower = transpose_quad(from[sum_place(row + 8, half_v)]);
-            sum[8 * m + 4 * half_v] += weight * (float4)(unpack(upper.x), unpack(lower.x));
-            sum[8 * m + 4 * half_v + 1] += weight * (float4)(unpack(upper.y), unpack(lower.y));
-            sum[8 * m + 4 * half_v + 2] += weight * (float4)(unpack(upper.z), unpack(lower.z));
-            sum[8 * m + 4 * half_v + 3] += weight * (float4)(unpack(upper.w), unpack(lower.w));
+            sum[m][4 * half_v] += weight * (float4)(unpack(upper.x), unpack(lower.x));
+            sum[m][4 * half_v + 1] += weight * (float4)(unpack(upper.y), unpack(lower.y));
+            sum[m][4 * half_v + 2] += weight * (float4)(unpack(upper.z), unpack(lower.z));
+            sum[m][4 * half_v + 3] += weight * (float4)(unpack(upper.w), unpack(lower.w));
         }
     }
 }
 
-void clear_sum(float4 sum[8 * SUM_TILES]) {
+void clear_sum(float4 sum[NV_K / 64][8]) {
 #pragma unroll
-    for (uint i = 0; i < 8 * SUM_TILES; i++) {
-        sum[i] = (float4)(0.0f);
+    for (uint m = 0; m < NV_K / 64; m++) {
+        tile_clear(sum[m]);
     }
 }
 
-/* Adds (weights rows)^T values over a tile. */
-void add_tile(float4 sum[8 * SUM_TILES], const __local uint4 *rows, const __local uint4 *values,
-              const __local float *weights, uint warp) {
+/* Adds (weights rows)^T values over a chunk; the weights are at weight_place. */
+void add_chunk(float4 sum[NV_K / 64][8], const __local uint4 *rows, const __local uint4 *values,
+               const __local uint4 *weights, uint warp) {
 #pragma unroll
-    for (uint step = 0; step < 4; step++) {
-        const __local float *own = weights + 16 * step + 2 * (warp_lane() % 4);
-        const uint early = pack(own[0], own[1]), late = pack(own[8], own[9]);
-        uint4 a[SUM_TILES];
+    for (uint tile = 0; tile < 2; tile++) {
+        const uint4 left = weights[tile * 8 + warp_lane() % 4 * 2], right = weights[tile * 8 + warp_lane() % 4 * 2 + 1];
+        const uint pairs[8] = {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
 #pragma unroll
-        for (uint m = 0; m < SUM_TILES; m++) {
-            const uint4 x = load_a_transposed(rows, K_PIECES, 16 * step, (warp * SUM_TILES + m) * 2);
-            a[m] = (uint4)(multiply_pairs(x.x, early), multiply_pairs(x.y, early), multiply_pairs(x.z, late),
-                           multiply_pairs(x.w, late));
-        }
+        for (uint m = 0; m < NV_K / 64; m++) {
+            uint4 a[4];
 #pragma unroll
-        for (uint i = 0; i < 4; i++) {
-            const uint4 b = load_b(values, 8, 16 * step, 2 * i);
-#pragma unroll
-            for (uint m = 0; m < SUM_TILES; m++) {
-                mma(&sum[8 * m + 2 * i], a[m], b.x, b.y);
-                mma(&sum[8 * m + 2 * i + 1], a[m], b.z, b.w);
+            for (uint step = 0; step < 4; step++) {
+                a[step] = load_a_transposed(rows, K_PIECES, 64 * tile + 16 * step, (4 * m + warp) * 2);
             }
+            tile_wait_but_one();
+#pragma unroll
+            for (uint step = 0; step < 4; step++) {
+                a[step] = (uint4)(multiply_pairs(a[step].x, pairs[2 * step]), multiply_pairs(a[step].y, pairs[2 * step]),
+                                  multiply_pairs(a[step].z, pairs[2 * step + 1]),
+                                  multiply_pairs(a[step].w, pairs[2 * step + 1]));
+            }
+            tile_multiply(sum[m], a, tile_step(tile_at(values), 4 * tile));
+        }
+    }
+#pragma unroll
+    for (uint m = 0; m < NV_K / 64; m++) {
+        tile_wait(sum[m]);
+    }
+}
+
+/* A warpgroup starts copying a chunk's rows of v or dO, from this item's piece; missing rows and columns become zeros. */
+void fetch_values(__local uint4 *to, const __global ushort *x, int rows, int aligned, uint item) {
+    to += swizzled(item / 8, 8, item % 8);
+    if (aligned) {
+#pragma unroll
+        for (uint i = 0; i < NB_CHUNK / 16; i++) {
+            copy_16(to + 128 * i, x + i * (16 * HEADS * DIM_V), (int)(16 * i) < rows);
+        }
+    } else {
+#pragma unroll 1
+        for (uint i = 0; i < NB_CHUNK / 16; i++) {
+            to[128 * i] = (int)(16 * i) < rows ? load_piece(x + i * (16 * HEADS * DIM_V)) : (uint4)(0);
         }
     }
 }
 
+/* What a warpgroup reads: from its group's first head, its unit's first chunk; this item's share. */
+typedef struct sum_source {
+    const __global ushort *values;
+    const __global uint4 *weights;
+    uint chunks; /* of the sequence */
+    int rows;    /* from the item's own one to the end */
+    int is_state, aligned;
+} sum_source;
+
+/* Starts copying the values and weights of a product. */
+void fetch_product(__local uint4 *values, __local uint4 *weights, sum_source from, sum_position at, sum_product product) {
+    const uint item = get_local_id(0) % 128, chunk = product.x, head = at.matrix / TILES_V, tile = at.matrix % TILES_V;
+    const int has_columns = tile * NB_COLUMNS + item % 8 * 8 < DIM_V;
+    fetch_values(values, from.values + (chunk * (NB_CHUNK * HEADS * DIM_V) + head * DIM_V + tile * NB_COLUMNS),
+                 has_columns ? from.rows - (int)(chunk * NB_CHUNK) : 0, from.aligned, item);
+    if (item < NB_CHUNK / 8) {
+        const uint slot = from.is_state ? 0 : 1 + product.y;
+        copy_16(&weights[item],
+                from.weights + (((ulong)head * from.chunks + chunk) * WEIGHT_SLOTS + slot) * (NB_CHUNK / 8), 1);
+    }
+}
+
+/*
+ * A work-group has a unit of chunks and a block of its group's heads and tiles of V: states, or adjoints of all levels.  The
+ * rows of k or q of SUM_CHUNKS chunks stay in local memory while each warpgroup goes by itself through its heads.
+ */
 __kernel __attribute__((reqd_work_group_size(SUM_ITEMS, 1, 1))) void
 nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
-        ulong v_offset, const __global ushort *d_o, ulong d_o_offset, const __global weight *level_scales,
-        ulong level_scales_offset, uint aligned) {
-    __local uint4 rows_at[2][ROW_TILE];
-    __local uint4 values_at[2][SUM_HEADS][COLUMN_TILE];
-    __local float weights_at[2][SUM_HEADS][NB_TILE];
-    const uint item = get_local_id(0), part = item / 128, warp = item % 128 / 32;
+        ulong v_offset, const __global ushort *d_o, ulong d_o_offset, uint aligned) {
+    __local uint4 values_at[SUM_GROUPS][2][2 * COLUMN_TILE] __attribute__((aligned(1024)));
+    __local uint4 rows[SUM_CHUNKS * 2 * ROW_TILE];
+    __local uint4 weights_at[SUM_GROUPS][2][NB_CHUNK / 8];
+    __local sum_product products[SUM_CHUNKS * SLOTS];
+    __local uint num_products;
+    const uint own = same_in_warp(get_local_id(0) / 128), warp = same_in_warp(get_local_id(0) % 128 / 32);
+    const uint item = get_local_id(0) % 128;
+    /* Late units, which have most levels, go first, states last. */
+    const uint units = (call.chunks + UNIT - 1) / UNIT;
     const ulong id = get_group_id(0);
-    /* All jobs of the same heads run together: their values are read from memory once. */
-    const uint jobs = call.units * (2 + CHUNK_LEVELS), tile = id / jobs % TILES_V;
-    const uint head_group = id / ((ulong)jobs * TILES_V) % (HEADS / SUM_HEADS);
-    const uint b = id / ((ulong)jobs * TILES_V * (HEADS / SUM_HEADS));
-    const sum_job job = find_job(call.chunks, id % jobs);
-    if (job.count == 0) {
-        return;
-    }
-    const uint head = head_group * SUM_HEADS + part;
-    const ulong bh = (ulong)b * HEADS + head, matrix = bh * TILES_V + tile;
-    const ulong bg = (ulong)b * GROUPS + head / GROUP_HEADS;
-    const __global uint4 *rows = (const __global uint4 *)place(ws, ws_offset, job.is_state ? call.keys : call.queries) +
-                                 bg * call.chunks * (2 * ROW_TILE);
-    const __global ushort *values = (job.is_state ? v + v_offset : d_o + d_o_offset) +
-                                    ((ulong)b * call.length * HEADS + head) * DIM_V;
-    const __global float2 *since = (const __global float2 *)place(ws, ws_offset, call.since) + bh * (call.chunks + 1);
-    __global uint4 *states = (__global uint4 *)place(ws, ws_offset, call.states) + matrix * call.chunks * STATE;
-    __global uint4 *adjoints = (__global uint4 *)place(ws, ws_offset, call.adjoints) + matrix * call.chunks * STATE;
-
-    /* An item finds the weight of one token, if any. */
-    const uint weight_part = item / NB_TILE, weight_row = item % NB_TILE;
-    const uint weight_head = head_group * SUM_HEADS + weight_part;
-    const ulong weight_bh = (ulong)b * HEADS + weight_head;
-    const __global float2 *gates = (const __global float2 *)place(ws, ws_offset, call.gates) +
-                                   weight_bh * call.chunks * NB_CHUNK;
-    const __global float2 *weight_since = (const __global float2 *)place(ws, ws_offset, call.since) +
-                                          weight_bh * (call.chunks + 1);
-
-    float4 sum[8 * SUM_TILES];
-    for (uint step = 0; step <= 2 * job.count; step++) {
-        /* Fetch the tile of this step, and work on the one before. */
-        const uint n = job_chunk(job, min(step / 2, job.count - 1)), first = n * NB_CHUNK + step % 2 * NB_TILE;
-        const uint now = step % 2;
-        float row_scale = 0.0f;
-        float2 own = (float2)(0.0f), early = own, late = own;
+    const uint block = id % SUM_BLOCKS, group = id / SUM_BLOCKS % GROUPS, b = id / (SUM_BLOCKS * GROUPS) % call.batch;
+    const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch;
+    const int is_state = turn >= units;
+    const uint unit = is_state ? turn - units : units - 1 - turn;
+    const uint end = min((unit + 1) * UNIT, call.chunks - (is_state ? 1 : 0)), first_head = group * GROUP_HEADS;
+    const uint first_matrix = block * SUM_MATRICES + own, last_matrix = min((block + 1) * SUM_MATRICES, (uint)GROUP_MATRICES);
+    float4 sum[NV_K / 64][8];
+    for (uint first = unit * UNIT; first < end; first += SUM_CHUNKS) {
+        const uint chunks = min((uint)SUM_CHUNKS, end - first), row = first * NB_CHUNK + item / 8;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (get_local_id(0) == 0) {
+            num_products = list_products(products, first, chunks, is_state);
+        }
+        fetch_tile(rows,
+                   (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
+                       ((ulong)(b * GROUPS + group) * call.chunks + first) * (2 * ROW_TILE),
+                   chunks * NB_CHUNK, K_PIECES, get_local_id(0), SUM_ITEMS);
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (step < 2 * job.count) {
-            fetch_tile(rows_at[now], rows + (2 * n + step % 2) * ROW_TILE, NB_TILE, K_PIECES, item, SUM_ITEMS);
-            fetch_columns(values_at[now][part], values + (ulong)first * (HEADS * DIM_V), tile,
-                          (int)call.length - (int)first, aligned, item % 128, 128);
-            const uint t = first + weight_row;
-            if (weight_part < SUM_HEADS && t < call.length) {
-                if (job.is_state) {
-                    row_scale = 1.0f;
-                    early = gates[t];
-                    late = gates[(ulong)n * NB_CHUNK + NB_CHUNK - 1];
-                } else {
-                    const ulong at = (((ulong)b * call.length + t) * HEADS + weight_head) * LEVELS + CHUNK_LEVEL;
-                    row_scale = load_weight(level_scales, level_scales_offset + at + job.level);
-                    own = gates[t];
-                    early = weight_since[job.level <= UNIT_BITS ? n >> job.level << job.level : job_chunk(job, 0)];
-                    late = weight_since[n];
-                }
-            }
+
+        const sum_source from = {
+            (is_state ? v + v_offset : d_o + d_o_offset) + (((ulong)b * call.length + row) * HEADS + first_head) * DIM_V +
+                item % 8 * 8,
+            (const __global uint4 *)place(ws, ws_offset, call.weights) +
+                ((ulong)(b * HEADS + first_head) * call.chunks + first) * (WEIGHT_SLOTS * NB_CHUNK / 8) + item,
+            call.chunks, (int)call.length - (int)row, is_state, (int)aligned,
+        };
+        const uint count = num_products;
+        sum_position now = {first_matrix, 0};
+        uint slot = 0;
+        if (count > 0 && now.matrix < last_matrix) {
+            fetch_product(values_at[own][0], weights_at[own][0], from, now, products[0]);
         }
-        if (step > 0) {
-            const uint i = (step - 1) / 2, chunk = job_chunk(job, i), end = block_end(chunk, job.level);
-            const int begins = job.is_state || i == 0 ||
-                               (job.level <= UNIT_BITS && ((job.first + i) & ((1u << job.level) - 1)) == 0);
-            if (step % 2 == 1 && begins) {
-                clear_sum(sum);
-                const uint ones = job.is_state ? popcount(i & ~(i + 1)) : 0;
-                for (uint j = 0; j < ones; j++) {
-                    const uint child = chunk - (1u << j);
-                    add_sum(sum, states + (ulong)child * STATE, decay_between(since[chunk + 1], since[child + 1]),
-                            warp);
+        while (count > 0 && now.matrix < last_matrix) {
+            const uint matrix = (b * HEADS + first_head) * TILES_V + now.matrix;
+            sum_product product;
+            clear_sum(sum);
+            do {
+                wait_for_copies();
+                tile_publish();
+                warpgroup_barrier(own);
+                product = products[now.product];
+                now = next_position(now, count);
+                if (now.matrix < last_matrix) {
+                    fetch_product(values_at[own][1 - slot], weights_at[own][1 - slot], from, now, products[now.product]);
                 }
-            }
-            add_tile(sum, rows_at[1 - now], values_at[1 - now][part], weights_at[1 - now][part], warp);
-            if (step % 2 == 0) {
-                const int is_last = i + 1 == job.count;
-                if (job.is_state) {
-                    store_sum(states + (ulong)chunk * STATE, sum, warp);
-                } else if (job.level > UNIT_BITS) {
-                    if (is_last) {
-                        store_sum((__global uint4 *)place(ws, ws_offset, call.parts) +
-                                      ((matrix * CHUNK_LEVELS + job.level) * call.units + job.unit) * STATE,
-                                  sum, warp);
-                    }
-                } else if (is_last || ((job.first + i + 1) & ((1u << job.level) - 1)) == 0) {
-                    store_sum(adjoints + (ulong)end * STATE, sum, warp);
+                add_chunk(sum, rows + product.x * (2 * ROW_TILE), values_at[own][slot], weights_at[own][slot], warp);
+                slot = 1 - slot;
+            } while (!product.w);
+            const uint n = first + product.x, level = product.y;
+            __global uint4 *to;
+            if (is_state) {
+                const __global float2 *since =
+                    (const __global float2 *)place(ws, ws_offset, call.since) + (ulong)(matrix / TILES_V) * (call.chunks + 1);
+                to = (__global uint4 *)place(ws, ws_offset, call.states) + ((ulong)matrix * call.chunks + n) * STATE;
+                for (uint j = 0; j < UNIT_BITS && ((n >> j) & 1) != 0; j++) {
+                    add_sum(sum, to - (STATE << j), decay_between(since[n + 1], since[n + 1 - (1u << j)]), warp);
                 }
+            } else if (level > UNIT_BITS) {
+                const uint rest = level - UNIT_BITS, number = (unit >> (rest + 1) << rest) | (unit & ((1u << rest) - 1));
+                to = (__global uint4 *)place(ws, ws_offset, call.parts) +
+                     (((ulong)matrix * CHUNK_LEVELS + level) * call.units + number) * STATE;
+            } else {
+                to = (__global uint4 *)place(ws, ws_offset, call.adjoints) +
+                     ((ulong)matrix * call.chunks + block_end(n, level)) * STATE;
             }
-        }
-        if (weight_part < SUM_HEADS) {
-            const float scale = job.is_state ? 1.0f : call.scale;
-            weights_at[now][weight_part][weight_row] = row_scale * scale * decay_between(late + own, early);
+            if (product.z) {
+                add_sum(sum, to, 1.0f, warp);
+            }
+            store_sum(to, sum, warp);
         }
     }
 }
@@ -267,6 +368,7 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
             }
             states[(ulong)e * STATE] = pack_piece(sum);
             sum = zero;
+#pragma unroll 4
             for (uint i = 0; i < units; i++) {
                 sum = add_piece(sum, decay_between(since[start + i * UNIT], since[start]),
                                 parts[((ulong)j * call.units + first_unit + i) * STATE]);

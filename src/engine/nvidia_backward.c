@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The backward pass of the NVIDIA engine: nine launches, see cl/nvidia_backward.cl. */
+/* The backward pass of the NVIDIA engine: ten launches, see cl/nvidia_backward.cl. */
 #include "engine/nvidia_backward.h"
 
 #include "engine/nvidia.h"
@@ -18,9 +18,13 @@
 /* As many work-groups as keep a large device busy for some turns; more blocks of heads only make more partial sums. */
 static const size_t enough_groups = 512;
 
+/* Warpgroups of the sums, each with a head of its own, that share the rows of q or k. */
+static const size_t most_sum_groups = 3;
+
 /* X(name): the kernels, in the order of their launches. */
 #define BACKWARD_KERNELS(X)                                                                                            \
-    X(nb_prepare) X(nb_since) X(nb_sums) X(nb_tree) X(nb_rows) X(nb_tiles) X(nb_crossings) X(nb_gates) X(nb_reduce)
+    X(nb_prepare)                                                                                                      \
+    X(nb_since) X(nb_weights) X(nb_sums) X(nb_tree) X(nb_rows) X(nb_tiles) X(nb_crossings) X(nb_gates) X(nb_reduce)
 
 typedef enum backward_kernel {
 #define BACKWARD_ENUM(name) KERNEL_##name,
@@ -39,9 +43,11 @@ struct loglin_nvidia_backward {
 typedef struct backward_shape {
     size_t padded_k, tiles_v;
     size_t chunks, chunk_levels;
-    size_t unit_bits, unit_count;  /* chunks of a unit of the sums; units of a level */
-    size_t sum_heads, block_heads; /* heads of a work-group */
-    size_t head_blocks;            /* of a group */
+    size_t unit_bits, unit_count; /* chunks of a unit of the sums; units of a level */
+    size_t sum_bits;              /* chunks of which the sums hold q or k at a time */
+    size_t sum_groups, sum_turns; /* warpgroups of a work-group of the sums; heads and tiles of V of each */
+    size_t block_heads;           /* heads of a work-group of rows and tiles */
+    size_t head_blocks;           /* of a group */
     bool wgmma;
 } backward_shape;
 
@@ -51,20 +57,33 @@ const char *loglin_nvidia_backward_refuses(const loglin_problem *problem) {
 
 /* ---- Creation ---------------------------------------------------------------------------------------------------- */
 
-static backward_shape find_shape(const loglin_problem *problem) {
+/* Work-groups of the sums that share the rows of a unit. */
+static size_t sum_blocks(const loglin_problem *problem, const backward_shape *shape) {
+    return ceil_div(problem->heads / problem->groups * shape->tiles_v, shape->sum_groups * shape->sum_turns);
+}
+
+static backward_shape find_shape(const loglin_problem *problem, size_t sum_bits) {
     const size_t group_heads = problem->heads / problem->groups;
     backward_shape shape = {
         .padded_k = ceil_div(problem->dim_k, 64) * 64,
         .tiles_v = ceil_div(problem->dim_v, NB_COLUMNS),
         .chunks = ceil_div(problem->length, NB_CHUNK),
-        .sum_heads = group_heads % 2 == 0 ? 2 : 1,
+        .unit_bits = sum_bits,
+        .sum_bits = sum_bits,
         .head_blocks = 1,
     };
     for (size_t last = shape.chunks - 1; last > 0; last /= 2) {
         shape.chunk_levels++;
     }
-    shape.unit_bits = shape.chunks > 32 ? 3 : 2;
     shape.unit_count = ceil_div(ceil_div(shape.chunks, 2), (size_t)1 << shape.unit_bits);
+    const size_t matrices = group_heads * shape.tiles_v;
+    shape.sum_groups = matrices < most_sum_groups ? matrices : most_sum_groups;
+    shape.sum_turns = ceil_div(matrices, shape.sum_groups);
+    const size_t sums = problem->batch * problem->groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits);
+    while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) < enough_groups) {
+        shape.sum_turns--;
+    }
+    shape.sum_turns = ceil_div(matrices, shape.sum_groups * sum_blocks(problem, &shape));
     const size_t groups = problem->batch * problem->groups * 2 * shape.chunks;
     while (groups * shape.head_blocks < enough_groups && shape.head_blocks < group_heads) {
         do {
@@ -89,6 +108,7 @@ static void lay_out(const loglin_problem *problem, const backward_shape *shape, 
         .factors = loglin_nvidia_reserve(&end, head_tokens * sizeof(float[4])),
         .since = loglin_nvidia_reserve(&end, heads * (chunks + 1) * sizeof(float[2])),
         .kept = loglin_nvidia_reserve(&end, heads * chunks * shape->chunk_levels * sizeof(float)),
+        .weights = loglin_nvidia_reserve(&end, head_tokens * (1 + shape->chunk_levels) * 2),
         .states = loglin_nvidia_reserve(&end, matrices * chunks * state),
         .adjoints = loglin_nvidia_reserve(&end, matrices * chunks * state),
         .parts = loglin_nvidia_reserve(&end, matrices * shape->chunk_levels * shape->unit_count * state),
@@ -112,12 +132,15 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
                  groups = problem->batch * problem->groups;
     const size_t matrices = heads * shape->tiles_v, warps = NB_ITEMS / 32, rows = groups * chunks * NB_CHUNK;
     const size_t tiles = groups * shape->head_blocks * 2 * chunks;
-    /* Two units of states and one of each level at a time; none for a single chunk. */
-    const size_t jobs = chunks > 1 ? shape->unit_count * (2 + shape->chunk_levels) : 0;
+    /* Units of adjoints and of states; none for a single chunk. */
+    const size_t units = chunks > 1 ? 2 * ceil_div(chunks, (size_t)1 << shape->unit_bits) : 0;
     loglin_nvidia_kernel *kernels = backward->kernels;
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_prepare], 2 * rows / warps + ceil_div(heads * chunks, warps), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_since], heads, 32);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], matrices / shape->sum_heads * jobs, 128 * shape->sum_heads);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_weights],
+                             chunks > 1 ? problem->batch * chunks * ceil_div(problem->heads, warps) : 0, NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape),
+                             128 * shape->sum_groups);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], tiles, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], tiles, NB_TILE_ITEMS);
@@ -140,20 +163,26 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                         "nvidia_backward_tiles.cl",
                                         "nvidia_backward_ends.cl",
                                         NULL};
-    char options[512]; /* 13 numbers of at most 20 digits and their names */
+    char options[512]; /* 15 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DCHUNK_LEVELS=%zu"
-                   " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu -DSUM_HEADS=%zu -DBLOCK_HEADS=%zu"
-                   " %s",
+                   " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu -DSUM_BITS=%zu"
+                   " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DBLOCK_HEADS=%zu %s",
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   shape->unit_bits, shape->sum_heads, shape->block_heads,
+                   shape->unit_bits, shape->sum_bits, shape->sum_groups, shape->sum_turns, shape->block_heads,
                    shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
-/* Local memory of the tiles, which need the most. */
-static size_t local_bytes(const backward_shape *shape) {
+/* Local memory of the sums: a unit of q or k, and for each warpgroup two chunks of v or dO and their weights. */
+static size_t sums_bytes(const backward_shape *shape) {
+    const size_t unit = (size_t)1 << shape->sum_bits, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
+    const size_t chunk = NB_CHUNK * (NB_COLUMNS * 2 + 2);
+    return shape->sum_groups * 2 * chunk + unit * (NB_CHUNK * shape->padded_k * 2 + 4 * slots) + 16;
+}
+
+static size_t tiles_bytes(const backward_shape *shape) {
     const size_t columns = (size_t)NB_TILE * NB_COLUMNS * 2, rows = NB_TILE * shape->padded_k * 2;
     const size_t state = shape->padded_k * NB_COLUMNS * 2;
     const size_t inputs =
@@ -161,13 +190,22 @@ static size_t local_bytes(const backward_shape *shape) {
     return 2 * inputs + rows + sizeof(float[2 * 4 * 4 * 32 * 4]) + sizeof(float[13 * NB_TILE]);
 }
 
+/* Units of four chunks where local memory has room for them, else of fewer. */
+static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
+    loglin_status status = LOGLIN_UNSUPPORTED;
+    for (size_t bits = 3; status == LOGLIN_UNSUPPORTED && bits-- > 0;) {
+        *shape = find_shape(problem, bits);
+        const size_t tiles = tiles_bytes(shape), sums = sums_bytes(shape), bytes = tiles > sums ? tiles : sums;
+        shape->wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
+        status = shape->wgmma ? LOGLIN_OK : loglin_nvidia_probe(device, problem->dtype, bytes);
+    }
+    return status;
+}
+
 loglin_status loglin_nvidia_backward_create(loglin_device *device, const loglin_problem *problem,
                                             loglin_nvidia_backward **backward) {
-    backward_shape shape = find_shape(problem);
-    shape.wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, local_bytes(&shape)) == LOGLIN_OK;
-    if (!shape.wgmma) {
-        RETURN_IF_ERROR(loglin_nvidia_probe(device, problem->dtype, local_bytes(&shape)));
-    }
+    backward_shape shape;
+    RETURN_IF_ERROR(choose_shape(device, problem, &shape));
     loglin_nvidia_backward *made = calloc(1, sizeof *made);
     if (made == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "NVIDIA engine: out of host memory");
@@ -207,13 +245,14 @@ static loglin_status enqueue(const loglin_nvidia_backward *backward, loglin_nvid
     const loglin_nvidia_argument inputs_aligned = {sizeof inputs_are, &inputs_are};
     const loglin_nvidia_argument all_aligned = {sizeof all_are, &all_are};
     const loglin_buffer prepare[] = {in->q, in->k, in->g};
-    const loglin_buffer sums[] = {in->v, call->d_o, in->level_scales};
+    const loglin_buffer sums[] = {in->v, call->d_o};
     const loglin_buffer rows[] = {call->d_o, in->level_scales, out->dlevel_scales};
     const loglin_buffer tiles[] = {in->v, call->d_o, in->level_scales, out->dv, out->dlevel_scales};
     const loglin_buffer reduce[] = {in->q, in->k, out->dq, out->dk};
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_prepare], prepare, 3, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_since], NULL, 0, NULL, NULL));
-    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_sums], sums, 3, &inputs_aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_weights], &in->level_scales, 1, NULL, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_sums], sums, 2, &inputs_aligned, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tree], NULL, 0, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_rows], rows, 3, &inputs_aligned, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tiles], tiles, 5, &all_aligned, NULL));
