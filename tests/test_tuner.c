@@ -294,6 +294,59 @@ Test(tuner, a_full_disk_loses_nothing) {
     }
 }
 
+/* A run, and the same one resumed, on a disk that is full or becomes so. */
+static const char *fill_and_tune(void) {
+    loglin_tune_options options = FUSED;
+    options.problems = &PROBLEM;
+    options.problem_count = 1;
+    options.worker = worker;
+    options.seed = 7;
+    if (loglin_tune(support_open()->id, &options) != LOGLIN_OK) {
+        return "a disk that is not full takes no results";
+    }
+    const size_t total = asked();
+    const loglin_device_info info = support_device_info();
+    const loglin_identity identity = loglin_identity_of(&info);
+    char *journal = loglin_tuning_path(support_disk, &identity, ".journal");
+    size_t full = 0;
+    for (size_t left = 0; left < 4; left++) { /* room for nothing, half of the journal, all of it, the results too */
+        const size_t before = asked();
+        if (unlink(journal) != 0) {
+            return "there is no journal";
+        }
+        support_fill_disk(left);
+        options.resume = 0;
+        const loglin_status status = loglin_tune(support_open()->id, &options);
+        const bool named = strstr(loglin_last_error(), support_disk) != NULL &&
+                           strstr(loglin_last_error(), "No space left on device") != NULL;
+        full += status == LOGLIN_IO;
+        if (status != LOGLIN_OK && (status != LOGLIN_IO || !named)) {
+            return "the run does not say which place is full";
+        }
+        loglin_tuning tuning;
+        if (loglin_tuning_load(support_disk, &identity, &tuning) != LOGLIN_OK || tuning.count == 0) {
+            return "the old results are lost";
+        }
+        loglin_tuning_free(&tuning);
+        support_empty_disk();
+        options.resume = 1;
+        if (loglin_tune(support_open()->id, &options) != LOGLIN_OK || asked() - before > total + 1) {
+            return "the resumed run fails, or measures again what was measured";
+        }
+    }
+    free(journal);
+    return full < 2 ? "the disk was not full before the run and during it" : NULL;
+}
+
+Test(tuner, a_file_system_without_room_loses_nothing) {
+    set_worker("*'\"values\":[128'*) answer 5;;");
+    const int status = support_on_small_disk(fill_and_tune);
+    if (status == SUPPORT_NO_DISK) {
+        cr_skip_test("no file system may be mounted here");
+    }
+    cr_expect_eq(status, 0);
+}
+
 /* ---- Candidates -------------------------------------------------------------------------------------------------- */
 
 /* Where CLBlast's own parameters are the faster ones for a class, what a plan will run is told, not what it won't. */
@@ -359,7 +412,7 @@ Test(tuner, the_default_of_an_engine_comes_first) {
 
 /* ---- The command ------------------------------------------------------------------------------------------------- */
 
-static char printed[65536];
+static char printed[1 << 20]; /* a slow machine draws the live lines often */
 
 /* Runs "loglin tune" with the arguments, its standard output into `printed`; the exit status. */
 static int command(const char *arguments) {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What is known about devices: entries, their files, import and export, looking up. */
 #include "plan/tuning.h"
+#include "runtime/cache.h"
 #include "support.h"
 #include "support_tuning.h"
 
@@ -69,10 +70,10 @@ static size_t stored(void) {
     return count;
 }
 
-/* Files in the folder of results whose names have the word. */
-static size_t count_files(const char *word) {
-    char folder[96];
-    snprintf(folder, sizeof folder, "%s/tuning-1", support_cache);
+/* Files in a cache directory's folder whose names have the word. */
+static size_t count_files_of(const char *cache, const char *subfolder, const char *word) {
+    char folder[120];
+    snprintf(folder, sizeof folder, "%s/%s", cache, subfolder);
     DIR *stream = opendir(folder);
     size_t count = 0;
     for (struct dirent *file; stream != NULL && (file = readdir(stream)) != NULL;) {
@@ -82,6 +83,10 @@ static size_t count_files(const char *word) {
         closedir(stream);
     }
     return count;
+}
+
+static size_t count_files(const char *word) {
+    return count_files_of(support_cache, "tuning-1", word);
 }
 
 Test(tuning, what_is_printed_is_read) {
@@ -193,6 +198,68 @@ Test(tuning, a_full_disk_loses_nothing) {
     cr_expect_eq(count_files(".new-"), 0u, "a part of a file is left");
     cr_expect_eq(merge_limited(1 << 20, false), 0);
     cr_expect_eq(stored(), 2u);
+}
+
+/* Is the last error of a full disk, at a place on it? */
+static bool says_full(loglin_status status) {
+    return status == LOGLIN_IO && strstr(loglin_last_error(), support_disk) != NULL &&
+           strstr(loglin_last_error(), "No space left on device") != NULL;
+}
+
+static size_t stored_on_disk(void) {
+    loglin_tuning tuning;
+    const bool loaded = loglin_tuning_load(support_disk, &GADGET, &tuning) == LOGLIN_OK;
+    const size_t count = tuning.count;
+    loglin_tuning_free(&tuning);
+    return loaded ? count : 0;
+}
+
+/* What is merged, imported, exported and cached where there is no room. */
+static const char *fill_and_merge(void) {
+    loglin_tuning first = one_class(1024, 128), second = one_class(4096, 256);
+    char path[120], text[4096];
+    if (loglin_tuning_merge(support_disk, &first) != LOGLIN_OK) {
+        return "a disk that is not full takes no results";
+    }
+    snprintf(path, sizeof path, "%s/export", support_cache);
+    if (loglin_tuning_write(path, &second) != LOGLIN_OK) {
+        return "no file to import";
+    }
+    support_fill_disk(0);
+    if (!says_full(loglin_tuning_merge(support_disk, &second)) || !says_full(loglin_tuning_import(path))) {
+        return "a merge or an import does not say what is full";
+    }
+    snprintf(path, sizeof path, "%s/export", support_disk);
+    if (!says_full(loglin_tuning_write(path, &second)) || access(path, F_OK) == 0) {
+        return "an export does not say what is full, or leaves a part";
+    }
+    if (stored_on_disk() != 1) {
+        return "the old results are lost";
+    }
+    size_t size = 0;
+    memset(text, 'x', sizeof text);
+    loglin_cache_store(support_disk, "key", text, sizeof text);
+    if (loglin_cache_load(support_disk, "key", &size) != NULL) {
+        return "a program is read that there was no room for";
+    }
+    if (count_files_of(support_disk, "", "new-") + count_files_of(support_disk, "tuning-1", "new-") > 0) {
+        return "a part of a file is left";
+    }
+    support_empty_disk();
+    if (loglin_tuning_merge(support_disk, &second) != LOGLIN_OK || stored_on_disk() != 2) {
+        return "results are not kept when there is room again";
+    }
+    loglin_tuning_free(&first);
+    loglin_tuning_free(&second);
+    return NULL;
+}
+
+Test(tuning, a_file_system_without_room_loses_nothing) {
+    const int status = support_on_small_disk(fill_and_merge);
+    if (status == SUPPORT_NO_DISK) {
+        cr_skip_test("no file system may be mounted here");
+    }
+    cr_expect_eq(status, 0);
 }
 
 /* Killed at any byte that it writes, a merge leaves the old file or the new one. */
@@ -312,6 +379,10 @@ Test(tuning, lookups_go_from_the_class_to_the_default) {
     expect_choice(sources, 2, 16384, 256, "built-in table for");
     expect_choice(sources, 1, 8192, 32, "built-in table of Gadget 7");
     expect_choice(sources, 1, 4096, 32, "built-in table of Gadget 7 for");
+    const loglin_source others[] = {{LOGLIN_SOURCE_FOREIGN, &own}, {LOGLIN_SOURCE_FAMILY, &family}};
+    expect_choice(others, 2, 1024, 32,
+                  "built-in table of Gadget 7 for"); /* a neighbour of its vendor before a foreign class */
+    expect_choice(others, 1, 1024, 128, "built-in table of Gadget 7");
     expect_choice(NULL, 0, 1024, 64, "default");
     const loglin_class other = {
         .op = LOGLIN_GATED_DELTA, .dim_k = 128, .dim_v = 64, .length = 1024, .phase = LOGLIN_FORWARD};
@@ -321,6 +392,32 @@ Test(tuning, lookups_go_from_the_class_to_the_default) {
     loglin_tuning_free(&own);
     loglin_tuning_free(&table);
     loglin_tuning_free(&family);
+}
+
+/* A processor that no table names takes that of its vendor before another's, and another's before nothing. */
+Test(tuning, tables_of_the_vendor_come_first) {
+    const loglin_identity xeon = {"pthread-Xeon", "GenuineIntel", "PoCL", "CPU"};
+    const loglin_identity other_xeon = {"pthread-Xeon 2", "GenuineIntel", "PoCL", "CPU"};
+    const loglin_identity epyc = {"pthread-EPYC", "AuthenticAMD", "PoCL", "CPU"};
+    const loglin_identity gpu = {"pthread-Xeon", "GenuineIntel", "PoCL", "GPU"};
+    loglin_source_kind kind;
+    cr_expect(loglin_tuning_relate(&xeon, &xeon, &kind) && kind == LOGLIN_SOURCE_BUILT_IN);
+    cr_expect(loglin_tuning_relate(&xeon, &other_xeon, &kind) && kind == LOGLIN_SOURCE_FAMILY);
+    cr_expect(loglin_tuning_relate(&xeon, &epyc, &kind) && kind == LOGLIN_SOURCE_FOREIGN);
+    cr_expect_not(loglin_tuning_relate(&xeon, &gpu, &kind));
+    /* Their times are no reason: they are of different machines. */
+    loglin_tuning intel = {.identity = xeon}, amd = {.identity = epyc};
+    loglin_entry gemm = {.kind = LOGLIN_ENTRY_GEMM, .stamp = NOW, .ms = 1};
+    gemm.configuration.gemm = (loglin_gemm_parameters){{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}};
+    cr_assert_eq(loglin_tuning_add(&intel, &gemm), LOGLIN_OK);
+    gemm.ms = 2;
+    gemm.configuration.gemm = (loglin_gemm_parameters){{64, 32, 8, 16, 8, 2, 2, 2, 1, 1}};
+    cr_assert_eq(loglin_tuning_add(&amd, &gemm), LOGLIN_OK);
+    const loglin_source sources[] = {{LOGLIN_SOURCE_FOREIGN, &intel}, {LOGLIN_SOURCE_FAMILY, &amd}};
+    cr_expect_eq(find(sources, 2, 1024).configuration.gemm.values[LOGLIN_GEMM_MDIMCD], 32u);
+    cr_expect_eq(find(sources, 1, 1024).configuration.gemm.values[LOGLIN_GEMM_MDIMCD], 8u);
+    loglin_tuning_free(&intel);
+    loglin_tuning_free(&amd);
 }
 
 /* One engine's results say nothing of which is the faster: both must be known, for the same class. */

@@ -18,6 +18,7 @@ static const int most_begins = 2;
 
 struct loglin_journal {
     int file;
+    char *path;
     json_t *replies; /* key: the reply's text */
     json_t *begins;  /* key: how often it was begun */
 };
@@ -95,7 +96,7 @@ static loglin_status write_line(const loglin_journal *journal, json_t *line) {
             (void)!write(journal->file, "\n", 1);
             errno = ENOSPC;
         }
-        status = put == length ? LOGLIN_OK : fail_io("the tuner's journal");
+        status = put == length ? LOGLIN_OK : fail_io(journal->path);
     }
     free(compact);
     free(text);
@@ -106,6 +107,11 @@ static loglin_status start(loglin_journal *journal, const char *path, bool resum
                            uint64_t *seed) {
     journal->replies = json_object();
     journal->begins = json_object();
+    journal->file = -1;
+    journal->path = strdup(path);
+    if (journal->path == NULL) {
+        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "journal: out of host memory");
+    }
     journal->file = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0600);
     if (journal->file < 0) {
         return fail_io(path);
@@ -147,6 +153,7 @@ void loglin_journal_close(loglin_journal *journal) {
         if (journal->file >= 0) {
             close(journal->file);
         }
+        free(journal->path);
         free(journal);
     }
 }

@@ -44,9 +44,16 @@ static bool is_stale(const loglin_entry *entry, const loglin_stamp *stamp) {
            strcmp(entry->stamp.library, stamp->library) != 0 || strcmp(entry->stamp.source, stamp->source) != 0;
 }
 
-/* Family last, then neighbours, then what is built in, then what is stale, then distance. */
+static bool is_other_device(loglin_source_kind kind) {
+    return kind == LOGLIN_SOURCE_FAMILY || kind == LOGLIN_SOURCE_FOREIGN;
+}
+
+/* Other vendors last, then family, then neighbours, then what is built in, then what is stale, then distance. */
 static unsigned rank_of(loglin_source_kind kind, bool stale, unsigned distance) {
-    return (kind == LOGLIN_SOURCE_FAMILY ? 4096u : 0) + (distance > 0 ? 1024u : 0) +
+    return (kind == LOGLIN_SOURCE_FOREIGN  ? 8192u
+            : kind == LOGLIN_SOURCE_FAMILY ? 4096u
+                                           : 0) +
+           (distance > 0 ? 1024u : 0) +
            (kind != LOGLIN_SOURCE_OWN ? 512u
             : stale                   ? 256u
                                       : 0) +
@@ -116,7 +123,7 @@ static void describe(const best_entry *best, const loglin_stamp *stamp, char *wh
         (void)snprintf(class, sizeof class, " for ");
         loglin_class_name(&best->entry->class, class + strlen(class), sizeof class - strlen(class));
     }
-    if (best->source->kind == LOGLIN_SOURCE_FAMILY) {
+    if (is_other_device(best->source->kind)) {
         (void)snprintf(device, sizeof device, " of %s", best->source->tuning->identity.device);
     }
     if (best->source->kind == LOGLIN_SOURCE_OWN) {
@@ -153,12 +160,13 @@ static size_t count_tables(void) {
     return count;
 }
 
-/* The table's place among the sources of a device; false if it has nothing to do with it. */
-static bool relate(const loglin_identity *table, const loglin_identity *device, loglin_source_kind *kind) {
+bool loglin_tuning_relate(const loglin_identity *table, const loglin_identity *device, loglin_source_kind *kind) {
     if (strcmp(table->platform, device->platform) != 0 || strcmp(table->type, device->type) != 0) {
         return false;
     }
-    *kind = strcmp(table->device, device->device) == 0 ? LOGLIN_SOURCE_BUILT_IN : LOGLIN_SOURCE_FAMILY;
+    *kind = strcmp(table->device, device->device) == 0   ? LOGLIN_SOURCE_BUILT_IN
+            : strcmp(table->vendor, device->vendor) == 0 ? LOGLIN_SOURCE_FAMILY
+                                                         : LOGLIN_SOURCE_FOREIGN;
     return true;
 }
 
@@ -170,7 +178,7 @@ static void add_tables(loglin_knowledge *knowledge, const loglin_identity *ident
         loglin_source_kind kind;
         if (loglin_tuning_parse("built-in table", text, length, table) != LOGLIN_OK) {
             loglin_log(LOGLIN_LOG_ERROR, "%s", loglin_last_error());
-        } else if (relate(&table->identity, identity, &kind)) {
+        } else if (loglin_tuning_relate(&table->identity, identity, &kind)) {
             knowledge->sources[knowledge->count++] = (loglin_source){.kind = kind, .tuning = table};
         }
     }

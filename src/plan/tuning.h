@@ -106,7 +106,8 @@ loglin_status loglin_tuning_merge(const char *cache, const loglin_tuning *more);
 typedef enum loglin_source_kind {
     LOGLIN_SOURCE_OWN,      /* of the device, measured here or imported */
     LOGLIN_SOURCE_BUILT_IN, /* of the device, built in */
-    LOGLIN_SOURCE_FAMILY,   /* built in, of another device of the same type and platform */
+    LOGLIN_SOURCE_FAMILY,   /* built in, of another device of the same type, platform and vendor */
+    LOGLIN_SOURCE_FOREIGN,  /* likewise, but of another vendor: a CPU's, under one platform */
 } loglin_source_kind;
 
 typedef struct loglin_source {
@@ -123,11 +124,14 @@ typedef struct loglin_choice {
 
 /*
  * The best that the sources know for a class and an engine: the exact class before its neighbours, the device before
- * its family, results of this stamp before stale ones.  LOGLIN_ENGINE_AUTO: that of the faster engine, if both were
+ * its family, its vendor before others, results of this stamp before stale ones.  LOGLIN_ENGINE_AUTO: that of the faster engine, if both were
  * measured for the same class by the same tuner.  gemm is chosen for itself.
  */
 loglin_choice loglin_tuning_find(const loglin_source *sources, size_t count, const loglin_stamp *stamp,
                                  const loglin_class *class, loglin_engine engine);
+
+/* A built-in table's place among the sources of a device; false if it has nothing to do with it. */
+bool loglin_tuning_relate(const loglin_identity *table, const loglin_identity *device, loglin_source_kind *kind);
 
 /* All that is known about a device, read once for one plan. */
 typedef struct loglin_knowledge {
