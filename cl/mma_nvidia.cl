@@ -137,6 +137,17 @@ uint same_in_warp(uint x) {
     return y;
 }
 
+/* What is made of `a` is made anew behind this, and takes no registers before. */
+void forget_derived(uint4 a[4]) {
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        asm volatile("" : "+r"(a[i].x), "+r"(a[i].y), "+r"(a[i].z), "+r"(a[i].w));
+    }
+}
+
+/* What the items of a warp have written to local memory becomes visible to each other. */
+void meet_in_warp(void) { asm volatile("bar.warp.sync 0xffffffff;" : : : "memory"); }
+
 /* Transposes 4 x 4 numbers among the four items that share lane / 4: number i of item j becomes number j of item i. */
 uint4 transpose_quad(uint4 x) {
     const int odd = (warp_lane() & 1u) != 0, high = (warp_lane() & 2u) != 0;
@@ -163,6 +174,13 @@ void warpgroup_barrier(uint own) { asm volatile("bar.sync %0, 128;" : : "r"(own 
 #define WGMMA 0
 #endif
 
+void tile_clear(float4 c[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        c[j] = (float4)(0.0f);
+    }
+}
+
 #if WGMMA
 #if STORAGE == 2
 #define WGMMA_OP "//WG wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -177,26 +195,29 @@ void warpgroup_barrier(uint own) { asm volatile("bar.sync %0, 128;" : : "r"(own 
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
     "%24, %25, %26, %27, %28, %29, %30, %31}"
 
-/* What names B: its address, the step from 8 rows to the next 8, and how pieces are placed. */
-typedef ulong tile_rows;
-tile_rows tile_at(const __local void *rows) {
-    return (ulong)((local_address(rows) >> 4) & 0x3fffu) | 1ul << 16 | 64ul << 32 | 1ul << 62;
-}
+/* What names B: its address; then, always the same, the step from 8 rows to the next 8, and how pieces are placed. */
+typedef uint tile_rows;
+tile_rows tile_at(const __local void *rows) { return ((local_address(rows) >> 4) & 0x3fffu) | 1u << 16; }
+#define TILE_NAME_B(low) "{.reg .b64 a, b;\nmov.b64 b, {" low ", 0x40000040};\n"
 
 /* From 16 rows to the next, or from 16 columns to the next. */
 tile_rows tile_step(tile_rows rows, uint step) { return rows + step * 128u; }
 tile_rows tile_columns(tile_rows rows, uint step) { return rows + step * 2u; }
 
-/* The last numbers: C is added to, nothing is negated, what is transposed for the matrix units. */
-#define TILE_REGISTERS(transposed)                                                                                     \
-    asm volatile(WGMMA_OP TILE_C_LIST ", {%32, %33, %34, %35}, %36, 1, 1, 1, " transposed ";"                          \
+/* The last numbers: is C added to, nothing is negated, what is transposed for the matrix units. */
+#define TILE_REGISTERS(added, transposed)                                                                              \
+    asm volatile(TILE_NAME_B("%36") WGMMA_OP TILE_C_LIST ", {%32, %33, %34, %35}, b, " added ", 1, 1, " transposed ";\n}"  \
                  : TILE_ALL_C                                                                                          \
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b))
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b))
 #define TILE_LOCAL(transposed)                                                                                         \
-    asm volatile(WGMMA_OP TILE_C_LIST ", %32, %33, 1, 1, 1, 0, " transposed ";" : TILE_ALL_C : "l"(a), "l"(b))
+    asm volatile(TILE_NAME_B("%33") "mov.b64 a, {%32, 0x40000040};\n" WGMMA_OP TILE_C_LIST                             \
+                 ", a, b, 1, 1, 1, 0, " transposed ";\n}"                                                             \
+                 : TILE_ALL_C                                                                                          \
+                 : "r"(a), "r"(b))
 
-void tile_multiply_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("1"); }
-void tile_multiply_transposed_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("0"); }
+void tile_multiply_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("1", "1"); }
+void tile_set_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("0", "1"); }
+void tile_multiply_transposed_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("1", "0"); }
 void tile_multiply_local_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("1"); }
 void tile_multiply_local_transposed_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("0"); }
 
@@ -210,21 +231,36 @@ void tile_start(float4 c[8], uint4 a[4]) {
 void tile_start_local(float4 c[8]) { asm volatile("//WG wgmma.fence.sync.aligned;" : TILE_ALL_C : : "memory"); }
 void tile_end(void) { asm volatile("//WG wgmma.commit_group.sync.aligned;" : : : "memory"); }
 
-void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
-    tile_start(c, a);
+/* Several products that are waited for as one: first tile_start with each C and its A, then these, then tile_end. */
+void tile_set(float4 c[8], uint4 a[4], tile_rows b) {
+    tile_set_step(c, a[0], b);
+#pragma unroll
+    for (uint step = 1; step < 4; step++) {
+        tile_multiply_step(c, a[step], tile_step(b, step));
+    }
+}
+void tile_add(float4 c[8], uint4 a[4], tile_rows b) {
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
         tile_multiply_step(c, a[step], tile_step(b, step));
     }
+}
+void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) {
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_transposed_step(c, a[step], tile_columns(b, step));
+    }
+}
+
+void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
+    tile_start(c, a);
+    tile_add(c, a, b);
     tile_end();
 }
 
 void tile_multiply_transposed(float4 c[8], uint4 a[4], tile_rows b) {
     tile_start(c, a);
-#pragma unroll
-    for (uint step = 0; step < 4; step++) {
-        tile_multiply_transposed_step(c, a[step], tile_columns(b, step));
-    }
+    tile_add_transposed(c, a, b);
     tile_end();
 }
 
@@ -349,18 +385,20 @@ void tile_multiply_local_transposed(float4 c[8], tile_rows a, tile_rows b) {
     }
 }
 
+void tile_start(float4 c[8], uint4 a[4]) { (void)c, (void)a; }
+void tile_end(void) {}
+void tile_set(float4 c[8], uint4 a[4], tile_rows b) {
+    tile_clear(c);
+    tile_multiply(c, a, b);
+}
+void tile_add(float4 c[8], uint4 a[4], tile_rows b) { tile_multiply(c, a, b); }
+void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) { tile_multiply_transposed(c, a, b); }
+
 void tile_wait_but_one(void) {}
 void tile_wait_before_last(float4 c[8]) { (void)c; }
 void tile_wait(float4 c[8]) { (void)c; }
 void tile_publish(void) {}
 #endif
-
-void tile_clear(float4 c[8]) {
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        c[j] = (float4)(0.0f);
-    }
-}
 
 /* An 8 x 8 matrix, transposed: item i holds elements 2 (i % 4) and the next of row i / 4. */
 uint transpose_matrix(uint x) {

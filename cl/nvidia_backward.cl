@@ -11,7 +11,7 @@
  *     weights   what weighs tokens in states and adjoints
  *     sums      states of blocks of up to 2^UNIT_BITS chunks, and adjoints of all blocks, larger ones in parts
  *     tree      states up, adjoints down
- *     rows      the levels above a chunk: dO S^T gives dq and dlevel_scales
+ *     rows      the levels above a chunk: q S gives dlevel_scales, dO S^T dq
  *     tiles     dv and dk: K A and V A^T from behind the chunk, and masked products inside it; from these
  *               dlevel_scales, and what dq gets from d(q k^T), summed over the heads first
  *     crossings, gates    dg
@@ -27,8 +27,8 @@
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales),
  * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_GROUPS (warpgroups of a
- * work-group of the sums), SUM_TURNS (heads and tiles of V that each takes one by one) and BLOCK_HEADS (heads of a group that
- * a work-group of rows and tiles takes one by one).
+ * work-group of the sums), SUM_TURNS (heads and tiles of V that each takes one by one), ROW_HEADS and BLOCK_HEADS (heads of
+ * a group that a work-group of rows, and of tiles, takes one by one).
  */
 
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
@@ -42,6 +42,7 @@
 #define SLICES (STATE / 32)
 #define GROUP_HEADS (HEADS / GROUPS)
 #define HEAD_BLOCKS (GROUP_HEADS / BLOCK_HEADS)
+#define ROW_BLOCKS (GROUP_HEADS / ROW_HEADS)
 #define UNIT (1 << UNIT_BITS)
 #define CHUNK_LEVEL 8 /* level of the chunk before */
 #define SLOTS (CHUNK_LEVELS > 0 ? CHUNK_LEVELS : 1)

@@ -12,7 +12,7 @@ nb_crossings(const loglin_nvidia_gradients call, __global float *ws, ulong ws_of
                                 bh * (TILES_V * SLICES) * call.chunks;
     __global float *suffixes = (__global float *)place(ws, ws_offset, call.suffixes) + bh * call.chunks * CHUNK_LEVELS;
     const __global float *level_dots = (const __global float *)place(ws, ws_offset, call.level_dots) +
-                                       bh * (4 * call.chunks) * CHUNK_LEVELS;
+                                       bh * call.chunks * CHUNK_LEVELS * NB_LEVEL_DOTS;
     for (uint e = item; e + 1 < call.chunks; e += NB_ITEMS) {
         float sum = 0.0f;
         for (uint i = 0; i < TILES_V * SLICES; i++) {
@@ -20,14 +20,20 @@ nb_crossings(const loglin_nvidia_gradients call, __global float *ws, ulong ws_of
         }
         crossings[e] = sum;
     }
+    for (uint i = item; i < call.chunks * CHUNK_LEVELS; i += NB_ITEMS) {
+        if ((i / SLOTS >> i % SLOTS & 1) != 0) {
+            const __global float4 *parts = (const __global float4 *)&level_dots[i * NB_LEVEL_DOTS];
+            const float4 sum = parts[0] + parts[1];
+            suffixes[i] = (sum.x + sum.y) + (sum.z + sum.w);
+        }
+    }
+    barrier(CLK_GLOBAL_MEM_FENCE);
     /* Block by block: an item has all chunks of one, from the last to the first. */
     for (uint start = item; start < call.chunks; start += NB_ITEMS) {
         const uint j = start > 0 ? 31 - clz(start & (0 - start)) : 0;
         float sum = 0.0f;
         for (uint n = min(start + (1u << j), call.chunks); start > 0 && n-- > start;) {
-            for (uint i = 0; i < 4; i++) {
-                sum += level_dots[(4 * n + i) * CHUNK_LEVELS + j];
-            }
+            sum += suffixes[n * CHUNK_LEVELS + j];
             suffixes[n * CHUNK_LEVELS + j] = sum;
         }
     }
@@ -59,9 +65,9 @@ nb_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         const uint t = last - i;
-        sum += ((dots[t] + dots[stride + t]) + (dots[2 * stride + t] + dots[3 * stride + t])) +
-               ((dots[4 * stride + t] + (t >= NB_TILE && has_second_tile ? dots[5 * stride + t] : 0.0f)) -
-                ((dots[6 * stride + t] + dots[7 * stride + t]) + (dots[8 * stride + t] + dots[9 * stride + t])));
+        sum += dots[t] +
+               ((dots[stride + t] + (t >= NB_TILE && has_second_tile ? dots[2 * stride + t] : 0.0f)) -
+                ((dots[3 * stride + t] + dots[4 * stride + t]) + (dots[5 * stride + t] + dots[6 * stride + t])));
         running[i] = sum;
     }
     float before = sum;
@@ -96,7 +102,9 @@ nb_reduce(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offse
     }
     const __global float *parts =
         (const __global float *)place(ws, ws_offset, is_key ? call.key_parts : call.query_parts) + row * NV_K;
-    const uint kinds = is_key ? 1 : t % NB_CHUNK < NB_TILE ? 2 : 3;
+    const __global float *level_parts =
+        (const __global float *)place(ws, ws_offset, call.row_parts) + row * NV_K;
+    const uint kinds = is_key || t % NB_CHUNK < NB_TILE ? 1 : 2;
     const __global ushort *x = is_key ? k + k_offset + to : q + q_offset + to;
     __global ushort *gradients = is_key ? dk + dk_offset + to : dq + dq_offset + to;
     float sums[NV_K / 32], values[NV_K / 32], square = 0.0f, product = 0.0f;
@@ -106,6 +114,9 @@ nb_reduce(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offse
         sums[i] = 0.0f;
         for (uint j = 0; j < kinds * HEAD_BLOCKS; j++) {
             sums[i] += parts[j * (rows * NV_K) + column];
+        }
+        for (uint j = 0; !is_key && j < ROW_BLOCKS; j++) {
+            sums[i] += level_parts[j * (rows * NV_K) + column];
         }
         values[i] = NORMALIZE && column < DIM_K ? unpack(x[column]).x : 0.0f;
         square = fma(values[i], values[i], square);

@@ -16,9 +16,15 @@
 #define NB_ITEMS 256
 #define NB_TILE_ITEMS 512
 
-/* Arrays of a float for each token and head, of which dc is the sum: of the levels above a chunk in four parts, of the
- * tile itself, of the tile before (odd tiles only); then, to be subtracted, v . dv in four parts. */
-#define NB_DOTS 10
+/* States of the levels above a chunk that are on their way to the matrix units. */
+#define NB_ROW_STAGES 4
+
+/* Sums of level_scales . dlevel_scales of a chunk and level, of 16 tokens each. */
+#define NB_LEVEL_DOTS 8
+
+/* Arrays of a float for each token and head, of which dc is the sum: of the levels above a chunk, of the tile itself, of the
+ * tile before (odd tiles only); then, to be subtracted, v . dv in four parts. */
+#define NB_DOTS 7
 
 typedef struct loglin_nvidia_gradients {
     unsigned long queries, keys; /* [b][group][128 N][NV_K] normalised, with zeros behind the last token and column */
@@ -31,10 +37,11 @@ typedef struct loglin_nvidia_gradients {
     unsigned long adjoints;      /* likewise: first from the block's right neighbour, then of everything behind it */
     unsigned long parts;         /* [b][head][tile of V][level][unit]: parts of such sums for large blocks */
     unsigned long crossings;     /* [b][head][part][N] a block's share of dc that crosses its end, in parts */
-    unsigned long level_dots;    /* [b][head][4 N][level] sums of level_scales . dlevel_scales over 32 tokens */
+    unsigned long level_dots;    /* [b][head][N][level][NB_LEVEL_DOTS] */
     unsigned long suffixes;      /* [b][head][N][level] of these, from a chunk to its block's end */
     unsigned long dots;          /* [NB_DOTS][b][head][128 N] */
-    unsigned long query_parts;   /* [3][block of heads][b][group][128 N][NV_K]: levels, tile, tile before */
+    unsigned long row_parts;     /* [block of heads of rows][b][group][128 N][NV_K] of dq: levels above a chunk */
+    unsigned long query_parts;   /* [2][block of heads][b][group][128 N][NV_K]: tile, tile before */
     unsigned long key_parts;     /* [block of heads][b][group][128 N][NV_K] */
     unsigned int batch, length, chunks, units;
     float scale;

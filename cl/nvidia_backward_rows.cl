@@ -3,206 +3,388 @@
 
 /* ---- rows -------------------------------------------------------------------------------------------------------- */
 
-#define ROW_COLUMNS (NV_K / 4)        /* of K, of a warp: it has 32 rows */
-#define ROW_EIGHTS (ROW_COLUMNS / 8)
+/*
+ * A work-group has chunks n and N - 1 - n, one after the other, which have equally many levels in all work-groups where N is a
+ * power of two, and some heads of a group; a warp has 16 rows, whose q stays in registers.  A turn takes a state S: q S, row
+ * by row times dO, gives dlevel_scales; dO S^T gives dq, which all turns add up in one sum, since a level's weight is multiplied
+ * into dO.  Warps share the states and nothing else.
+ */
 
-/* A turn: a head, a level (its bit is the lowest of `bits`), and a tile of V, which goes first. */
+#define ROW_TILES (NV_K / 64)
+#define ROW_PARTS (ROW_HEADS * TILES_V) /* of dO, 64 columns each */
+#define ROW_LEVELS (LEVELS > CHUNK_LEVEL ? LEVELS - CHUNK_LEVEL : 0) /* above a chunk, also those that do not exist */
+
+/* A part, and a level: its bit is the lowest of `bits`. */
 typedef struct row_turn {
-    uint h, bits, part;
+    uint part, bits;
 } row_turn;
 
 row_turn next_turn(row_turn now, uint all_bits) {
-    if (++now.part == TILES_V) {
-        now.part = 0;
-        now.bits &= now.bits - 1;
-        if (now.bits == 0) {
-            now.bits = all_bits;
-            now.h++;
-        }
+    now.bits &= now.bits - 1;
+    if (now.bits == 0) {
+        now.bits = all_bits;
+        now.part++;
     }
     return now;
 }
 
-uint turn_level(row_turn turn) { return 31 - clz(turn.bits & (0 - turn.bits)); }
+uint lowest_bit(uint bits) { return 31 - clz(bits & (0 - bits)); }
 
-/* Rows of a tile: where each of an item's four lies. */
-uint item_row(uint half_rows, uint i) { return half_rows * 32 + i * 8 + warp_lane() / 4; }
+/*
+ * States on their way to the matrix units.  With wgmma they come in bulk: `full` counts their arrival, `empty` the warps that
+ * are done with them.  Else all items copy, and the work-group meets at a barrier for each state.
+ */
+typedef struct row_ring {
+    __local uint4 *stages;
+#if WGMMA
+    __local arrivals *full, *empty;
+#endif
+    const __global uint4 *states; /* of the first head's chunks */
+    uint chunks;
+    uint n; /* chunk, and turn, that come next; turns count on from a work-group's first chunk to its second */
+    row_turn wanted;
+    uint turn, turns;
+} row_ring;
 
-/* dq and dlevel_scales from the states of the levels above a chunk, of a tile and a block of heads. */
+void start_ring(const row_ring *ring) {
+#if WGMMA
+    if (get_local_id(0) < NB_ROW_STAGES) {
+        arrivals_start(&ring->full[get_local_id(0)], 1);
+        arrivals_start(&ring->empty[get_local_id(0)], NB_ITEMS / 32);
+    }
+    tile_publish();
+    barrier(CLK_LOCAL_MEM_FENCE);
+#endif
+}
+
+/* Starts to copy the next state: with wgmma an item of the last warp, else all. */
+void fetch_next_state(row_ring *ring) {
+    if (ring->turn < ring->turns && (!WGMMA || get_local_id(0) == NB_ITEMS - 32)) {
+        const uint stage = ring->turn % NB_ROW_STAGES, end = block_end(ring->n, lowest_bit(ring->wanted.bits));
+        const __global uint4 *from = ring->states + ((ulong)ring->wanted.part * ring->chunks + end) * STATE;
+#if WGMMA
+        if (ring->turn >= NB_ROW_STAGES) {
+            arrivals_wait(&ring->empty[stage], (ring->turn / NB_ROW_STAGES - 1) % 2);
+        }
+        copy_bulk(ring->stages + stage * STATE, from, STATE * 16, &ring->full[stage]);
+#else
+        fetch_state(ring->stages + stage * STATE, from, get_local_id(0), NB_ITEMS);
+#endif
+        ring->turn++;
+        ring->wanted = next_turn(ring->wanted, ring->n);
+        if (ring->wanted.part == ROW_PARTS) {
+            ring->n = ring->chunks - 1 - ring->n;
+            ring->wanted.part = 0;
+            ring->wanted.bits = ring->n;
+        }
+    }
+#if !WGMMA
+    end_copies();
+#endif
+}
+
+/* The state of a turn, when it is there.  Without wgmma all warps are done with the turn before then. */
+tile_rows wait_for_state(const row_ring *ring, uint turn) {
+    const uint stage = turn % NB_ROW_STAGES;
+#if WGMMA
+    arrivals_wait(&ring->full[stage], turn / NB_ROW_STAGES % 2);
+#else
+    WAIT_FOR_COPIES_BUT(NB_ROW_STAGES - 2);
+    barrier(CLK_LOCAL_MEM_FENCE);
+#endif
+    return tile_at(ring->stages + stage * STATE);
+}
+
+/* This warp is done with the state of a turn. */
+void release_state(const row_ring *ring, uint turn) {
+#if WGMMA
+    if (warp_lane() == 0) {
+        arrive(&ring->empty[turn % NB_ROW_STAGES]);
+    }
+#endif
+}
+
+/*
+ * What a warp has in local memory: of the part that it works on and of the next one dO, of their heads the gates, level scales
+ * and decays, times scale, from a level's block to the chunk; and what a head's turns give.  Rows, columns and levels that do
+ * not exist are zeros from the start.
+ */
+typedef struct row_warp {
+    uint4 d_o[2][16 * 8];
+    float2 gates[2][16];
+    float scales[2][16 * SCALES_ROW];
+    float kept[2][SLOTS];
+    float gradients[16 * SCALES_ROW]; /* of level scales */
+    float sums[SLOTS];                /* over rows, of these times level scales */
+} row_warp;
+
+/* Where an item of a warp copies from: row lane / 8 of the warp, columns 8 (lane % 8).. or level lane % 8. */
+typedef struct row_source {
+    const __global ushort *d_o;
+    const __global weight *level_scales; /* from the level of the chunk before */
+    const __global float2 *gates;        /* of the warp's first row */
+    const __global float *kept;
+    int rows; /* that there are */
+    uint n, chunks;
+} row_source;
+
+/* Starts copying a part. */
+void fetch_part(__local row_warp *to, row_source from, uint part, int aligned) {
+    const uint lane = warp_lane(), h = part / TILES_V, tile = part % TILES_V;
+    const __global ushort *d_o = from.d_o + part / TILES_V * DIM_V + tile * NB_COLUMNS;
+    __local uint4 *pieces = to->d_o[part % 2];
+    const int has_columns = tile * NB_COLUMNS + lane % 8 * 8 < DIM_V;
+    if (aligned) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (has_columns && 4 * i < from.rows) {
+                copy_16(&pieces[swizzled(lane / 8 + 4 * i, 8, lane % 8)], &d_o[i * (4 * HEADS * DIM_V)], 1);
+            }
+        }
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < 4; i++) {
+            if (has_columns && 4 * i < from.rows) {
+                pieces[swizzled(lane / 8 + 4 * i, 8, lane % 8)] = load_piece(&d_o[i * (4 * HEADS * DIM_V)]);
+            }
+        }
+    }
+    if (tile > 0) {
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (uint j = 0; j < SLOTS; j += 8) {
+            if (j + lane % 8 < SLOTS && 4 * i < from.rows) {
+                fetch_scale(&to->scales[h % 2][(lane / 8 + 4 * i) * SCALES_ROW + lane % 8 + j], from.level_scales,
+                            h * LEVELS + i * (4 * HEADS * LEVELS) + j, 1);
+            }
+        }
+    }
+    if (lane < 8) {
+        copy_16(&to->gates[h % 2][2 * lane], &from.gates[(ulong)h * from.chunks * NB_CHUNK + 2 * lane], 1);
+    }
+    if (lane < SLOTS && (from.n >> lane & 1) != 0) {
+        copy_4(&to->kept[h % 2][lane], &from.kept[(ulong)h * from.chunks * CHUNK_LEVELS + lane]);
+    }
+}
+
+/* The decay from the chunk's start to a row. */
+float row_decay(float2 gates) { return decay(gates.x + gates.y) * STATE_UNIT; }
+
+/* Sums over rows r and r + 8 of c times a: items of even number get that of row r. */
+float dot_rows(const float4 c[8], const uint4 a[4]) {
+    float2 upper = (float2)(0.0f), lower = upper;
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        upper = fma(c[2 * i].xy, unpack(a[i].x), upper);
+        lower = fma(c[2 * i].zw, unpack(a[i].y), lower);
+        upper = fma(c[2 * i + 1].xy, unpack(a[i].z), upper);
+        lower = fma(c[2 * i + 1].zw, unpack(a[i].w), lower);
+    }
+    const int odd = (warp_lane() & 1u) != 0;
+    const float x = upper.x + upper.y, y = lower.x + lower.y;
+    const float sum = (odd ? y : x) + as_float(shuffle_xor(as_uint(odd ? x : y), 1));
+    return sum + as_float(shuffle_xor(as_uint(sum), 2));
+}
+
+/* Starts product = q S. */
+void multiply_queries(float4 product[8], uint4 q[ROW_TILES][4], tile_rows state) {
+    tile_start(product, q[0]);
+    tile_set(product, q[0], state);
+#pragma unroll
+    for (uint m = 1; m < ROW_TILES; m++) {
+        tile_add(product, q[m], tile_step(state, 4 * m));
+    }
+    tile_end();
+}
+
+/* Where a warp's results of its first head go. */
+typedef struct row_results {
+    __global weight *gradients; /* of level scales, of row lane / 8 and level lane % 8 above a chunk; or NULL */
+    __global float *dots;       /* of row r, or r + 8 for items of odd number */
+    __global float *level_dots;
+    int rows; /* from row lane / 8 */
+    uint n, chunks;
+} row_results;
+
+/* Writes a head's results; row_dot: of the item's row, sum over levels. */
+void store_head(__local row_warp *from, row_results to, uint h, float row_dot) {
+    const uint lane = warp_lane();
+    meet_in_warp();
+    if (lane < CHUNK_LEVELS && (to.n >> lane & 1) != 0) {
+        to.level_dots[((ulong)h * to.chunks * CHUNK_LEVELS + lane) * NB_LEVEL_DOTS] = from->sums[lane];
+    }
+    if (lane % 4 < 2) {
+        to.dots[(ulong)h * to.chunks * NB_CHUNK] = row_dot;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (uint j = 0; j < ROW_LEVELS; j += 8) {
+            if (to.gradients && j + lane % 8 < ROW_LEVELS && 4 * i < to.rows) {
+                store_weight(to.gradients, h * LEVELS + i * (4 * HEADS * LEVELS) + j,
+                             j + lane % 8 < CHUNK_LEVELS
+                                 ? from->gradients[(lane / 8 + 4 * i) * SCALES_ROW + lane % 8 + j]
+                                 : 0.0f);
+            }
+        }
+    }
+    meet_in_warp();
+}
+
 __kernel __attribute__((reqd_work_group_size(NB_ITEMS, 1, 1))) void
 nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *d_o,
         ulong d_o_offset, const __global weight *level_scales, ulong level_scales_offset,
         __global weight *dlevel_scales, ulong dlevel_scales_offset, uint aligned) {
-    __local uint4 states_at[2][STATE];
-    __local uint4 values_at[2][TILES_V][COLUMN_TILE];
-    __local uint4 queries[ROW_TILE];
-    __local float scales_at[3][NB_TILE * SCALES_ROW]; /* of the head that is fetched, worked on, and finished */
-    __local float2 gates_at[2][NB_TILE];
-    __local float kept_at[2][SCALES_ROW];
-    __local float dots_at[2][4][SLOTS][NB_TILE];
-    const uint item = get_local_id(0), lane = item % 32, warp = item / 32, half_rows = warp % 2, quarter = warp / 2;
-    const ulong id = get_group_id(0);
-    const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS,
-               b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
-    const uint tile = 2 * call.chunks - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch, n = tile / 2;
-    const uint first = tile * NB_TILE, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
-    const uint steps = BLOCK_HEADS * popcount(n) * TILES_V;
-    const int rows = (int)call.length - (int)first;
-    const ulong bg = (ulong)b * GROUPS + group, padded = (ulong)call.chunks * NB_CHUNK;
-    const __global ushort *values = d_o + d_o_offset + (((ulong)b * call.length + first) * HEADS + first_head) * DIM_V;
-    const ulong level_row = (((ulong)b * call.length + first) * HEADS + first_head) * LEVELS;
-    const ulong first_bh = (ulong)b * HEADS + first_head;
-    const __global uint4 *all_states = (const __global uint4 *)place(ws, ws_offset, call.states);
+    __local uint4 stages[NB_ROW_STAGES * STATE] __attribute__((aligned(1024)));
+    __local row_warp warps[NB_ITEMS / 32];
+#if WGMMA
+    __local arrivals full[NB_ROW_STAGES], empty[NB_ROW_STAGES];
+#endif
+    const uint lane = warp_lane(), warp = same_in_warp(get_local_id(0) / 32), r = lane / 4, p = lane % 4;
+    const uint own = r + p % 2 * 8; /* the row whose dots the item gets */
+    const ulong id = get_group_id(0), padded = (ulong)call.chunks * NB_CHUNK;
+    const uint block = id % ROW_BLOCKS, group = id / ROW_BLOCKS % GROUPS, b = id / (ROW_BLOCKS * GROUPS) % call.batch;
+    const uint last_n = call.chunks - 1 - id / (ROW_BLOCKS * GROUPS) / call.batch, first_n = call.chunks - 1 - last_n;
+    const uint first_head = group * GROUP_HEADS + block * ROW_HEADS;
+    const ulong bg = (ulong)b * GROUPS + group, first_bh = (ulong)b * HEADS + first_head;
+    __local row_warp *mine = &warps[warp];
+    row_ring ring = {stages,
+#if WGMMA
+                     full, empty,
+#endif
+                     (const __global uint4 *)place(ws, ws_offset, call.states) +
+                         first_bh * TILES_V * call.chunks * STATE,
+                     call.chunks, last_n, {0, last_n}, 0,
+                     ROW_PARTS * (popcount(last_n) + (first_n < last_n ? popcount(first_n) : 0))};
 
-    if (steps > 0) {
-        fetch_tile(queries,
-                   (const __global uint4 *)place(ws, ws_offset, call.queries) + (bg * padded + first) * K_PIECES,
-                   NB_TILE, K_PIECES, item, NB_ITEMS);
+    start_ring(&ring);
+#pragma unroll 1
+    for (uint i = 0; i + 1 < NB_ROW_STAGES; i++) {
+        fetch_next_state(&ring);
     }
-    float4 total[2][ROW_EIGHTS], product[2][ROW_EIGHTS];
-#pragma unroll
-    for (uint m = 0; m < 2; m++) {
-#pragma unroll
-        for (uint i = 0; i < ROW_EIGHTS; i++) {
-            total[m][i] = product[m][i] = (float4)(0.0f);
+    uint turn = 0;
+#pragma unroll 1
+    for (uint i = 0; i < (first_n < last_n ? 2 : 1); i++) {
+        const uint n = i == 0 ? last_n : first_n, first = n * NB_CHUNK + 16 * warp;
+        const ulong first_row = ((ulong)b * call.length + first) * HEADS + first_head;
+        const ulong copied_row = first_row + lane / 8 * HEADS, level_at = copied_row * LEVELS + CHUNK_LEVEL + lane % 8;
+        const int rows = (int)call.length - (int)(first + lane / 8);
+        const row_source source = {
+            d_o + d_o_offset + copied_row * DIM_V + lane % 8 * 8,
+            level_scales + level_scales_offset + level_at,
+            (const __global float2 *)place(ws, ws_offset, call.gates) + first_bh * padded + first,
+            (const __global float *)place(ws, ws_offset, call.kept) + (first_bh * call.chunks + n) * CHUNK_LEVELS,
+            rows, n, call.chunks};
+        const row_results results = {
+            dlevel_scales ? dlevel_scales + dlevel_scales_offset + level_at : dlevel_scales,
+            (__global float *)place(ws, ws_offset, call.dots) + first_bh * padded + first + own,
+            (__global float *)place(ws, ws_offset, call.level_dots) +
+                (first_bh * call.chunks + n) * CHUNK_LEVELS * NB_LEVEL_DOTS + warp,
+            rows, n, call.chunks};
+#pragma unroll 1
+        for (uint word = lane; word < sizeof(row_warp) / 4; word += 32) {
+            ((__local uint *)mine)[word] = 0;
         }
-    }
-    float start[4] = {0.0f};
-    row_turn wanted = {0, n, 0}, turn = wanted;
-    for (uint step = 0; step <= steps + 1; step++) {
-        wait_for_copies();
-        barrier(CLK_LOCAL_MEM_FENCE);
-        if (step < steps) {
-            /* Fetch what the next turn takes: a state, and at a head's begin all else. */
-            const uint h = wanted.h;
-            const ulong bh = first_bh + h;
-            const uint e = block_end(n, turn_level(wanted));
-            fetch_state(states_at[step % 2], all_states + ((bh * TILES_V + wanted.part) * call.chunks + e) * STATE,
-                        item, NB_ITEMS);
-            if (wanted.bits == n && wanted.part == 0) {
-                for (uint i = 0; i < TILES_V; i++) {
-                    fetch_columns(values_at[h % 2][i], values + (ulong)h * DIM_V, i, rows, aligned, item, NB_ITEMS);
-                }
-                if (item < NB_TILE / 2) {
-                    copy_16(&gates_at[h % 2][2 * item],
-                            (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first + 2 * item,
-                            1);
-                }
-                for (uint i = item; i < NB_TILE * SLOTS; i += NB_ITEMS) {
-                    const uint row = i / SLOTS, j = i % SLOTS;
-                    if (((n >> j) & 1) != 0) {
-                        fetch_scale(&scales_at[h % 3][row * SCALES_ROW + j], level_scales,
-                                    level_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + h * LEVELS +
-                                        CHUNK_LEVEL + j,
-                                    (int)row < rows);
-                    }
-                }
-                if (item < SLOTS && ((n >> item) & 1) != 0) {
-                    copy_4(&kept_at[h % 2][item], (const __global float *)place(ws, ws_offset, call.kept) +
-                                                      (bh * call.chunks + n) * CHUNK_LEVELS + item);
-                }
+        meet_in_warp();
+        if (n > 0) {
+            fetch_part(mine, source, 0, (int)aligned);
+        }
+        const __global uint *queries = (const __global uint *)place(ws, ws_offset, call.queries) +
+                                       (bg * padded + first + r) * (NV_K / 2) + p;
+        uint4 q[ROW_TILES][4];
+#pragma unroll
+        for (uint step = 0; step < K_STEPS; step++) {
+            q[step / 4][step % 4] = (uint4)(queries[8 * step], queries[8 * step + 4 * NV_K], queries[8 * step + 4],
+                                            queries[8 * step + 4 * NV_K + 4]);
+        }
+        float4 total[ROW_TILES][8];
+#pragma unroll
+        for (uint m = 0; m < ROW_TILES; m++) {
+            tile_clear(total[m]);
+        }
+#pragma unroll 1
+        for (uint h = 0; n == 0 && h < ROW_HEADS; h++) {
+            store_head(mine, results, h, 0.0f);
+        }
+        float row_dot = 0.0f;
+#pragma unroll 1
+        for (uint part = 0; n > 0 && part < ROW_PARTS; part++) {
+            const uint h = part / TILES_V, tile = part % TILES_V;
+            const __local float *kept = mine->kept[h % 2], *scales = mine->scales[h % 2] + r * SCALES_ROW;
+            wait_for_copies();
+            meet_in_warp();
+            const float upper_decay = row_decay(mine->gates[h % 2][r]);
+            const float lower_decay = row_decay(mine->gates[h % 2][r + 8]);
+            uint4 values[4];
+#pragma unroll
+            for (uint step = 0; step < 4; step++) {
+                values[step] = load_a(mine->d_o[part % 2], 8, 0, 2 * step);
             }
-            wanted = next_turn(wanted, n);
-        }
-        int finished = n == 0 && step == 0 ? BLOCK_HEADS : 0; /* heads */
-        if (step > 0 && turn.h > 0 && turn.bits == n && turn.part == 0) {
-            finished = 1;
-        }
-        const uint first_finished = n == 0 ? 0 : turn.h - 1;
-        if (step > 0 && step <= steps) {
-            const uint h = turn.h, j = turn_level(turn);
-            const __local uint4 *state = states_at[(step - 1) % 2], *x = values_at[h % 2][turn.part];
+#pragma unroll 1
+            for (uint bits = n; bits != 0; bits &= bits - 1, turn++) {
+                const uint j = lowest_bit(bits);
+                const tile_rows state = wait_for_state(&ring, turn);
+                float4 product[8];
+                multiply_queries(product, q, state);
+                const float upper = kept[j] * upper_decay, lower = kept[j] * lower_decay;
+                const float upper_scale = scales[j], lower_scale = scales[8 * SCALES_ROW + j];
+                const uint upper_pair = pack(upper * upper_scale, upper * upper_scale);
+                const uint lower_pair = pack(lower * lower_scale, lower * lower_scale);
+                uint4 a[4];
+                forget_derived(values);
 #pragma unroll
-            for (uint inner = 0; inner < 4; inner++) {
-                const uint4 upper = load_a(x, 8, half_rows * 32, 2 * inner);
-                const uint4 lower = load_a(x, 8, half_rows * 32 + 16, 2 * inner);
-#pragma unroll
-                for (uint i = 0; i < ROW_EIGHTS; i += 2) {
-                    const uint4 y = load_b_transposed(state, 8, quarter * ROW_COLUMNS + 8 * i, 2 * inner);
-                    mma(&product[0][i], upper, y.x, y.y);
-                    mma(&product[1][i], lower, y.x, y.y);
-                    mma(&product[0][i + 1], upper, y.z, y.w);
-                    mma(&product[1][i + 1], lower, y.z, y.w);
+                for (uint step = 0; step < 4; step++) {
+                    a[step] = scale_rows(values[step], upper_pair, lower_pair);
                 }
+#pragma unroll
+                for (uint m = 0; m < ROW_TILES; m++) {
+                    tile_start(total[m], a);
+                }
+#pragma unroll
+                for (uint m = 0; m < ROW_TILES; m++) {
+                    tile_add_transposed(total[m], a, tile_step(state, 4 * m));
+                }
+                tile_end();
+                /* While these products are made, what else there is to do. */
+                fetch_next_state(&ring);
+                if (bits == n && part + 1 < ROW_PARTS) {
+                    fetch_part(mine, source, part + 1, (int)aligned);
+                }
+                tile_wait_before_last(product);
+                const float gradient = dot_rows(product, values) * (p % 2 == 0 ? upper : lower);
+                const float share = gradient * (p % 2 == 0 ? upper_scale : lower_scale);
+                const float of_warp = sum_rows(share + as_float(shuffle_xor(as_uint(share), 1)));
+                row_dot += share;
+                if (p < 2) {
+                    __local float *to = &mine->gradients[own * SCALES_ROW + j];
+                    *to = tile == 0 ? gradient : *to + gradient;
+                }
+                if (lane == 0) {
+                    mine->sums[j] = tile == 0 ? of_warp : mine->sums[j] + of_warp;
+                }
+                if ((bits & (bits - 1)) == 0 && tile + 1 == TILES_V) {
+                    store_head(mine, results, h, row_dot);
+                    row_dot = 0.0f;
+                }
+#pragma unroll
+                for (uint m = 0; m < ROW_TILES; m++) {
+                    tile_wait(total[m]);
+                }
+                release_state(&ring, turn);
             }
-            if (turn.part + 1 == TILES_V) {
-                if (turn.bits == n) {
-#pragma unroll
-                    for (uint i = 0; i < 4; i++) {
-                        const uint row = item_row(half_rows, i);
-                        start[i] = decay(gates_at[h % 2][row].x + gates_at[h % 2][row].y) * STATE_UNIT;
-                    }
-                }
-                const float kept = kept_at[h % 2][j];
-                float dots[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-                for (uint i = 0; i < 4; i++) {
-                    const uint row = item_row(half_rows, i), m = i / 2;
-                    const float row_weight = kept * start[i];
-                    const float scale = row_weight * scales_at[h % 3][row * SCALES_ROW + j];
-#pragma unroll
-                    for (uint c = 0; c < ROW_EIGHTS; c++) {
-                        const float2 own = i % 2 == 0 ? product[m][c].xy : product[m][c].zw;
-                        if (i % 2 == 0) {
-                            total[m][c].xy += scale * own;
-                        } else {
-                            total[m][c].zw += scale * own;
-                        }
-                        const float2 q =
-                            tile_pair(queries, K_PIECES, row, quarter * ROW_COLUMNS + 8 * c + 2 * (lane % 4));
-                        dots[i] = fma(q.x, own.x, fma(q.y, own.y, dots[i]));
-                    }
-                    dots[i] *= row_weight;
-                }
-                /* The item gets the sum of its row number lane % 4. */
-                dots_at[h % 2][quarter][j][item_row(half_rows, lane % 4)] = sum_four(dots, lane, 1);
-#pragma unroll
-                for (uint m = 0; m < 2; m++) {
-#pragma unroll
-                    for (uint i = 0; i < ROW_EIGHTS; i++) {
-                        product[m][i] = (float4)(0.0f);
-                    }
-                }
-            }
-            turn = next_turn(turn, n);
         }
-        /* Heads behind: the gradients of their level scales.  Items 64 i.. have the levels i, i + 4, ... */
-        for (uint h = first_finished; finished-- > 0; h++) {
-            const uint row = item % NB_TILE;
-            float sum = 0.0f;
-            for (uint j = item / NB_TILE; j + CHUNK_LEVEL < LEVELS || j < CHUNK_LEVELS; j += 4) {
-                float gradient = 0.0f;
-                if (j < CHUNK_LEVELS && ((n >> j) & 1) != 0) {
+        __global float *to = (__global float *)place(ws, ws_offset, call.row_parts) +
+                             ((((ulong)block * call.batch + b) * GROUPS + group) * padded + first + r) * NV_K + 2 * p;
 #pragma unroll
-                    for (uint i = 0; i < 4; i++) {
-                        gradient += dots_at[h % 2][i][j][row];
-                    }
-                    const float share = gradient * scales_at[h % 3][row * SCALES_ROW + j];
-                    sum += share;
-                    const float of_32 = sum_warp(share);
-                    if (lane == 0) {
-                        ((__global float *)place(ws, ws_offset, call.level_dots))
-                            [((first_bh + h) * (4 * call.chunks) + 2 * tile + row / 32) * CHUNK_LEVELS + j] = of_32;
-                    }
-                }
-                if (dlevel_scales && (int)row < rows) {
-                    store_weight(dlevel_scales, dlevel_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) +
-                                                    h * LEVELS + CHUNK_LEVEL + j, gradient);
-                }
+        for (uint m = 0; m < ROW_TILES; m++) {
+#pragma unroll
+            for (uint step = 0; step < 8; step++) {
+                *(__global float2 *)(to + 64 * m + 8 * step) = total[m][step].xy;
+                *(__global float2 *)(to + 8 * NV_K + 64 * m + 8 * step) = total[m][step].zw;
             }
-            ((__global float *)place(ws, ws_offset, call.dots))
-                [((item / NB_TILE) * (ulong)call.batch * HEADS + first_bh + h) * padded + first + row] = sum;
-        }
-    }
-    __global float *to = (__global float *)place(ws, ws_offset, call.query_parts) +
-                         ((((ulong)block * call.batch + b) * GROUPS + group) * padded + first) * NV_K +
-                         quarter * ROW_COLUMNS + 2 * (lane % 4);
-#pragma unroll
-    for (uint i = 0; i < 4; i++) {
-#pragma unroll
-        for (uint j = 0; j < ROW_EIGHTS; j++) {
-            const float4 x = total[i / 2][j];
-            *(__global float2 *)(to + item_row(half_rows, i) * NV_K + 8 * j) = i % 2 == 0 ? x.xy : x.zw;
         }
     }
 }

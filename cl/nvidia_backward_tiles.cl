@@ -399,8 +399,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         key_dots[0] = sum_quad(key_dots[0]);
         key_dots[1] = sum_quad(key_dots[1]);
         if (p == 0) {
-            all_dots[(6 + quarter) * dots_stride + key + r] = key_dots[0];
-            all_dots[(6 + quarter) * dots_stride + key + r + 8] = key_dots[1];
+            all_dots[(3 + quarter) * dots_stride + key + r] = key_dots[0];
+            all_dots[(3 + quarter) * dots_stride + key + r + 8] = key_dots[1];
         }
         const uint row = item % NB_TILE;
         const ulong gradient_row = dlevel_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + h * LEVELS;
@@ -421,14 +421,14 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                     store_weight(dlevel_scales, gradient_row + level, gradient);
                 }
             }
-            all_dots[4 * dots_stride + row] = sum;
+            all_dots[dots_stride + row] = sum;
             if (dlevel_scales && tile % 2 == 0 && (int)row < rows && 7 < LEVELS) {
                 store_weight(dlevel_scales, gradient_row + 7, 0.0f);
             }
         } else if (item < 2 * NB_TILE && blocks == 2) {
             const float gradient =
                 (far_dots[1][0][row] + far_dots[1][1][row]) + (far_dots[1][2][row] + far_dots[1][3][row]);
-            all_dots[5 * dots_stride + NB_TILE + row] = gradient * in->scales[row * 8 + 7];
+            all_dots[2 * dots_stride + NB_TILE + row] = gradient * in->scales[row * 8 + 7];
             if (dlevel_scales && (int)row + NB_TILE < rows && 7 < LEVELS) {
                 store_weight(dlevel_scales, gradient_row + (ulong)NB_TILE * (HEADS * LEVELS) + 7, gradient);
             }
@@ -458,7 +458,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         float4 query_sum[NV_K / 32];
         clear_rows(query_sum);
         add_rows(query_sum, weights_at[i], keys, key, quarter, 1);
-        store_rows((__global float *)place(ws, ws_offset, call.query_parts) + (1 + i) * part_size + at +
+        store_rows((__global float *)place(ws, ws_offset, call.query_parts) + i * part_size + at +
                        i * (NB_TILE * NV_K),
                    query_sum, key, quarter);
     }

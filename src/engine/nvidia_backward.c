@@ -18,6 +18,9 @@
 /* As many work-groups as keep a large device busy for some turns; more blocks of heads only make more partial sums. */
 static const size_t enough_groups = 512;
 
+/* The same for the rows, whose work-groups last equally long, one on a multiprocessor. */
+static const size_t enough_row_groups = 120;
+
 /* Warpgroups of the sums, each with a head of its own, that share the rows of q or k. */
 static const size_t most_sum_groups = 3;
 
@@ -43,11 +46,11 @@ struct loglin_nvidia_backward {
 typedef struct backward_shape {
     size_t padded_k, tiles_v;
     size_t chunks, chunk_levels;
-    size_t unit_bits, unit_count; /* chunks of a unit of the sums; units of a level */
-    size_t sum_bits;              /* chunks of which the sums hold q or k at a time */
-    size_t sum_groups, sum_turns; /* warpgroups of a work-group of the sums; heads and tiles of V of each */
-    size_t block_heads;           /* heads of a work-group of rows and tiles */
-    size_t head_blocks;           /* of a group */
+    size_t unit_bits, unit_count;   /* chunks of a unit of the sums; units of a level */
+    size_t sum_bits;                /* chunks of which the sums hold q or k at a time */
+    size_t sum_groups, sum_turns;   /* warpgroups of a work-group of the sums; heads and tiles of V of each */
+    size_t row_heads, block_heads;  /* heads of a work-group of rows, of tiles */
+    size_t row_blocks, head_blocks; /* of a group */
     bool wgmma;
 } backward_shape;
 
@@ -56,6 +59,15 @@ const char *loglin_nvidia_backward_refuses(const loglin_problem *problem) {
 }
 
 /* ---- Creation ---------------------------------------------------------------------------------------------------- */
+
+/* As few blocks of a group's heads, all alike, as make at least so many work-groups. */
+static size_t blocks_of_heads(size_t group_heads, size_t groups, size_t least) {
+    size_t blocks = 1;
+    while (blocks < group_heads && (groups * blocks < least || group_heads % blocks != 0)) {
+        blocks++;
+    }
+    return blocks;
+}
 
 /* Work-groups of the sums that share the rows of a unit. */
 static size_t sum_blocks(const loglin_problem *problem, const backward_shape *shape) {
@@ -70,26 +82,22 @@ static backward_shape find_shape(const loglin_problem *problem, size_t sum_bits)
         .chunks = ceil_div(problem->length, NB_CHUNK),
         .unit_bits = sum_bits,
         .sum_bits = sum_bits,
-        .head_blocks = 1,
     };
     for (size_t last = shape.chunks - 1; last > 0; last /= 2) {
         shape.chunk_levels++;
     }
     shape.unit_count = ceil_div(ceil_div(shape.chunks, 2), (size_t)1 << shape.unit_bits);
-    const size_t matrices = group_heads * shape.tiles_v;
+    const size_t groups = problem->batch * problem->groups, matrices = group_heads * shape.tiles_v;
     shape.sum_groups = matrices < most_sum_groups ? matrices : most_sum_groups;
     shape.sum_turns = ceil_div(matrices, shape.sum_groups);
-    const size_t sums = problem->batch * problem->groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits);
+    const size_t sums = groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits);
     while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) < enough_groups) {
         shape.sum_turns--;
     }
     shape.sum_turns = ceil_div(matrices, shape.sum_groups * sum_blocks(problem, &shape));
-    const size_t groups = problem->batch * problem->groups * 2 * shape.chunks;
-    while (groups * shape.head_blocks < enough_groups && shape.head_blocks < group_heads) {
-        do {
-            shape.head_blocks++;
-        } while (group_heads % shape.head_blocks != 0);
-    }
+    shape.row_blocks = blocks_of_heads(group_heads, groups * ceil_div(shape.chunks, 2), enough_row_groups);
+    shape.row_heads = group_heads / shape.row_blocks;
+    shape.head_blocks = blocks_of_heads(group_heads, groups * 2 * shape.chunks, enough_groups);
     shape.block_heads = group_heads / shape.head_blocks;
     return shape;
 }
@@ -113,10 +121,11 @@ static void lay_out(const loglin_problem *problem, const backward_shape *shape, 
         .adjoints = loglin_nvidia_reserve(&end, matrices * chunks * state),
         .parts = loglin_nvidia_reserve(&end, matrices * shape->chunk_levels * shape->unit_count * state),
         .crossings = loglin_nvidia_reserve(&end, matrices * slices * chunks * sizeof(float)),
-        .level_dots = loglin_nvidia_reserve(&end, heads * 4 * chunks * shape->chunk_levels * sizeof(float)),
+        .level_dots = loglin_nvidia_reserve(&end, heads * chunks * shape->chunk_levels * sizeof(float[NB_LEVEL_DOTS])),
         .suffixes = loglin_nvidia_reserve(&end, heads * chunks * (shape->chunk_levels + 1) * sizeof(float)),
         .dots = loglin_nvidia_reserve(&end, NB_DOTS * head_tokens * sizeof(float)),
-        .query_parts = loglin_nvidia_reserve(&end, 3 * shape->head_blocks * group_rows * sizeof(float)),
+        .row_parts = loglin_nvidia_reserve(&end, shape->row_blocks * group_rows * sizeof(float)),
+        .query_parts = loglin_nvidia_reserve(&end, 2 * shape->head_blocks * group_rows * sizeof(float)),
         .key_parts = loglin_nvidia_reserve(&end, shape->head_blocks * group_rows * sizeof(float)),
         .batch = (unsigned)problem->batch,
         .length = (unsigned)problem->length,
@@ -142,7 +151,7 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape),
                              128 * shape->sum_groups);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], tiles, NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], groups * shape->row_blocks * ceil_div(chunks, 2), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], tiles, NB_TILE_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_crossings], chunks > 1 ? heads : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_gates], heads * chunks, 32);
@@ -163,15 +172,15 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                         "nvidia_backward_tiles.cl",
                                         "nvidia_backward_ends.cl",
                                         NULL};
-    char options[512]; /* 15 numbers of at most 20 digits and their names */
+    char options[544]; /* 16 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DCHUNK_LEVELS=%zu"
                    " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu -DSUM_BITS=%zu"
-                   " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DBLOCK_HEADS=%zu %s",
+                   " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DROW_HEADS=%zu -DBLOCK_HEADS=%zu %s",
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   shape->unit_bits, shape->sum_bits, shape->sum_groups, shape->sum_turns, shape->block_heads,
-                   shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
+                   shape->unit_bits, shape->sum_bits, shape->sum_groups, shape->sum_turns, shape->row_heads,
+                   shape->block_heads, shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
@@ -182,6 +191,15 @@ static size_t sums_bytes(const backward_shape *shape) {
     return shape->sum_groups * 2 * chunk + unit * (NB_CHUNK * shape->padded_k * 2 + 4 * slots) + 16;
 }
 
+/* Local memory of a work-group of the rows. */
+static size_t rows_bytes(const backward_shape *shape) {
+    const size_t state = shape->padded_k * NB_COLUMNS * 2, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
+    const size_t d_o = (size_t)16 * NB_COLUMNS * 2, scales = (16 * (slots | 1) + slots) * sizeof(float);
+    const size_t warp = 2 * (d_o + sizeof(float[16][2])) + 3 * scales + 16;
+    return NB_ROW_STAGES * (state + 16) + NB_ITEMS / 32 * warp;
+}
+
+/* And of the tiles. */
 static size_t tiles_bytes(const backward_shape *shape) {
     const size_t columns = (size_t)NB_TILE * NB_COLUMNS * 2, rows = NB_TILE * shape->padded_k * 2;
     const size_t state = shape->padded_k * NB_COLUMNS * 2;
@@ -190,12 +208,19 @@ static size_t tiles_bytes(const backward_shape *shape) {
     return 2 * inputs + rows + sizeof(float[2 * 4 * 4 * 32 * 4]) + sizeof(float[13 * NB_TILE]);
 }
 
+/* The most that a work-group takes. */
+static size_t local_bytes(const backward_shape *shape) {
+    const size_t sums = sums_bytes(shape), rows = rows_bytes(shape), tiles = tiles_bytes(shape);
+    const size_t more = rows > tiles ? rows : tiles;
+    return sums > more ? sums : more;
+}
+
 /* Units of four chunks where local memory has room for them, else of fewer. */
 static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
     loglin_status status = LOGLIN_UNSUPPORTED;
     for (size_t bits = 3; status == LOGLIN_UNSUPPORTED && bits-- > 0;) {
         *shape = find_shape(problem, bits);
-        const size_t tiles = tiles_bytes(shape), sums = sums_bytes(shape), bytes = tiles > sums ? tiles : sums;
+        const size_t bytes = local_bytes(shape);
         shape->wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
         status = shape->wgmma ? LOGLIN_OK : loglin_nvidia_probe(device, problem->dtype, bytes);
     }
