@@ -115,7 +115,6 @@ typedef struct row_warp {
     float scales[2][16 * SCALES_ROW];
     float kept[2][SLOTS];
     float gradients[16 * SCALES_ROW]; /* of level scales */
-    float sums[SLOTS];                /* over rows, of these times level scales */
 } row_warp;
 
 /* Where an item of a warp copies from: row lane / 8 of the warp, columns 8 (lane % 8).. or level lane % 8. */
@@ -214,7 +213,13 @@ void store_head(__local row_warp *from, row_results to, uint h, float row_dot) {
     const uint lane = warp_lane();
     meet_in_warp();
     if (lane < CHUNK_LEVELS && (to.n >> lane & 1) != 0) {
-        to.level_dots[((ulong)h * to.chunks * CHUNK_LEVELS + lane) * NB_LEVEL_DOTS] = from->sums[lane];
+        float sum = 0.0f;
+#pragma unroll
+        for (uint row = 0; row < 16; row++) {
+            const uint i = row * SCALES_ROW + lane;
+            sum = fma(from->gradients[i], from->scales[h % 2][i], sum);
+        }
+        to.level_dots[((ulong)h * to.chunks * CHUNK_LEVELS + lane) * NB_LEVEL_DOTS] = sum;
     }
     if (lane % 4 < 2) {
         to.dots[(ulong)h * to.chunks * NB_CHUNK] = row_dot;
@@ -355,15 +360,10 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 }
                 tile_wait_before_last(product);
                 const float gradient = dot_rows(product, values) * (p % 2 == 0 ? upper : lower);
-                const float share = gradient * (p % 2 == 0 ? upper_scale : lower_scale);
-                const float of_warp = sum_rows(share + as_float(shuffle_xor(as_uint(share), 1)));
-                row_dot += share;
+                row_dot = fma(gradient, p % 2 == 0 ? upper_scale : lower_scale, row_dot);
                 if (p < 2) {
                     __local float *to = &mine->gradients[own * SCALES_ROW + j];
                     *to = tile == 0 ? gradient : *to + gradient;
-                }
-                if (lane == 0) {
-                    mine->sums[j] = tile == 0 ? of_warp : mine->sums[j] + of_warp;
                 }
                 if ((bits & (bits - 1)) == 0 && tile + 1 == TILES_V) {
                     store_head(mine, results, h, row_dot);

@@ -194,8 +194,8 @@ static size_t sums_bytes(const backward_shape *shape) {
 /* Local memory of a work-group of the rows. */
 static size_t rows_bytes(const backward_shape *shape) {
     const size_t state = shape->padded_k * NB_COLUMNS * 2, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
-    const size_t d_o = (size_t)16 * NB_COLUMNS * 2, scales = (16 * (slots | 1) + slots) * sizeof(float);
-    const size_t warp = 2 * (d_o + sizeof(float[16][2])) + 3 * scales + 16;
+    const size_t d_o = (size_t)16 * NB_COLUMNS * 2, scales = 16 * (slots | 1) * sizeof(float);
+    const size_t warp = 2 * (d_o + sizeof(float[16][2]) + slots * sizeof(float)) + 3 * scales + 16;
     return NB_ROW_STAGES * (state + 16) + NB_ITEMS / 32 * warp;
 }
 
