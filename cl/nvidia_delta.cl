@@ -47,7 +47,7 @@
 #define VALUE_ROW (ND_V / 8 + 1)     /* uint4 */
 #define STATE (V_TILES * STEPS * 32) /* uint4 */
 #define UPDATE (V_TILES * TOKENS * 32)
-#define SAVED (DIM_V / 16 * STEPS * 32) /* uint4 of a state of all columns of V, in memory */
+#define SAVED (DIM_V * (DIM_K / 8))  /* uint4 of a state of all columns of V, in memory: its rows, of K */
 
 float decay(float x) { return native_exp2(x * 1.44269504f); }
 
@@ -494,11 +494,12 @@ __global uint4 *find_saved(const loglin_delta_call call, __global char *states, 
 
 /* The states of the levels in `bits` to memory, behind one another, by the first `items`; `to`: the slice's. */
 void save_states(__global uint4 *to, const __local level_states *states, uint bits, int columns, uint items) {
-    const uint count = (uint)columns / 16 * STEPS * 32;
+    const uint lane = warp_lane(), right = lane / 2 & 1, lower = lane & 1;
+    to += (8 * lower + lane / 4) * (DIM_K / 8) + right;
     for (uint level = 0; bits != 0; level++, bits >>= 1) {
         if ((bits & 1) != 0) {
-            for (uint i = get_local_id(0); i < count; i += items) {
-                to[i] = states->rounded[level][i];
+            for (uint i = get_local_id(0) / 32; i < (uint)columns / 16 * STEPS; i += items / 32) {
+                to[i / STEPS * 16 * (DIM_K / 8) + i % STEPS * 2] = transpose_quad(states->rounded[level][i * 32 + lane]);
             }
             to += SAVED;
         }

@@ -5,19 +5,20 @@
  *     prepare, walk  the maps of all chunks with their transposes, and the level states at every chunk's start
  *     retreat        the walk backwards: the adjoints of the level states, kept as the walk keeps the states; all of dv
  *     levels         from states and adjoints: dREAD, dK_START, dWRITE, the chunk decay's gradient, and those of the level
- *                    weights between chunks; all chunks at once, a warp takes 16 tokens of one of the three
+ *                    weights between chunks; all chunks at once, a warpgroup takes one of the three
  *     keys           through the chunk's map: dq and dk of a head, dg, dbeta, the level weights inside the chunk
  *     sum            dq and dk: the sum over the heads of a group, through scale and normalisation
  * With D the adjoint of a level state at the chunk's end, its state E at the start, and w the level weights:
  *     dREAD += w dO E^T        dw = READ . dO E^T        dK_START -= WRITE D E^T        dWRITE += (V - K_START E) D^T
  *     dv = MZ^T dO + WRITE D   D -> exp(a_C) D - K_START^T WRITE D + READ^T w dO        da_C = exp(a_C) <D, E>
  * where V and dv take part with the level that the chunk itself joins.
- *
- * Given, beside what cl/nvidia_delta.cl is: BLOCK_STEPS (16 columns of K each, of which a warp of `levels` makes so many at
- * once; divides STEPS).
  */
 
-#define BLOCKS (STEPS / BLOCK_STEPS)
+#define TILE (64 * 8)                                                /* uint4 of 64 rows of 64 columns */
+#define K_UNITS ((DIM_K + 63) / 64)                                  /* 64 columns of K each */
+#define V_UNITS ((DIM_V + 63) / 64)
+#define BLOCK_UNITS (K_UNITS < 2 ? K_UNITS : ND_LEVELS_UNITS)        /* to a work-group of `levels` */
+#define BLOCKS ((K_UNITS + ND_LEVELS_UNITS - 1) / ND_LEVELS_UNITS)
 #define GRADIENT (TOKENS * STEPS * 32) /* uint4 of dREAD, dK_START or dWRITE of a chunk */
 #define NO_LEVEL 32
 
@@ -220,39 +221,64 @@ nvidia_delta_retreat(const loglin_delta_call call, __global float *ws, ulong ws_
 
 /* ---- levels -------------------------------------------------------------------------------------------------------- */
 
-/* Where a warp of `levels` stands. */
-typedef struct levels_place {
-    const __global uint4 *map;               /* of the chunk */
-    const __global uint4 *states, *adjoints; /* of the chunk */
-    uint n, ends, joined;
-    uint i;                                  /* which 16 tokens */
-    uint first_step;                         /* of K, of the warp's columns */
-} levels_place;
+/* 64 columns of V of a level's state and of an adjoint, in tiles: their rows stand transposed, 64 columns of K to a tile. */
+typedef struct level_tiles {
+    uint4 state[K_UNITS][TILE], adjoint[K_UNITS][TILE];
+} level_tiles;
 
-/* The state of a level among those of `levels`, 16 columns of V. */
-const __global uint4 *find_state(const __global uint4 *states, uint levels, uint level, uint column) {
-    return states + (ulong)popcount(levels & ((1u << level) - 1)) * SAVED + column * STEPS * 32 + warp_lane();
+/* What a work-group does in one turn: 64 columns of V of a level, or of the chunk's own values (NO_LEVEL). */
+typedef struct levels_turn {
+    uint level, behind; /* the latter at the chunk's end */
+    uint part;
+    int has_adjoint;
+} levels_turn;
+
+levels_turn find_turn(uint turn, uint n, uint ends, uint joined) {
+    uint bits = n;
+    for (uint i = turn / V_UNITS; i > 0; i--) {
+        bits &= bits - 1;
+    }
+    const uint level = bits != 0 ? popcount((bits & -bits) - 1) : NO_LEVEL;
+    const uint behind = joined != NO_LEVEL && (level == NO_LEVEL || level < joined) ? joined : level;
+    const levels_turn found = {level, behind, turn % V_UNITS, (ends >> behind) & 1};
+    return found;
 }
 
-/* The level at the chunk's end of a level at its start. */
-uint level_behind(const levels_place *at, uint level) {
-    return at->joined != NO_LEVEL && level < at->joined ? at->joined : level;
-}
-
-/* c = (rows of the chunk's map) X for 16 columns of V. */
-void apply_rows(float4 c[2], const levels_place *at, uint rows_at, const __global uint4 *x) {
-    c[0] = c[1] = (float4)(0.0f);
-#pragma unroll 4
-    for (uint step = 0; step < STEPS; step++) {
-        add_product(c, at->map[rows_at + (at->i * STEPS + step) * 32 + warp_lane()], x[step * 32]);
+/* Starts copying 64 rows of what the walks have saved; `part`: which. */
+void fetch_saved(__local uint4 to[K_UNITS][TILE], const __global uint4 *from, uint part) {
+    for (uint i = get_local_id(0); i < K_UNITS * TILE; i += ND_LEVELS_ITEMS) {
+        const uint row = i / (8 * K_UNITS), piece = i % (8 * K_UNITS), v = 64 * part + row;
+        const int wanted = v < DIM_V && piece < DIM_K / 8;
+        copy_16(&to[piece / 8][row * 8 + ((piece ^ row) & 7)], from + (wanted ? v * (DIM_K / 8) + piece : 0), wanted);
     }
 }
 
-/* sum += a X^T */
-void add_outer(float4 sum[BLOCK_STEPS][2], const levels_place *at, uint4 a, const __global uint4 *x) {
+/* 16 rows of a part of the chunk's map, to a warp, into tiles; map: the item's first numbers, i: which rows. */
+void place_rows(__local uint4 to[K_UNITS][TILE], const __global uint4 *map, uint i) {
+    const uint lane = warp_lane(), row = 16 * i + (lane & 1) * 8 + lane / 4;
 #pragma unroll
-    for (uint step = 0; step < BLOCK_STEPS; step++) {
-        add_product(sum[step], a, transpose_tile(x[(at->first_step + step) * 32]));
+    for (uint step = 0; step < 4 * K_UNITS; step++) {
+        const uint piece = 2 * (step % 4) + (lane / 2 & 1);
+        to[step / 4][row * 8 + ((piece ^ row) & 7)] = transpose_quad(step < STEPS ? map[step * 32] : (uint4)(0u));
+    }
+}
+
+/* C = (part of the chunk's map) X^T, 64 columns of V. */
+void apply_rows(float4 c[8], const __local uint4 map[K_UNITS][TILE], const __local uint4 x[K_UNITS][TILE]) {
+    tile_clear(c);
+#pragma unroll
+    for (uint unit = 0; unit < K_UNITS; unit++) {
+        tile_multiply_local_transposed(c, tile_at(map[unit]), tile_at(x[unit]));
+    }
+    tile_wait(c);
+}
+
+/* 64 columns of 16 rows of a caller's matrix, those from `column` on. */
+void load_rows(uint4 to[4], const __global ushort *x, uint column, int rows, uint aligned) {
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        const uint at = column + 16 * i;
+        to[i] = at < DIM_V ? load_global_tile(x + at, HEADS * DIM_V, rows, aligned) : (uint4)(0u);
     }
 }
 
@@ -261,132 +287,157 @@ uint4 round_negative(const float4 c[2]) {
     return round_tile(x);
 }
 
-/* dREAD, and the gradient of the level weights. */
-void find_read(float4 sum[BLOCK_STEPS][2], const levels_place *at, const __global ushort *d_o, int rows, uint aligned,
-               const __global float *weights, __global weight *dlevels) {
-    const uint row = 16 * at->i + warp_lane() / 4;
-    for (uint level = 0, bits = at->n; bits != 0; level++, bits >>= 1) {
-        if ((bits & 1) == 0) {
-            continue;
-        }
-        const float upper = weights[level * ND_CHUNK + row], lower = weights[level * ND_CHUNK + row + 8];
-        float upper_dot = 0.0f, lower_dot = 0.0f;
-        for (uint column = 0; column < DIM_V / 16; column++) {
-            const __global uint4 *state = find_state(at->states, at->n, level, column);
-            float4 output[2], gradient[2];
-            apply_rows(output, at, READ_AT, state);
-            unround_tile(gradient, load_global_tile(d_o + 16 * column, HEADS * DIM_V, rows, aligned));
+/* An item's part of the products of two tiles' numbers. */
+float dot_tiles(const __local uint4 *x, const __local uint4 *y) {
+    float sum = 0.0f;
+    for (uint i = get_local_id(0) % 128; i < TILE; i += 128) {
+        float4 a[2], b[2];
+        unround_tile(a, x[i]);
+        unround_tile(b, y[i]);
+        const float4 z = a[0] * b[0] + a[1] * b[1];
+        sum += (z.x + z.y) + (z.z + z.w);
+    }
+    return sum;
+}
+
+/* Adds to the gradients of a level's weights, of the item's two rows; d_o becomes w dO. */
+void weigh_rows(float dots[2], uint4 d_o[4], const float4 output[8], float upper, float lower) {
 #pragma unroll
-            for (uint e = 0; e < 2; e++) {
-                const float4 x = output[e] * gradient[e];
-                upper_dot += x.x + x.y;
-                lower_dot += x.z + x.w;
-                gradient[e] *= (float4)(upper, upper, lower, lower);
-            }
-            add_outer(sum, at, round_tile(gradient), state);
+    for (uint i = 0; i < 4; i++) {
+        float4 gradient[2];
+        unround_tile(gradient, d_o[i]);
+#pragma unroll
+        for (uint e = 0; e < 2; e++) {
+            const float4 x = output[2 * i + e] * gradient[e];
+            dots[0] += x.x + x.y;
+            dots[1] += x.z + x.w;
+            gradient[e] *= (float4)(upper, upper, lower, lower);
         }
-        upper_dot = quad_sum(upper_dot);
-        lower_dot = quad_sum(lower_dot);
-        if (dlevels && at->first_step == 0 && warp_lane() % 4 == 0) {
-            const int r = (int)warp_lane() / 4;
-            if (r < rows) {
-                store_weight(dlevels, (ulong)r * (HEADS * LEVELS) + FIRST_LEVEL + level, upper_dot);
-            }
-            if (r + 8 < rows) {
-                store_weight(dlevels, (ulong)(r + 8) * (HEADS * LEVELS) + FIRST_LEVEL + level, lower_dot);
-            }
+        d_o[i] = round_tile(gradient);
+    }
+}
+
+void store_dots(__global weight *dlevels, const float dots[2], uint level, int rows) {
+    const int r = (int)warp_lane() / 4;
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        const float sum = quad_sum(dots[e]);
+        if (warp_lane() % 4 == 0 && r + 8 * e < rows) {
+            store_weight(dlevels, (ulong)(r + 8 * e) * (HEADS * LEVELS) + FIRST_LEVEL + level, sum);
         }
     }
 }
 
-/* dWRITE */
-void find_write(float4 sum[BLOCK_STEPS][2], const levels_place *at, const __global ushort *v, int rows, uint aligned) {
-    for (uint column = 0; at->joined != NO_LEVEL && column < DIM_V / 16; column++) {
-        add_outer(sum, at, load_global_tile(v + 16 * column, HEADS * DIM_V, rows, aligned),
-                  find_state(at->adjoints, at->ends, at->joined, column));
-    }
-    for (uint level = 0, bits = at->n; bits != 0; level++, bits >>= 1) {
-        const uint behind = level_behind(at, level);
-        if ((bits & 1) == 0 || ((at->ends >> behind) & 1) == 0) {
-            continue;
-        }
-        for (uint column = 0; column < DIM_V / 16; column++) {
-            float4 seen[2];
-            apply_rows(seen, at, START_AT, find_state(at->states, at->n, level, column));
-            add_outer(sum, at, round_negative(seen), find_state(at->adjoints, at->ends, behind, column));
-        }
-    }
-}
-
-/* dK_START, and the item's part of <D, E>. */
-float find_start(float4 sum[BLOCK_STEPS][2], const levels_place *at) {
-    float dot_of_states = 0.0f;
-    for (uint level = 0, bits = at->n; bits != 0; level++, bits >>= 1) {
-        const uint behind = level_behind(at, level);
-        if ((bits & 1) == 0 || ((at->ends >> behind) & 1) == 0) {
-            continue;
-        }
-        for (uint column = 0; column < DIM_V / 16; column++) {
-            const __global uint4 *state = find_state(at->states, at->n, level, column);
-            const __global uint4 *adjoint = find_state(at->adjoints, at->ends, behind, column);
-            float4 given[2];
-            apply_rows(given, at, WRITE_AT, adjoint);
-            add_outer(sum, at, round_negative(given), state);
-            for (uint step = at->first_step + at->i; step < at->first_step + BLOCK_STEPS; step += TOKENS) {
-                float4 x[2], y[2];
-                unround_tile(x, state[step * 32]);
-                unround_tile(y, adjoint[step * 32]);
-                const float4 z = x[0] * y[0] + x[1] * y[1];
-                dot_of_states += (z.x + z.y) + (z.z + z.w);
-            }
-        }
-    }
-    return dot_of_states;
-}
-
-/* A work-group takes a chunk of a sequence and head, and a block of the columns of K. */
+/*
+ * A work-group takes a chunk of a sequence and head, and 64 or 128 columns of K.  Of its three warpgroups one makes dREAD, one
+ * dK_START and <D, E>, one dWRITE: each applies its part of the map to a state or an adjoint, and the outcome is a factor of
+ * its sum, whose other factor is a state or an adjoint again.
+ */
 __kernel __attribute__((reqd_work_group_size(ND_LEVELS_ITEMS, 1, 1))) void
 nvidia_delta_levels(const loglin_delta_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
                     ulong v_offset, const __global ushort *d_o, ulong d_o_offset, __global weight *dlevels,
                     ulong dlevels_offset, uint aligned) {
-    const uint warp = get_local_id(0) / 32, kind = warp / TOKENS, lane = warp_lane(), block = get_group_id(0) % BLOCKS;
+    __local level_tiles tiles[2] __attribute__((aligned(1024)));
+    __local uint4 maps[3][K_UNITS][TILE] __attribute__((aligned(1024)));
+    const uint warp = get_local_id(0) / 32, lane = warp_lane(), i = warp % TOKENS, kind = same_in_warp(warp / TOKENS);
+    const uint block = get_group_id(0) % BLOCKS;
     const chunk_place chunk = find_chunk(call, get_group_id(0) / BLOCKS);
-    const ulong bh = chunk.id / call.chunks;
-    const uint n = chunk.n;
-    const ulong states_at = states_before(n) * SAVED, adjoints_at = states_before(n + 1) * SAVED;
-    const levels_place at = {find_map(call, ws, ws_offset, chunk.id),
-                             find_saved(call, place(ws, ws_offset, call.states), bh, 0) + states_at,
-                             find_saved(call, place(ws, ws_offset, call.adjoints), bh, 0) + adjoints_at,
-                             n,
-                             adjoint_levels(call, n),
-                             joined_level(call, n),
-                             warp % TOKENS,
-                             block * BLOCK_STEPS};
-    const int rows = chunk.count - (int)(16 * at.i);
-    const ulong row = chunk.row + 16 * at.i * HEADS;
+    const ulong bh = chunk.id / call.chunks, row = chunk.row + 16 * i * HEADS;
+    const uint n = chunk.n, ends = adjoint_levels(call, n), joined = joined_level(call, n);
+    const int rows = chunk.count - (int)(16 * i);
+    const __global uint4 *states =
+        find_saved(call, place(ws, ws_offset, call.states), bh, 0) + states_before(n) * SAVED;
+    const __global uint4 *adjoints =
+        find_saved(call, place(ws, ws_offset, call.adjoints), bh, 0) + states_before(n + 1) * SAVED;
     const __global float *weights = find_weights(call, ws, ws_offset, chunk.id);
-    float4 sum[BLOCK_STEPS][2];
+    const __global ushort *factor = kind == 0 ? d_o + d_o_offset + row * DIM_V : v + v_offset + row * DIM_V;
+    const uint turns = V_UNITS * (popcount(n) + (joined != NO_LEVEL));
+    float4 sum[BLOCK_UNITS][8];
+    float dots[2] = {0.0f, 0.0f}, dot_of_states = 0.0f;
 #pragma unroll
-    for (uint step = 0; step < BLOCK_STEPS; step++) {
-        sum[step][0] = sum[step][1] = (float4)(0.0f);
+    for (uint unit = 0; unit < BLOCK_UNITS; unit++) {
+        tile_clear(sum[unit]);
     }
-    if (kind == 0) {
-        find_read(sum, &at, d_o + d_o_offset + row * DIM_V, rows, aligned, weights,
-                  dlevels ? dlevels + dlevels_offset + row * LEVELS : 0);
-    } else if (kind == 1) {
-        const float dot_of_states = warp_sum(find_start(sum, &at));
+    place_rows(maps[kind],
+               find_map(call, ws, ws_offset, chunk.id) + i * STEPS * 32 + lane +
+                   (kind == 0 ? READ_AT : kind == 1 ? WRITE_AT : START_AT),
+               i);
+    for (uint turn = 0; turn <= turns; turn++) {
+        if (turn < turns) {
+            const levels_turn next = find_turn(turn, n, ends, joined);
+            if (next.level != NO_LEVEL) {
+                fetch_saved(tiles[turn % 2].state, states + turn / V_UNITS * SAVED, next.part);
+            }
+            if (next.has_adjoint) {
+                const uint before = popcount(ends & ((1u << next.behind) - 1));
+                fetch_saved(tiles[turn % 2].adjoint, adjoints + before * SAVED, next.part);
+            }
+        }
+        end_copies();
+        if (turn == 0) {
+            continue;
+        }
+        WAIT_FOR_COPIES_BUT(1);
+        tile_publish();
+        barrier(CLK_LOCAL_MEM_FENCE);
+        const levels_turn at = find_turn(turn - 1, n, ends, joined);
+        const __local level_tiles *in = &tiles[(turn - 1) % 2];
+        if (kind == 2 ? at.has_adjoint : at.level != NO_LEVEL && (kind == 0 || at.has_adjoint)) {
+            uint4 a[4];
+            if (at.level == NO_LEVEL || kind == 0) {
+                load_rows(a, factor, 64 * at.part, rows, aligned);
+            }
+            if (at.level != NO_LEVEL) {
+                float4 applied[8];
+                apply_rows(applied, maps[kind], kind == 1 ? in->adjoint : in->state);
+                if (kind == 0) {
+                    const __global float *w = weights + at.level * ND_CHUNK + 16 * i + lane / 4;
+                    weigh_rows(dots, a, applied, w[0], w[8]);
+                } else {
+#pragma unroll
+                    for (uint step = 0; step < 4; step++) {
+                        a[step] = round_negative(&applied[2 * step]);
+                    }
+                }
+            }
+#pragma unroll
+            for (uint unit = 0; unit < BLOCK_UNITS; unit++) {
+                const uint k = min(block * BLOCK_UNITS + unit, K_UNITS - 1u);
+                tile_multiply(sum[unit], a, tile_at(kind == 2 ? in->adjoint[k] : in->state[k]));
+                if (kind == 1 && block * BLOCK_UNITS + unit == k) {
+                    dot_of_states += dot_tiles(in->state[k], in->adjoint[k]);
+                }
+            }
+#pragma unroll
+            for (uint unit = 0; unit < BLOCK_UNITS; unit++) {
+                tile_wait(sum[unit]);
+            }
+            if (kind == 0 && at.part == V_UNITS - 1) {
+                if (dlevels && block == 0) {
+                    store_dots(dlevels + dlevels_offset + row * LEVELS, dots, at.level, rows);
+                }
+                dots[0] = dots[1] = 0.0f;
+            }
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    if (kind == 1) {
+        dot_of_states = warp_sum(dot_of_states);
         if (lane == 0) {
-            ((__global float *)place(ws, ws_offset, call.decays))[(chunk.id * BLOCKS + block) * TOKENS + at.i] =
+            ((__global float *)place(ws, ws_offset, call.decays))[(chunk.id * BLOCKS + block) * TOKENS + i] =
                 weights[ND_CHUNK * STATES] * dot_of_states;
         }
-    } else {
-        find_write(sum, &at, v + v_offset + row * DIM_V, rows, aligned);
     }
     __global uint4 *to = (__global uint4 *)place(ws, ws_offset, call.map_gradients) + (chunk.id * 3 + kind) * GRADIENT +
-                         (at.i * STEPS + at.first_step) * 32 + lane;
+                         i * STEPS * 32 + lane;
 #pragma unroll
-    for (uint step = 0; step < BLOCK_STEPS; step++) {
-        to[step * 32] = round_tile(sum[step]);
+    for (uint unit = 0; unit < BLOCK_UNITS; unit++) {
+        for (uint step = 0; step < 4; step++) {
+            const uint at = 4 * (block * BLOCK_UNITS + unit) + step;
+            if (at < STEPS) {
+                to[at * 32] = round_tile(&sum[unit][2 * step]);
+            }
+        }
     }
 }
 
@@ -490,6 +541,7 @@ void find_d_z(__local chunk_squares *squares, row_sums *sums, const __local chun
             d_values[e] = s <= r ? d_values[e] * rows->weights[r][level] : 0.0f;
         }
         float4 read[2] = {(float4)(0.0f), (float4)(0.0f)};
+#pragma unroll 8
         for (uint step = 0; step < STEPS; step++) {
             add_product(read, d_read[(i * STEPS + step) * 32 + warp_lane()],
                         map[START_AT + (j * STEPS + step) * 32 + warp_lane()]);
@@ -510,6 +562,7 @@ void find_d_t(__local chunk_squares *squares, row_sums *sums, const __local chun
               const __global uint4 *d_write, uint i) {
     for (uint j = 0; j <= i; j++) {
         float4 d_t[2] = {(float4)(0.0f), (float4)(0.0f)}, d_a[2] = {(float4)(0.0f), (float4)(0.0f)}, x[2];
+#pragma unroll 8
         for (uint step = 0; step < STEPS; step++) {
             add_product(d_t, load_tile(keys + 16 * i * KEY_ROW + 2 * step, KEY_ROW),
                         d_write[(j * STEPS + step) * 32 + warp_lane()]);

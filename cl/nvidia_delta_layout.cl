@@ -10,6 +10,9 @@
 #define ND_LEVELS_ITEMS 384
 #define ND_KEYS_ITEMS 128
 
+/* 64 columns of K each, of which a work-group finds what the states hand back. */
+#define ND_LEVELS_UNITS 2
+
 /* A call.  Places in the workspace are bytes from its start. */
 typedef struct loglin_delta_call {
     unsigned long maps;     /* of each sequence, head and chunk: its map as tiles */

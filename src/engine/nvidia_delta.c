@@ -8,6 +8,7 @@
 #include "engine/nvidia_launch.h"
 #include "plan/problem.h"
 #include "runtime/device.h"
+#include "runtime/program.h"
 #include "runtime/status.h"
 
 #include <stdio.h>
@@ -43,6 +44,7 @@ typedef struct delta_phase {
     loglin_delta_call call;
     size_t columns;   /* of V to a work-group that walks */
     size_t workspace; /* bytes */
+    bool wgmma;
 } delta_phase;
 
 struct loglin_engine_state {
@@ -79,6 +81,11 @@ static size_t chunk_bytes(const loglin_problem *problem, bool backward) {
     return keys + inverse + factors + own;
 }
 
+/* Local memory that a work-group needs to find what a chunk's states hand back: of the map, and of the states two turns. */
+static size_t levels_bytes(const loglin_problem *problem) {
+    return (3 + 2 * 2) * ceil_div(problem->dim_k, 64) * 64 * ND_CHUNK * 2;
+}
+
 static bool goes_back(const loglin_problem *problem) {
     return (problem->phases & LOGLIN_BACKWARD) != 0;
 }
@@ -112,20 +119,6 @@ static const char *refuses(const loglin_device *device, const loglin_problem *pr
 
 /* ---- Creation ---------------------------------------------------------------------------------------------------- */
 
-/* The largest divisor of `steps` up to `most`. */
-static size_t block_of(size_t steps, size_t most) {
-    size_t block = most < steps ? most : steps;
-    while (steps % block != 0) {
-        block--;
-    }
-    return block;
-}
-
-/* 16 columns of K each: so many a warp's sums have room for. */
-static size_t block_steps(const loglin_problem *problem) {
-    return block_of(problem->dim_k / 16, 8);
-}
-
 /* Level states at the starts of all chunks of a sequence and head: a chunk has one for every bit of its number. */
 static size_t count_saved(size_t chunks) {
     size_t count = 0;
@@ -144,7 +137,7 @@ static void lay_out(const loglin_problem *problem, bool backward, delta_phase *p
     const size_t chunks = ceil_div(problem->length, ND_CHUNK), matrices = problem->batch * problem->heads;
     const size_t maps = matrices * chunks, tokens = problem->batch * problem->length;
     const size_t part_bytes = ND_CHUNK * problem->dim_k * 2;
-    const size_t blocks = problem->dim_k / 16 / block_steps(problem);
+    const size_t blocks = ceil_div(problem->dim_k, (size_t)64 * ND_LEVELS_UNITS);
     const size_t slices = matrices * ceil_div(problem->dim_v, phase->columns);
     size_t end = 0;
     phase->call = (loglin_delta_call){
@@ -188,13 +181,13 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                  "nvidia_delta.cl",
                                  backward ? "nvidia_delta_backward.cl" : NULL,
                                  NULL};
-    char options[480]; /* 12 numbers of at most 20 digits and their names */
+    char options[480]; /* 11 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DSTATES=%zu -DNORMALIZE=%d"
-                   " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DND_V=%zu -DBACKWARD=%d -DBLOCK_STEPS=%zu",
+                   " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DND_V=%zu -DBACKWARD=%d %s",
                    problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    count_states(problem), problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   phase->columns, (int)backward, block_steps(problem));
+                   phase->columns, (int)backward, phase->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, backward ? backward_names : forward_names,
                                      backward ? BACKWARD_COUNT : FORWARD_COUNT, phase->kernels);
 }
@@ -212,7 +205,8 @@ static void destroy(loglin_engine_state *state) {
 /* Columns of V to a work-group that walks: as many as its states leave room for. */
 static loglin_status find_columns(loglin_device *device, const loglin_problem *problem, bool backward,
                                   size_t *columns) {
-    const size_t chunk = chunk_bytes(problem, backward), wide_slice = 2 * narrow_slice;
+    const size_t levels = backward ? levels_bytes(problem) : 0, wide_slice = 2 * narrow_slice;
+    const size_t chunk = chunk_bytes(problem, backward) > levels ? chunk_bytes(problem, backward) : levels;
     const size_t wide = walk_bytes(problem, backward, wide_slice), narrow = walk_bytes(problem, backward, narrow_slice);
     *columns = wide_slice;
     if (problem->dim_v > narrow_slice && wide <= local_limit &&
@@ -226,6 +220,7 @@ static loglin_status find_columns(loglin_device *device, const loglin_problem *p
 static loglin_status create_phase(loglin_device *device, const loglin_problem *problem, bool backward,
                                   delta_phase *phase) {
     RETURN_IF_ERROR(find_columns(device, problem, backward, &phase->columns));
+    phase->wgmma = backward && loglin_nvidia_probe_wgmma(device, problem->dtype, levels_bytes(problem)) == LOGLIN_OK;
     lay_out(problem, backward, phase);
     return create_kernels(device, problem, backward, phase);
 }
