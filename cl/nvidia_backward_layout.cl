@@ -12,6 +12,9 @@
 /* Columns of V that are held together. */
 #define NB_COLUMNS 64
 
+/* Rows of q or k that a warp prepares. */
+#define NB_PREPARE_ROWS 4
+
 /* Work-items of a group; of the tiles, which need many registers; the sums have 128 for a head. */
 #define NB_ITEMS 256
 #define NB_TILE_ITEMS 512

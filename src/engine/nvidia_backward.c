@@ -143,7 +143,8 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     /* Units of adjoints and of states; none for a single chunk. */
     const size_t units = chunks > 1 ? 2 * ceil_div(chunks, (size_t)1 << shape->unit_bits) : 0;
     loglin_nvidia_kernel *kernels = backward->kernels;
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_prepare], 2 * rows / warps + ceil_div(heads * chunks, warps), NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_prepare],
+                             2 * rows / (warps * NB_PREPARE_ROWS) + ceil_div(heads * chunks, warps), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_since], heads, 32);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_weights],
                              chunks > 1 ? problem->batch * chunks * ceil_div(problem->heads, warps) : 0, NB_ITEMS);
