@@ -174,23 +174,33 @@ uint block_end(uint n, uint j) { return (n >> j << j) - 1; }
 
 /* ---- prepare ----------------------------------------------------------------------------------------------------- */
 
-/* A warp copies a row of q or k, padded. */
-void prepare_row(const loglin_nvidia_gradients call, __global ushort *to, const __global ushort *x, ulong row) {
-    const uint t = row % (call.chunks * NB_CHUNK);
-    const ulong bg = row / (call.chunks * NB_CHUNK), b = bg / GROUPS;
-    x += ((b * call.length + t) * GROUPS + bg % GROUPS) * DIM_K;
-    to += row * NV_K;
-    float values[NV_K / 32], sum = 0.0f;
+/* A warp copies some rows of q or k, padded. */
+void prepare_rows(const loglin_nvidia_gradients call, __global ushort *to, const __global ushort *x, uint first) {
+    const uint padded = call.chunks * NB_CHUNK, bg = first / padded, first_token = first - bg * padded;
+    x += (((ulong)(bg / GROUPS) * call.length + first_token) * GROUPS + bg % GROUPS) * DIM_K;
+    to += (ulong)first * NV_K;
+    float values[NB_PREPARE_ROWS][NV_K / 32];
 #pragma unroll
-    for (uint i = 0; i < NV_K / 32; i++) {
-        const uint column = i * 32 + warp_lane();
-        values[i] = t < call.length && column < DIM_K ? unpack(x[column]).x : 0.0f;
-        sum = fma(values[i], values[i], sum);
+    for (uint row = 0; row < NB_PREPARE_ROWS; row++) {
+#pragma unroll
+        for (uint i = 0; i < NV_K / 32; i++) {
+            const uint column = i * 32 + warp_lane();
+            const int wanted = first_token + row < call.length && column < DIM_K;
+            values[row][i] = wanted ? unpack(x[row * (GROUPS * DIM_K) + column]).x : 0.0f;
+        }
     }
-    const float norm = NORMALIZE ? 1.0f / sqrt(sum_warp(sum) + 1e-6f) : 1.0f;
 #pragma unroll
-    for (uint i = 0; i < NV_K / 32; i++) {
-        to[i * 32 + warp_lane()] = (ushort)pack(values[i] * norm, 0.0f);
+    for (uint row = 0; row < NB_PREPARE_ROWS; row++) {
+        float sum = 0.0f;
+#pragma unroll
+        for (uint i = 0; i < NV_K / 32; i++) {
+            sum = fma(values[row][i], values[row][i], sum);
+        }
+        const float norm = NORMALIZE ? 1.0f / sqrt(sum_warp(sum) + 1e-6f) : 1.0f;
+#pragma unroll
+        for (uint i = 0; i < NV_K / 32; i++) {
+            to[row * NV_K + i * 32 + warp_lane()] = (ushort)pack(values[row][i] * norm, 0.0f);
+        }
     }
 }
 
@@ -218,7 +228,7 @@ float2 split(double x) {
  * token: the decay from before its 16 tokens, to the end of these, between it and the middle of the chunk, to the chunk's end.
  */
 void sum_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global float *g,
-               ulong id, __local double *sums) {
+               uint id, __local double *sums) {
     const uint lane = warp_lane(), n = id / HEADS % call.chunks, b = id / HEADS / call.chunks, head = id % HEADS;
     const ulong bh = (ulong)b * HEADS + head, at = (bh * call.chunks + n) * NB_CHUNK;
     const ulong first = ((ulong)b * call.length + (ulong)n * NB_CHUNK) * HEADS + head;
@@ -254,22 +264,20 @@ void sum_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_
     }
 }
 
-/* A warp has a row of q, a row of k, or a chunk and head. */
+/* A warp has some rows of q or of k, or a chunk and head. */
 __kernel __attribute__((reqd_work_group_size(NB_ITEMS, 1, 1))) void
 nb_prepare(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *q,
            ulong q_offset, const __global ushort *k, ulong k_offset, const __global float *g, ulong g_offset) {
     __local double sums[NB_ITEMS / 32][NB_CHUNK];
-    const uint warp = get_local_id(0) / 32;
-    const ulong rows = (ulong)call.batch * GROUPS * call.chunks * NB_CHUNK, row_groups = rows / (NB_ITEMS / 32);
-    ulong group = get_group_id(0);
+    const uint warp = get_local_id(0) / 32, group = get_group_id(0), group_rows = NB_ITEMS / 32 * NB_PREPARE_ROWS;
+    const uint row_groups = call.batch * GROUPS * call.chunks * (NB_CHUNK / group_rows);
     if (group < 2 * row_groups) {
         const int is_key = group >= row_groups;
-        const ulong row = (is_key ? group - row_groups : group) * (NB_ITEMS / 32) + warp;
-        prepare_row(call, (__global ushort *)place(ws, ws_offset, is_key ? call.keys : call.queries),
-                    is_key ? k + k_offset : q + q_offset, row);
+        prepare_rows(call, (__global ushort *)place(ws, ws_offset, is_key ? call.keys : call.queries),
+                     is_key ? k + k_offset : q + q_offset,
+                     (is_key ? group - row_groups : group) * group_rows + warp * NB_PREPARE_ROWS);
     } else {
-        const ulong id = (group - 2 * row_groups) * (NB_ITEMS / 32) + warp;
-        const ulong count = (ulong)call.batch * HEADS * call.chunks;
+        const uint id = (group - 2 * row_groups) * (NB_ITEMS / 32) + warp, count = call.batch * HEADS * call.chunks;
         sum_gates(call, ws, ws_offset, g ? g + g_offset : g, min(id, count - 1), sums[warp]);
     }
 }

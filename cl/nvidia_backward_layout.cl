@@ -12,6 +12,9 @@
 /* Columns of V that are held together. */
 #define NB_COLUMNS 64
 
+/* Rows of q or k that a warp prepares. */
+#define NB_PREPARE_ROWS 4
+
 /* Work-items of a group; of the tiles, which need many registers; the sums have 128 for a head. */
 #define NB_ITEMS 256
 #define NB_TILE_ITEMS 512
@@ -33,6 +36,7 @@ typedef struct loglin_nvidia_gradients {
     unsigned long since;         /* [b][head][N + 1] the sum of all gates before a chunk, and its remainder */
     unsigned long kept;          /* [b][head][N][level] decay, times scale, from the block that is read to the chunk */
     unsigned long weights;       /* [b][head][N][1 + level][128] of tokens in states and adjoints, see nb_weights */
+    unsigned long decays;        /* [b][head][N] of a chunk */
     unsigned long states;        /* [b][head][tile of V][N] of the block that ends with a chunk */
     unsigned long adjoints;      /* likewise: first from the block's right neighbour, then of everything behind it */
     unsigned long parts;         /* [b][head][tile of V][level][unit]: parts of such sums for large blocks */

@@ -9,7 +9,9 @@
 uint weight_place(uint pair) { return pair / 32 * 32 + pair % 4 * 8 + pair % 32 / 4; }
 
 #define WEIGHT_HEADS (NB_ITEMS / 32)
-#define WEIGHT_ROW (WEIGHT_HEADS * SLOTS | 1)
+#define WEIGHT_COLUMNS (WEIGHT_HEADS * SLOTS)
+#define WEIGHT_ROW (WEIGHT_COLUMNS | 1)
+#define WEIGHT_TOKENS (NB_ITEMS / WEIGHT_COLUMNS) /* whose level scales are loaded side by side */
 
 /*
  * A work-group has a chunk of some heads, a warp one of them: what weighs its tokens in its state, and in the adjoint of each
@@ -23,12 +25,13 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
     const uint n = get_group_id(0) / bundles % call.chunks, b = get_group_id(0) / bundles / call.chunks;
     const ulong first = ((ulong)b * call.length + n * NB_CHUNK) * HEADS + first_head;
     const uint tokens = min((uint)NB_CHUNK, call.length - n * NB_CHUNK), heads = min((uint)WEIGHT_HEADS, HEADS - first_head);
-#pragma unroll 4
-    for (uint i = get_local_id(0); i < NB_CHUNK * WEIGHT_HEADS * SLOTS; i += NB_ITEMS) {
-        const uint level = i % SLOTS, head = i / SLOTS % WEIGHT_HEADS, t = i / (SLOTS * WEIGHT_HEADS);
-        const int wanted = ((n >> level) & 1) != 0 && t < tokens && head < heads;
-        const ulong at = level_scales_offset + (first + t * HEADS + head) * LEVELS + CHUNK_LEVEL + level;
-        scales[t * WEIGHT_ROW + head * SLOTS + level] = wanted ? load_weight(level_scales, at) * call.scale : 0.0f;
+    const uint column = get_local_id(0) % WEIGHT_COLUMNS, first_token = get_local_id(0) / WEIGHT_COLUMNS;
+    const ulong at = level_scales_offset + (first + column / SLOTS) * LEVELS + CHUNK_LEVEL + column % SLOTS;
+    if (first_token < WEIGHT_TOKENS && column / SLOTS < heads && ((n >> column % SLOTS) & 1) != 0) {
+#pragma unroll 8
+        for (uint t = first_token; t < tokens; t += WEIGHT_TOKENS) {
+            scales[t * WEIGHT_ROW + column] = load_weight(level_scales, at + t * (HEADS * LEVELS)) * call.scale;
+        }
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     const uint warp = get_local_id(0) / 32;
@@ -42,19 +45,23 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
     __global uint *to = (__global uint *)place(ws, ws_offset, call.weights) +
                         (bh * call.chunks + n) * (WEIGHT_SLOTS * NB_CHUNK / 2);
     const float2 end = gates[NB_CHUNK / 2 - 1].zw, start = since[n];
+    if (warp_lane() == 0) {
+        ((__global float *)place(ws, ws_offset, call.decays))[bh * call.chunks + n] = decay(end.x + end.y);
+    }
 #pragma unroll
     for (uint i = 0; i < 2; i++) {
         const uint pair = i * 32 + warp_lane();
         const float4 own = gates[pair];
         const __local float *scale = scales + 2 * pair * WEIGHT_ROW + warp * SLOTS;
-        to[weight_place(pair)] = pack(2 * pair < tokens ? decay_between(end, own.xy) : 0.0f,
-                                      2 * pair + 1 < tokens ? decay_between(end, own.zw) : 0.0f);
+        const int has_left = 2 * pair < tokens, has_right = 2 * pair + 1 < tokens;
+        to[weight_place(pair)] = pack(has_left ? decay_between(end, own.xy) : 0.0f,
+                                      has_right ? decay_between(end, own.zw) : 0.0f);
         for (uint level = 0; level < CHUNK_LEVELS; level++) {
             if (((n >> level) & 1) != 0) {
                 const float2 early = since[max(n >> level << level, n >> UNIT_BITS << UNIT_BITS)];
                 to[(1 + level) * (NB_CHUNK / 2) + weight_place(pair)] =
-                    pack(scale[level] * decay_between(start + own.xy, early),
-                         scale[WEIGHT_ROW + level] * decay_between(start + own.zw, early));
+                    pack(has_left ? scale[level] * decay_between(start + own.xy, early) : 0.0f,
+                         has_right ? scale[WEIGHT_ROW + level] * decay_between(start + own.zw, early) : 0.0f);
             }
         }
     }
@@ -63,28 +70,34 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 /* ---- sums -------------------------------------------------------------------------------------------------------- */
 
 #define SUM_ITEMS (128 * SUM_GROUPS)
-#define SUM_CHUNKS (1 << SUM_BITS)
 #define GROUP_MATRICES (GROUP_HEADS * TILES_V) /* heads and tiles of V of a group */
 #define SUM_MATRICES (SUM_GROUPS * SUM_TURNS)
 #define SUM_BLOCKS ((GROUP_MATRICES + SUM_MATRICES - 1) / SUM_MATRICES)
 
-/* A chunk's product in a sum: which chunk, and its level; whether what is stored counts too; whether the sum ends. */
+/* A chunk's product in a sum: which chunk, and its level; whether the sum goes on, decayed by the chunk; whether it is stored. */
 typedef uchar4 sum_product;
 
 /*
- * Lists the products for `chunks` chunks from `first`.  A state takes its chunk alone; an adjoint of level j takes all chunks
- * of a block of 2^j with bit j set that its unit has.
+ * Lists the products of a unit's chunks, `chunks` from `first`.  An adjoint of level j takes all chunks of a block of 2^j with
+ * bit j set that the unit has.  A state goes on from the one of the left part of its block; the third chunk is multiplied
+ * twice, by itself and on the way to the fourth.
  */
 uint list_products(__local sum_product *to, uint first, uint chunks, int is_state) {
     uint count = 0;
-    for (uint level = 0; level < (is_state ? 1 : CHUNK_LEVELS); level++) {
+    if (is_state) {
+        if (chunks > 2) {
+            to[count++] = (sum_product)(2, 0, 0, 1);
+        }
+        for (uint i = 0; i < (chunks == 3 ? 2 : chunks); i++) {
+            to[count++] = (sum_product)(i, 0, i > 0, i != 2);
+        }
+        return count;
+    }
+    for (uint level = 0; level < CHUNK_LEVELS; level++) {
         for (uint i = 0; i < chunks; i++) {
             const uint n = first + i, others = (1u << level) - 1;
-            if (is_state) {
-                to[count++] = (sum_product)(i, level, 0, 1);
-            } else if (((n >> level) & 1) != 0) {
-                const int resumes = max(n & ~others, first / UNIT * UNIT) < first;
-                to[count++] = (sum_product)(i, level, resumes, i + 1 == chunks || (n & others) == others);
+            if (((n >> level) & 1) != 0) {
+                to[count++] = (sum_product)(i, level, 0, i + 1 == chunks || (n & others) == others);
             }
         }
     }
@@ -104,41 +117,27 @@ sum_position next_position(sum_position now, uint products) {
     return now;
 }
 
-/* 16 rows of K, 32 columns of V: an item's four eights of a row, from or to the state. */
-uint sum_place(uint row, uint half_v) {
-    return swizzled(row + warp_lane() / 4, 8, half_v * 4 + warp_lane() % 4);
-}
+/* An item's first pair of columns of 16 rows of a state, in uint; piece j of row r stands at place j ^ r % 8. */
+uint first_pair(uint warp) { return (16 * warp + warp_lane() / 4) * 32 + warp_lane() % 4; }
 
+/* Neighbouring items exchange pairs of two pieces, so that one has four columns of the left piece, the other of the right. */
 void store_sum(__global uint4 *to, const float4 sum[NV_K / 64][8], uint warp) {
     const float unit = 1.0f / STATE_UNIT;
+    const uint odd = warp_lane() & 1;
+    __global uint *words = (__global uint *)to + (first_pair(warp) - odd);
 #pragma unroll
-    for (uint m = 0; m < NV_K / 64; m++) {
-        const uint row = 64 * m + 16 * warp;
+    for (uint j = 0; j < 8; j += 2) {
+        __global uint *fours = words + 4 * ((j + odd) ^ warp_lane() / 4);
 #pragma unroll
-        for (uint half_v = 0; half_v < 2; half_v++) {
-            const float4 a = sum[m][4 * half_v] * unit, b = sum[m][4 * half_v + 1] * unit;
-            const float4 c = sum[m][4 * half_v + 2] * unit, d = sum[m][4 * half_v + 3] * unit;
-            to[sum_place(row, half_v)] =
-                transpose_quad((uint4)(pack(a.x, a.y), pack(b.x, b.y), pack(c.x, c.y), pack(d.x, d.y)));
-            to[sum_place(row + 8, half_v)] =
-                transpose_quad((uint4)(pack(a.z, a.w), pack(b.z, b.w), pack(c.z, c.w), pack(d.z, d.w)));
-        }
-    }
-}
-
-void add_sum(float4 sum[NV_K / 64][8], const __global uint4 *from, float weight, uint warp) {
-    weight *= STATE_UNIT;
+        for (uint m = 0; m < NV_K / 64; m++) {
+            const float4 left = sum[m][j] * unit, right = sum[m][j + 1] * unit;
 #pragma unroll
-    for (uint m = 0; m < NV_K / 64; m++) {
-        const uint row = 64 * m + 16 * warp;
-#pragma unroll
-        for (uint half_v = 0; half_v < 2; half_v++) {
-            const uint4 upper = transpose_quad(from[sum_place(row, half_v)]);
-            const uint4 lower = transpose_quad(from[sum_place(row + 8, half_v)]);
-            sum[m][4 * half_v] += weight * (float4)(unpack(upper.x), unpack(lower.x));
-            sum[m][4 * half_v + 1] += weight * (float4)(unpack(upper.y), unpack(lower.y));
-            sum[m][4 * half_v + 2] += weight * (float4)(unpack(upper.z), unpack(lower.z));
-            sum[m][4 * half_v + 3] += weight * (float4)(unpack(upper.w), unpack(lower.w));
+            for (uint lower = 0; lower < 2; lower++) {
+                const uint x = lower ? pack(left.z, left.w) : pack(left.x, left.y);
+                const uint y = lower ? pack(right.z, right.w) : pack(right.x, right.y);
+                const uint other = shuffle_xor(odd ? x : y, 1);
+                *(__global uint2 *)(fours + m * 2048 + lower * 256) = odd ? (uint2)(other, y) : (uint2)(x, other);
+            }
         }
     }
 }
@@ -150,19 +149,31 @@ void clear_sum(float4 sum[NV_K / 64][8]) {
     }
 }
 
+void scale_sum(float4 sum[NV_K / 64][8], float weight) {
+#pragma unroll
+    for (uint m = 0; m < NV_K / 64; m++) {
+#pragma unroll
+        for (uint i = 0; i < 8; i++) {
+            sum[m][i] *= weight;
+        }
+    }
+}
+
 /* Adds (weights rows)^T values over a chunk; the weights are at weight_place. */
 void add_chunk(float4 sum[NV_K / 64][8], const __local uint4 *rows, const __local uint4 *values,
                const __local uint4 *weights, uint warp) {
+    rows += swizzled(far_row(), K_PIECES, 2 * warp + far_piece());
+    weights += warp_lane() % 4 * 2;
 #pragma unroll
     for (uint tile = 0; tile < 2; tile++) {
-        const uint4 left = weights[tile * 8 + warp_lane() % 4 * 2], right = weights[tile * 8 + warp_lane() % 4 * 2 + 1];
+        const uint4 left = weights[tile * 8], right = weights[tile * 8 + 1];
         const uint pairs[8] = {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
 #pragma unroll
         for (uint m = 0; m < NV_K / 64; m++) {
             uint4 a[4];
 #pragma unroll
             for (uint step = 0; step < 4; step++) {
-                a[step] = load_a_transposed(rows, K_PIECES, 64 * tile + 16 * step, (4 * m + warp) * 2);
+                a[step] = load_transposed(rows + (64 * tile + 16 * step) * K_PIECES + 8 * m);
             }
             tile_wait_but_one();
 #pragma unroll
@@ -196,39 +207,49 @@ void fetch_values(__local uint4 *to, const __global ushort *x, int rows, int ali
     }
 }
 
+/* What goes with a chunk's values: its tokens' weights, and its decay. */
+typedef struct sum_factors {
+    uint4 weights[NB_CHUNK / 8];
+    float decay;
+} sum_factors;
+
 /* What a warpgroup reads: from its group's first head, its unit's first chunk; this item's share. */
 typedef struct sum_source {
     const __global ushort *values;
     const __global uint4 *weights;
+    const __global float *decays;
     uint chunks; /* of the sequence */
     int rows;    /* from the item's own one to the end */
     int is_state, aligned;
 } sum_source;
 
-/* Starts copying the values and weights of a product. */
-void fetch_product(__local uint4 *values, __local uint4 *weights, sum_source from, sum_position at, sum_product product) {
+/* Starts copying what a product takes. */
+void fetch_product(__local uint4 *values, __local sum_factors *factors, sum_source from, sum_position at,
+                   sum_product product) {
     const uint item = get_local_id(0) % 128, chunk = product.x, head = at.matrix / TILES_V, tile = at.matrix % TILES_V;
     const int has_columns = tile * NB_COLUMNS + item % 8 * 8 < DIM_V;
     fetch_values(values, from.values + (chunk * (NB_CHUNK * HEADS * DIM_V) + head * DIM_V + tile * NB_COLUMNS),
                  has_columns ? from.rows - (int)(chunk * NB_CHUNK) : 0, from.aligned, item);
     if (item < NB_CHUNK / 8) {
         const uint slot = from.is_state ? 0 : 1 + product.y;
-        copy_16(&weights[item],
+        copy_16(&factors->weights[item],
                 from.weights + (((ulong)head * from.chunks + chunk) * WEIGHT_SLOTS + slot) * (NB_CHUNK / 8), 1);
+    } else if (item == NB_CHUNK / 8) {
+        copy_4(&factors->decay, from.decays + (ulong)head * from.chunks + chunk);
     }
 }
 
 /*
  * A work-group has a unit of chunks and a block of its group's heads and tiles of V: states, or adjoints of all levels.  The
- * rows of k or q of SUM_CHUNKS chunks stay in local memory while each warpgroup goes by itself through its heads.
+ * unit's rows of k or q stay in local memory while each warpgroup goes by itself through its heads.
  */
 __kernel __attribute__((reqd_work_group_size(SUM_ITEMS, 1, 1))) void
 nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
         ulong v_offset, const __global ushort *d_o, ulong d_o_offset, uint aligned) {
     __local uint4 values_at[SUM_GROUPS][2][2 * COLUMN_TILE] __attribute__((aligned(1024)));
-    __local uint4 rows[SUM_CHUNKS * 2 * ROW_TILE];
-    __local uint4 weights_at[SUM_GROUPS][2][NB_CHUNK / 8];
-    __local sum_product products[SUM_CHUNKS * SLOTS];
+    __local uint4 rows[UNIT * 2 * ROW_TILE];
+    __local sum_factors factors_at[SUM_GROUPS][2];
+    __local sum_product products[UNIT * SLOTS];
     __local uint num_products;
     const uint own = same_in_warp(get_local_id(0) / 128), warp = same_in_warp(get_local_id(0) % 128 / 32);
     const uint item = get_local_id(0) % 128;
@@ -238,74 +259,64 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     const uint block = id % SUM_BLOCKS, group = id / SUM_BLOCKS % GROUPS, b = id / (SUM_BLOCKS * GROUPS) % call.batch;
     const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch;
     const int is_state = turn >= units;
-    const uint unit = is_state ? turn - units : units - 1 - turn;
-    const uint end = min((unit + 1) * UNIT, call.chunks - (is_state ? 1 : 0)), first_head = group * GROUP_HEADS;
-    const uint first_matrix = block * SUM_MATRICES + own, last_matrix = min((block + 1) * SUM_MATRICES, (uint)GROUP_MATRICES);
-    float4 sum[NV_K / 64][8];
-    for (uint first = unit * UNIT; first < end; first += SUM_CHUNKS) {
-        const uint chunks = min((uint)SUM_CHUNKS, end - first), row = first * NB_CHUNK + item / 8;
-        barrier(CLK_LOCAL_MEM_FENCE);
-        if (get_local_id(0) == 0) {
-            num_products = list_products(products, first, chunks, is_state);
-        }
-        fetch_tile(rows,
-                   (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
-                       ((ulong)(b * GROUPS + group) * call.chunks + first) * (2 * ROW_TILE),
-                   chunks * NB_CHUNK, K_PIECES, get_local_id(0), SUM_ITEMS);
-        wait_for_copies();
-        barrier(CLK_LOCAL_MEM_FENCE);
+    const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT;
+    const uint chunks = min((uint)UNIT, call.chunks - (is_state ? 1 : 0) - first);
+    if (get_local_id(0) == 0) {
+        num_products = list_products(products, first, chunks, is_state);
+    }
+    fetch_tile(rows,
+               (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
+                   ((ulong)(b * GROUPS + group) * call.chunks + first) * (2 * ROW_TILE),
+               chunks * NB_CHUNK, K_PIECES, get_local_id(0), SUM_ITEMS);
+    wait_for_copies();
+    barrier(CLK_LOCAL_MEM_FENCE);
 
-        const sum_source from = {
-            (is_state ? v + v_offset : d_o + d_o_offset) + (((ulong)b * call.length + row) * HEADS + first_head) * DIM_V +
-                item % 8 * 8,
-            (const __global uint4 *)place(ws, ws_offset, call.weights) +
-                ((ulong)(b * HEADS + first_head) * call.chunks + first) * (WEIGHT_SLOTS * NB_CHUNK / 8) + item,
-            call.chunks, (int)call.length - (int)row, is_state, (int)aligned,
-        };
-        const uint count = num_products;
-        sum_position now = {first_matrix, 0};
-        uint slot = 0;
-        if (count > 0 && now.matrix < last_matrix) {
-            fetch_product(values_at[own][0], weights_at[own][0], from, now, products[0]);
-        }
-        while (count > 0 && now.matrix < last_matrix) {
-            const uint matrix = (b * HEADS + first_head) * TILES_V + now.matrix;
-            sum_product product;
+    const uint first_head = group * GROUP_HEADS, last_matrix = min((block + 1) * SUM_MATRICES, (uint)GROUP_MATRICES);
+    sum_position now = {block * SUM_MATRICES + own, 0};
+    const uint count = num_products, row = first * NB_CHUNK + item / 8;
+    if (count == 0 || now.matrix >= last_matrix) {
+        return;
+    }
+    const ulong first_chunk = (ulong)(b * HEADS + first_head) * call.chunks + first;
+    const sum_source from = {
+        (is_state ? v + v_offset : d_o + d_o_offset) + (((ulong)b * call.length + row) * HEADS + first_head) * DIM_V +
+            item % 8 * 8,
+        (const __global uint4 *)place(ws, ws_offset, call.weights) + first_chunk * (WEIGHT_SLOTS * NB_CHUNK / 8) + item,
+        (const __global float *)place(ws, ws_offset, call.decays) + first_chunk,
+        call.chunks, (int)call.length - (int)row, is_state, (int)aligned,
+    };
+    uint slot = 0;
+    float4 sum[NV_K / 64][8];
+    fetch_product(values_at[own][0], &factors_at[own][0], from, now, products[0]);
+    while (now.matrix < last_matrix) {
+        const uint matrix = (b * HEADS + first_head) * TILES_V + now.matrix;
+        sum_product product = products[now.product];
+        if (!product.z) {
             clear_sum(sum);
-            do {
-                wait_for_copies();
-                tile_publish();
-                warpgroup_barrier(own);
-                product = products[now.product];
-                now = next_position(now, count);
-                if (now.matrix < last_matrix) {
-                    fetch_product(values_at[own][1 - slot], weights_at[own][1 - slot], from, now, products[now.product]);
-                }
-                add_chunk(sum, rows + product.x * (2 * ROW_TILE), values_at[own][slot], weights_at[own][slot], warp);
-                slot = 1 - slot;
-            } while (!product.w);
-            const uint n = first + product.x, level = product.y;
-            __global uint4 *to;
-            if (is_state) {
-                const __global float2 *since =
-                    (const __global float2 *)place(ws, ws_offset, call.since) + (ulong)(matrix / TILES_V) * (call.chunks + 1);
-                to = (__global uint4 *)place(ws, ws_offset, call.states) + ((ulong)matrix * call.chunks + n) * STATE;
-                for (uint j = 0; j < UNIT_BITS && ((n >> j) & 1) != 0; j++) {
-                    add_sum(sum, to - (STATE << j), decay_between(since[n + 1], since[n + 1 - (1u << j)]), warp);
-                }
-            } else if (level > UNIT_BITS) {
-                const uint rest = level - UNIT_BITS, number = (unit >> (rest + 1) << rest) | (unit & ((1u << rest) - 1));
-                to = (__global uint4 *)place(ws, ws_offset, call.parts) +
-                     (((ulong)matrix * CHUNK_LEVELS + level) * call.units + number) * STATE;
-            } else {
-                to = (__global uint4 *)place(ws, ws_offset, call.adjoints) +
-                     ((ulong)matrix * call.chunks + block_end(n, level)) * STATE;
+        }
+        do {
+            product = products[now.product];
+            now = next_position(now, count);
+            wait_for_copies();
+            tile_publish();
+            warpgroup_barrier(own);
+            if (now.matrix < last_matrix) {
+                fetch_product(values_at[own][1 - slot], &factors_at[own][1 - slot], from, now, products[now.product]);
             }
             if (product.z) {
-                add_sum(sum, to, 1.0f, warp);
+                scale_sum(sum, factors_at[own][slot].decay);
             }
-            store_sum(to, sum, warp);
-        }
+            add_chunk(sum, rows + product.x * (2 * ROW_TILE), values_at[own][slot], factors_at[own][slot].weights, warp);
+            slot = 1 - slot;
+        } while (!product.w);
+        const uint n = first + product.x, level = product.y, above = level - UNIT_BITS;
+        const int is_part = !is_state && level > UNIT_BITS;
+        const ulong to = is_part ? ((ulong)matrix * CHUNK_LEVELS + level) * call.units +
+                                       ((unit >> (above + 1) << above) | (unit & ((1u << above) - 1)))
+                                 : (ulong)matrix * call.chunks + (is_state ? n : block_end(n, level));
+        store_sum((__global uint4 *)place(ws, ws_offset,
+                                          is_state ? call.states : is_part ? call.parts : call.adjoints) + to * STATE,
+                  sum, warp);
     }
 }
 
@@ -346,7 +357,6 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
     __global float *crossings = (__global float *)place(ws, ws_offset, call.crossings) +
                                 ((bh * TILES_V + matrix % TILES_V) * SLICES + slice) * call.chunks;
     const __global float2 *since = (const __global float2 *)place(ws, ws_offset, call.since) + bh * (call.chunks + 1);
-    const state_piece zero = {(float4)(0.0f), (float4)(0.0f)};
 
     if (get_group_id(0) % (SLICES * TILES_V) == 0) {
         __global float *kept = (__global float *)place(ws, ws_offset, call.kept) + bh * call.chunks * CHUNK_LEVELS;
@@ -359,35 +369,40 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
     }
     for (uint j = UNIT_BITS + 1; j < CHUNK_LEVELS; j++) {
         for (uint start = (1u << j) + (warp << (j + 1)); start < call.chunks; start += warps << (j + 1)) {
-            const uint e = start - 1, units = (min(1u << j, call.chunks - start) + UNIT - 1) / UNIT;
-            const uint first_unit = (start >> (j + 1) << j) / UNIT;
+            const uint e = start - 1;
             state_piece sum = unpack_piece(states[(ulong)e * STATE]);
             for (uint i = UNIT_BITS; i < j; i++) {
                 const uint child = e - (1u << i);
                 sum = add_piece(sum, decay_between(since[e + 1], since[child + 1]), states[(ulong)child * STATE]);
             }
             states[(ulong)e * STATE] = pack_piece(sum);
-            sum = zero;
-#pragma unroll 4
-            for (uint i = 0; i < units; i++) {
-                sum = add_piece(sum, decay_between(since[start + i * UNIT], since[start]),
-                                parts[((ulong)j * call.units + first_unit + i) * STATE]);
-            }
-            adjoints[(ulong)e * STATE] = pack_piece(sum);
         }
         barrier(CLK_GLOBAL_MEM_FENCE);
     }
     for (int j = CHUNK_LEVELS - 1; j >= 0; j--) {
         for (uint start = (1u << j) + (warp << (j + 1)); start < call.chunks; start += warps << (j + 1)) {
             const uint e = start - 1, parent = e + (1u << j);
+            state_piece sum = {(float4)(0.0f), (float4)(0.0f)};
             float crossing = 0.0f;
+            if (j > UNIT_BITS) {
+                const uint units = (min(1u << j, call.chunks - start) + UNIT - 1) / UNIT;
+                const __global uint4 *own = parts + (ulong)(j * call.units + (start >> (j + 1) << j) / UNIT) * STATE;
+#pragma unroll 4
+                for (uint i = 0; i < units; i++) {
+                    sum = add_piece(sum, decay_between(since[start + i * UNIT], since[start]), own[(ulong)i * STATE]);
+                }
+            } else {
+                sum = unpack_piece(adjoints[(ulong)e * STATE]);
+            }
             if (parent + 1 < call.chunks) {
                 const float kept = decay_between(since[parent + 1], since[start]);
                 const uint4 above = adjoints[(ulong)parent * STATE];
                 const state_piece state = unpack_piece(states[(ulong)e * STATE]), x = unpack_piece(above);
                 crossing = kept * (dot(state.low, x.low) + dot(state.high, x.high)) * (STATE_UNIT * STATE_UNIT);
-                adjoints[(ulong)e * STATE] =
-                    pack_piece(add_piece(unpack_piece(adjoints[(ulong)e * STATE]), kept, above));
+                sum = add_piece(sum, kept, above);
+            }
+            if (j > UNIT_BITS || parent + 1 < call.chunks) {
+                adjoints[(ulong)e * STATE] = pack_piece(sum);
             }
             crossing = sum_warp(crossing);
             if (lane == 0) {

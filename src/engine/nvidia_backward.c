@@ -47,7 +47,6 @@ typedef struct backward_shape {
     size_t padded_k, tiles_v;
     size_t chunks, chunk_levels;
     size_t unit_bits, unit_count;   /* chunks of a unit of the sums; units of a level */
-    size_t sum_bits;                /* chunks of which the sums hold q or k at a time */
     size_t sum_groups, sum_turns;   /* warpgroups of a work-group of the sums; heads and tiles of V of each */
     size_t row_heads, block_heads;  /* heads of a work-group of rows, of tiles */
     size_t row_blocks, head_blocks; /* of a group */
@@ -74,14 +73,13 @@ static size_t sum_blocks(const loglin_problem *problem, const backward_shape *sh
     return ceil_div(problem->heads / problem->groups * shape->tiles_v, shape->sum_groups * shape->sum_turns);
 }
 
-static backward_shape find_shape(const loglin_problem *problem, size_t sum_bits) {
+static backward_shape find_shape(const loglin_problem *problem, size_t unit_bits) {
     const size_t group_heads = problem->heads / problem->groups;
     backward_shape shape = {
         .padded_k = ceil_div(problem->dim_k, 64) * 64,
         .tiles_v = ceil_div(problem->dim_v, NB_COLUMNS),
         .chunks = ceil_div(problem->length, NB_CHUNK),
-        .unit_bits = sum_bits,
-        .sum_bits = sum_bits,
+        .unit_bits = unit_bits,
     };
     for (size_t last = shape.chunks - 1; last > 0; last /= 2) {
         shape.chunk_levels++;
@@ -117,6 +115,7 @@ static void lay_out(const loglin_problem *problem, const backward_shape *shape, 
         .since = loglin_nvidia_reserve(&end, heads * (chunks + 1) * sizeof(float[2])),
         .kept = loglin_nvidia_reserve(&end, heads * chunks * shape->chunk_levels * sizeof(float)),
         .weights = loglin_nvidia_reserve(&end, head_tokens * (1 + shape->chunk_levels) * 2),
+        .decays = loglin_nvidia_reserve(&end, heads * chunks * sizeof(float)),
         .states = loglin_nvidia_reserve(&end, matrices * chunks * state),
         .adjoints = loglin_nvidia_reserve(&end, matrices * chunks * state),
         .parts = loglin_nvidia_reserve(&end, matrices * shape->chunk_levels * shape->unit_count * state),
@@ -144,7 +143,8 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     /* Units of adjoints and of states; none for a single chunk. */
     const size_t units = chunks > 1 ? 2 * ceil_div(chunks, (size_t)1 << shape->unit_bits) : 0;
     loglin_nvidia_kernel *kernels = backward->kernels;
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_prepare], 2 * rows / warps + ceil_div(heads * chunks, warps), NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_prepare],
+                             2 * rows / (warps * NB_PREPARE_ROWS) + ceil_div(heads * chunks, warps), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_since], heads, 32);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_weights],
                              chunks > 1 ? problem->batch * chunks * ceil_div(problem->heads, warps) : 0, NB_ITEMS);
@@ -172,22 +172,22 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                         "nvidia_backward_tiles.cl",
                                         "nvidia_backward_ends.cl",
                                         NULL};
-    char options[544]; /* 16 numbers of at most 20 digits and their names */
+    char options[544]; /* 15 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DCHUNK_LEVELS=%zu"
-                   " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu -DSUM_BITS=%zu"
+                   " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu"
                    " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DROW_HEADS=%zu -DBLOCK_HEADS=%zu %s",
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   shape->unit_bits, shape->sum_bits, shape->sum_groups, shape->sum_turns, shape->row_heads,
-                   shape->block_heads, shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
+                   shape->unit_bits, shape->sum_groups, shape->sum_turns, shape->row_heads, shape->block_heads,
+                   shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
 /* Local memory of the sums: a unit of q or k, and for each warpgroup two chunks of v or dO and their weights. */
 static size_t sums_bytes(const backward_shape *shape) {
-    const size_t unit = (size_t)1 << shape->sum_bits, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
-    const size_t chunk = NB_CHUNK * (NB_COLUMNS * 2 + 2);
+    const size_t unit = (size_t)1 << shape->unit_bits, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
+    const size_t chunk = NB_CHUNK * (NB_COLUMNS * 2 + 2) + 16;
     return shape->sum_groups * 2 * chunk + unit * (NB_CHUNK * shape->padded_k * 2 + 4 * slots) + 16;
 }
 
