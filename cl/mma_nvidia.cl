@@ -159,6 +159,9 @@ uint4 transpose_quad(uint4 x) {
 
 /* A barrier of a warpgroup alone, the `own`th of its work-group. */
 void warpgroup_barrier(uint own) { asm volatile("bar.sync %0, 128;" : : "r"(own + 1) : "memory"); }
+/* At barrier `id`, from 1, `items` of the work-group meet; those that announce do not wait for the others. */
+void meet(uint id, uint items) { asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(items) : "memory"); }
+void announce(uint id, uint items) { asm volatile("bar.arrive %0, %1;" : : "r"(id), "r"(items) : "memory"); }
 
 /*
  * Products of a warpgroup, four warps: C (64 x 64) += A (64 x 64) B (64 x 64), in four steps of 16.  A warp has 16 rows of A

@@ -28,7 +28,7 @@
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales),
  * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS, SUM_GROUPS (warpgroups of a
  * work-group of the sums), SUM_TURNS (heads and tiles of V that each takes one by one), ROW_HEADS and BLOCK_HEADS (heads of
- * a group that a work-group of rows, and of tiles, takes one by one).
+ * a group that a work-group of rows, and of tiles, takes one by one), TILE_STAGES (heads that one of tiles has room for).
  */
 
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
@@ -82,16 +82,6 @@ uint4 load_a_transposed(const __local uint4 *tile, uint pieces, uint row, uint p
     return load_transposed(&tile[swizzled(row + far_row(), pieces, piece + far_piece())]);
 }
 
-/* B of two eights of columns: inner rows of a tile. */
-uint4 load_b(const __local uint4 *tile, uint pieces, uint row, uint piece) {
-    return load_transposed(&tile[swizzled(row + near_row(), pieces, piece + near_piece())]);
-}
-
-/* B of the transposed tile: two eights of rows, inner columns. */
-uint4 load_b_transposed(const __local uint4 *tile, uint pieces, uint row, uint piece) {
-    return load_matrices(&tile[swizzled(row + far_row(), pieces, piece + far_piece())]);
-}
-
 /* Starts copying whole rows to a local tile. */
 void fetch_tile(__local uint4 *to, const __global uint4 *from, uint rows, uint pieces, uint item, uint items) {
     for (uint i = item; i < rows * pieces; i += items) {
@@ -110,28 +100,6 @@ void fetch_state(__local uint4 *to, const __global uint4 *from, uint item, uint 
 /* Eight columns, whatever their alignment. */
 uint4 load_piece(const __global ushort *x) {
     return (uint4)(x[0] | (uint)x[1] << 16, x[2] | (uint)x[3] << 16, x[4] | (uint)x[5] << 16, x[6] | (uint)x[7] << 16);
-}
-
-/* Starts copying 64 rows of v or dO; missing rows and columns become zeros. */
-void fetch_columns(__local uint4 *to, const __global ushort *x, uint tile, int rows, int aligned, uint item,
-                   uint items) {
-    for (uint i = item; i < COLUMN_TILE; i += items) {
-        const uint row = i / 8, piece = i % 8;
-        const int wanted = (int)row < rows && tile * NB_COLUMNS + piece * 8 < DIM_V;
-        const __global ushort *from = x + (wanted ? (ulong)row * (HEADS * DIM_V) + tile * NB_COLUMNS + piece * 8 : 0);
-        __local uint4 *place_of_piece = &to[swizzled(row, 8, piece)];
-        if (aligned) {
-            copy_16(place_of_piece, from, wanted);
-        } else {
-            *place_of_piece = wanted ? load_piece(from) : (uint4)(0);
-        }
-    }
-}
-
-/* A pair of neighbouring columns of a local tile. */
-float2 tile_pair(const __local uint4 *tile, uint pieces, uint row, uint column) {
-    const __local uint *words = (const __local uint *)&tile[swizzled(row, pieces, column / 8)];
-    return unpack(words[column % 8 / 2]);
 }
 
 /* A level scale to local memory; zero where it is not wanted. */
@@ -160,14 +128,6 @@ float sum_rows(float x) {
 }
 
 float sum_warp(float x) { return sum_quad(sum_rows(x)); }
-
-/* Four sums at once over items whose numbers differ in two bits; an item gets the sum that its own two bits name. */
-float sum_four(const float x[4], uint bit, uint step) {
-    const int odd = (bit & 1) != 0, high = (bit & 2) != 0;
-    const float a = (odd ? x[1] : x[0]) + as_float(shuffle_xor(as_uint(odd ? x[0] : x[1]), step));
-    const float b = (odd ? x[3] : x[2]) + as_float(shuffle_xor(as_uint(odd ? x[2] : x[3]), step));
-    return (high ? b : a) + as_float(shuffle_xor(as_uint(high ? a : b), 2 * step));
-}
 
 /* The end of the block that chunk n reads at level j, and of the block that has it as its right part. */
 uint block_end(uint n, uint j) { return (n >> j << j) - 1; }
@@ -247,16 +207,16 @@ void sum_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     __global float2 *gates = (__global float2 *)place(ws, ws_offset, call.gates) + at;
-    __global float4 *factors = (__global float4 *)place(ws, ws_offset, call.factors) + at;
+    __global float *factors = (__global float *)place(ws, ws_offset, call.factors) + 4 * at;
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         const uint t = i * 32 + lane, base = t / 16 * 16;
         const double own = sums[t], middle = sums[NB_TILE - 1];
         gates[t] = split(own);
-        factors[t] = (float4)(decay((float)(own - (base > 0 ? sums[base - 1] : 0.0))),
-                              decay((float)(sums[base + 15] - own)),
-                              decay((float)(t < NB_TILE ? middle - own : own - middle)),
-                              decay((float)(sums[NB_CHUNK - 1] - own)));
+        factors[t] = decay((float)(own - (base > 0 ? sums[base - 1] : 0.0)));
+        factors[NB_CHUNK + t] = decay((float)(sums[base + 15] - own));
+        factors[2 * NB_CHUNK + t] = decay((float)(t < NB_TILE ? middle - own : own - middle));
+        factors[3 * NB_CHUNK + t] = decay((float)(sums[NB_CHUNK - 1] - own));
     }
     if (lane == 0) {
         ((__global float2 *)place(ws, ws_offset, call.since))[bh * (call.chunks + 1) + n + 1] =

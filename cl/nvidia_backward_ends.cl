@@ -60,14 +60,11 @@ nb_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                                       bh * call.chunks * CHUNK_LEVELS;
     /* An item has four tokens, the first item the last ones. */
     const uint last = NB_CHUNK - 1 - 4 * lane;
-    const int has_second_tile = n * NB_CHUNK + NB_TILE < call.length;
     float running[4], sum = 0.0f;
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         const uint t = last - i;
-        sum += dots[t] +
-               ((dots[stride + t] + (t >= NB_TILE && has_second_tile ? dots[2 * stride + t] : 0.0f)) -
-                ((dots[3 * stride + t] + dots[4 * stride + t]) + (dots[5 * stride + t] + dots[6 * stride + t])));
+        sum += dots[t] + dots[stride + t];
         running[i] = sum;
     }
     float before = sum;
@@ -104,7 +101,6 @@ nb_reduce(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offse
         (const __global float *)place(ws, ws_offset, is_key ? call.key_parts : call.query_parts) + row * NV_K;
     const __global float *level_parts =
         (const __global float *)place(ws, ws_offset, call.row_parts) + row * NV_K;
-    const uint kinds = is_key || t % NB_CHUNK < NB_TILE ? 1 : 2;
     const __global ushort *x = is_key ? k + k_offset + to : q + q_offset + to;
     __global ushort *gradients = is_key ? dk + dk_offset + to : dq + dq_offset + to;
     float sums[NV_K / 32], values[NV_K / 32], square = 0.0f, product = 0.0f;
@@ -112,7 +108,7 @@ nb_reduce(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offse
     for (uint i = 0; i < NV_K / 32; i++) {
         const uint column = i * 32 + warp_lane();
         sums[i] = 0.0f;
-        for (uint j = 0; j < kinds * HEAD_BLOCKS; j++) {
+        for (uint j = 0; j < HEAD_BLOCKS; j++) {
             sums[i] += parts[j * (rows * NV_K) + column];
         }
         for (uint j = 0; !is_key && j < ROW_BLOCKS; j++) {

@@ -17,7 +17,7 @@
 
 /* Work-items of a group; of the tiles, which need many registers; the sums have 128 for a head. */
 #define NB_ITEMS 256
-#define NB_TILE_ITEMS 512
+#define NB_TILE_ITEMS 384
 
 /* States of the levels above a chunk that are on their way to the matrix units. */
 #define NB_ROW_STAGES 4
@@ -25,14 +25,14 @@
 /* Sums of level_scales . dlevel_scales of a chunk and level, of 16 tokens each. */
 #define NB_LEVEL_DOTS 8
 
-/* Arrays of a float for each token and head, of which dc is the sum: of the levels above a chunk, of the tile itself, of the
- * tile before (odd tiles only); then, to be subtracted, v . dv in four parts. */
-#define NB_DOTS 7
+/* Arrays of a float for each token and head, of which dc is the sum: of the levels above a chunk, and of the chunk, less
+ * v . dv. */
+#define NB_DOTS 2
 
 typedef struct loglin_nvidia_gradients {
     unsigned long queries, keys; /* [b][group][128 N][NV_K] normalised, with zeros behind the last token and column */
     unsigned long gates;         /* [b][head][128 N] the gates' running sum from the chunk's start, and its remainder */
-    unsigned long factors;       /* [b][head][128 N] four decays, see nb_gates */
+    unsigned long factors;       /* [b][head][N][4][128] decays, see sum_gates */
     unsigned long since;         /* [b][head][N + 1] the sum of all gates before a chunk, and its remainder */
     unsigned long kept;          /* [b][head][N][level] decay, times scale, from the block that is read to the chunk */
     unsigned long weights;       /* [b][head][N][1 + level][128] of tokens in states and adjoints, see nb_weights */
@@ -45,7 +45,7 @@ typedef struct loglin_nvidia_gradients {
     unsigned long suffixes;      /* [b][head][N][level] of these, from a chunk to its block's end */
     unsigned long dots;          /* [NB_DOTS][b][head][128 N] */
     unsigned long row_parts;     /* [block of heads of rows][b][group][128 N][NV_K] of dq: levels above a chunk */
-    unsigned long query_parts;   /* [2][block of heads][b][group][128 N][NV_K]: tile, tile before */
+    unsigned long query_parts;   /* [block of heads][b][group][128 N][NV_K] of dq: of the chunk */
     unsigned long key_parts;     /* [block of heads][b][group][128 N][NV_K] */
     unsigned int batch, length, chunks, units;
     float scale;

@@ -3,463 +3,669 @@
 
 /* ---- tiles ------------------------------------------------------------------------------------------------------- */
 
-/* A warp has 16 keys and 16 queries; it makes transposed products, a key to a row. */
+/*
+ * A work-group has a chunk and goes through heads.  Inside the chunk there are three products of 64 keys and 64 queries, one
+ * for each warpgroup: of the chunk's first tile, of its second one, and of the first one's keys with the second one's queries.
+ * A warp has 16 keys; its products are transposed, a key to a row, so that (P M)^T is A of its product with dO.  dv adds up
+ * in the warpgroup of its tile, which gets the third one's (P M)^T through local memory.  dk adds up by squares of 64 keys
+ * and 64 columns of K: the first two warpgroups have the left square of their keys, the third one both right ones.
+ */
+
+#define CHUNK_ROW (NB_CHUNK + 4) /* of arrays by level and token: neighbours in both directions lie in different banks */
+#define CHUNK_TILE (NB_CHUNK * 8) /* uint4 of 64 columns of a chunk's q or k */
+#define QUERY_DOTS 12
+#define ROW_STEP (NB_TILE_ITEMS / (8 * TILES_V)) /* rows of v that are fetched at once */
+
+/* The same number, from which a loop's addresses are not made ahead: they would take registers. */
+uint anew(uint x) {
+    uint y;
+    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+/* Two neighbouring numbers. */
+float2 pair_at(const __local float *x) { return *(const __local float2 *)x; }
 
 /*
  * A key's sixteen and a query's: dS^T in, (P M)^T out as A.  Adds to d(q k^T)^T, adds the shares of dO . o of the
- * item's queries to its two keys' `key_dots`, and finds sums over these keys for each query, without level scales:
- * `dots` has one for each query, on the diagonal five levels of them.
+ * item's queries to its two keys' `key_dots`, and sums over these keys for each of its four queries, without level scales.
  */
-uint4 weigh_far(float4 ds[2], uint4 product, float4 dp[2], const float query_weight[4], const float query_scale[4],
-                const float key_weight[2], float key_dots[2], __local float *dots) {
+uint4 weigh_far(const float4 ds[2], uint4 product, float4 dp[2], const float2 query_weight[2],
+                const float2 query_scale[2], float2 key_weight, float2 *key_dots, float sums[4]) {
     const float2 p[4] = {unpack(product.x), unpack(product.y), unpack(product.z), unpack(product.w)};
-    uint4 a;
-    float sum[4];
+    uint a[4];
 #pragma unroll
-    for (uint half_q = 0; half_q < 2; half_q++) {
-        const float2 decays = (float2)(query_weight[2 * half_q], query_weight[2 * half_q + 1]);
-        const float2 scales = (float2)(query_scale[2 * half_q], query_scale[2 * half_q + 1]);
-        const float2 upper = decays * key_weight[0], lower = decays * key_weight[1];
-        const float2 shares = ds[half_q].xy * p[2 * half_q] * upper + ds[half_q].zw * p[2 * half_q + 1] * lower;
-        sum[2 * half_q] = shares.x;
-        sum[2 * half_q + 1] = shares.y;
-        dp[half_q].xy += ds[half_q].xy * (upper * scales);
-        dp[half_q].zw += ds[half_q].zw * (lower * scales);
-        const float2 w_upper = p[2 * half_q] * (upper * scales), w_lower = p[2 * half_q + 1] * (lower * scales);
-        key_dots[0] = fma(ds[half_q].x, w_upper.x, fma(ds[half_q].y, w_upper.y, key_dots[0]));
-        key_dots[1] = fma(ds[half_q].z, w_lower.x, fma(ds[half_q].w, w_lower.y, key_dots[1]));
-        if (half_q == 0) {
-            a.x = pack(w_upper.x, w_upper.y);
-            a.y = pack(w_lower.x, w_lower.y);
-        } else {
-            a.z = pack(w_upper.x, w_upper.y);
-            a.w = pack(w_lower.x, w_lower.y);
-        }
+    for (uint i = 0; i < 2; i++) {
+        const float2 weights = query_weight[i] * query_scale[i];
+        const float2 upper = p[2 * i] * key_weight.x, lower = p[2 * i + 1] * key_weight.y;
+        const float2 shares = (ds[i].xy * upper + ds[i].zw * lower) * query_weight[i];
+        sums[2 * i] = shares.x;
+        sums[2 * i + 1] = shares.y;
+        dp[i].xy += ds[i].xy * (weights * key_weight.x);
+        dp[i].zw += ds[i].zw * (weights * key_weight.y);
+        const float2 w_upper = upper * weights, w_lower = lower * weights;
+        key_dots->x = fma(ds[i].x, w_upper.x, fma(ds[i].y, w_upper.y, key_dots->x));
+        key_dots->y = fma(ds[i].z, w_lower.x, fma(ds[i].w, w_lower.y, key_dots->y));
+        a[2 * i] = pack(w_upper.x, w_upper.y);
+        a[2 * i + 1] = pack(w_lower.x, w_lower.y);
     }
-    const uint r = warp_lane() / 4;
-    float dot_of_query = sum_four(sum, r, 4);
-    dot_of_query += as_float(shuffle_xor(as_uint(dot_of_query), 16));
-    if (r < 4) {
-        dots[8 * (r / 2) + 2 * (warp_lane() % 4) + r % 2] = dot_of_query;
-    }
-    return a;
+    return (uint4)(a[0], a[1], a[2], a[3]);
 }
 
-/* Sums of eight rows' x over those at distance 0, 1, 2-3, 4-7 (exclusive or) from the item's own row. */
-float4 sum_distances(float x) {
-    const float one = as_float(shuffle_xor(as_uint(x), 4));
-    const float pair = x + one;
-    const float two = as_float(shuffle_xor(as_uint(pair), 8));
-    return (float4)(x, one, two, as_float(shuffle_xor(as_uint(pair + two), 16)));
-}
-
-/* The diagonal: keys and queries are the same 16 tokens.  dots: [level][query]. */
-uint4 weigh_near(float4 ds[2], uint4 product, float4 dp[2], const __local float2 *gates, const __local float *scales,
-                 float key_dots[2], __local float *dots) {
-    const uint r = warp_lane() / 4, p = warp_lane() % 4;
+/* The diagonal: keys and queries are the same 16 tokens.  dots, scales: [level][query]; sums: of level 4. */
+uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], const __local float2 *gates,
+                 const __local float *scales, float2 *key_dots, __local float *dots, float sums[4]) {
+    const uint r = lane / 4, p = lane % 4;
     const float2 products[4] = {unpack(product.x), unpack(product.y), unpack(product.z), unpack(product.w)};
     const float2 keys[2] = {gates[r], gates[r + 8]};
-    float w[8];
+    float w[8], x[4];
+    sums[0] = sums[1] = 0.0f;
 #pragma unroll
     for (uint half_q = 0; half_q < 2; half_q++) {
 #pragma unroll
         for (uint e = 0; e < 2; e++) {
             const uint t = 8 * half_q + 2 * p + e;
             const float2 query = gates[t];
-            const float scale = scales[t * 8 + bit_length(r ^ (2 * p + e))];
+            const float scale = scales[bit_length(r ^ (2 * p + e)) * CHUNK_ROW + t];
             /* The keys of the same eight, up to the query. */
             const float near_ds = half_q == 0 ? (e == 0 ? ds[0].x : ds[0].y) : (e == 0 ? ds[1].z : ds[1].w);
             const float near_product = half_q == 0 ? (e == 0 ? products[0].x : products[0].y)
                                                    : (e == 0 ? products[3].x : products[3].y);
-            const float kept = r <= 2 * p + e ? decay_between(query, keys[half_q]) : 0.0f;
-            const float4 levels = sum_distances(near_ds * near_product * kept);
-            if (r == 2 * p + e) {
-                dots[t] = levels.x;
-                dots[NB_TILE + t] = levels.y;
-                dots[2 * NB_TILE + t] = levels.z;
-                dots[3 * NB_TILE + t] = levels.w;
-            }
+            const float since = (query.x - keys[half_q].x) + (query.y - keys[half_q].y);
+            const float kept = decay(r <= 2 * p + e ? since : -INFINITY);
             const float near_weight = near_product * kept * scale, near_gradient = near_ds * kept * scale;
-            key_dots[half_q] = fma(near_ds, near_weight, key_dots[half_q]);
+            x[2 * half_q + e] = near_ds * near_product * kept;
             if (half_q == 0) {
+                key_dots->x = fma(near_ds, near_weight, key_dots->x);
                 w[e] = near_weight;
                 w[2 + e] = 0.0f;
                 dp[0] += e == 0 ? (float4)(near_gradient, 0.0f, 0.0f, 0.0f) : (float4)(0.0f, near_gradient, 0.0f, 0.0f);
-                if (r == 0) {
-                    dots[4 * NB_TILE + t] = 0.0f;
-                }
             } else {
                 /* The eight before. */
                 const float far_ds = e == 0 ? ds[1].x : ds[1].y;
                 const float far_product = e == 0 ? products[2].x : products[2].y;
-                const float far_kept = decay_between(query, keys[0]), far_scale = scales[t * 8 + 4];
-                const float sum = sum_rows(far_ds * far_product * far_kept);
-                if (r == 0) {
-                    dots[4 * NB_TILE + t] = sum;
-                }
+                const float far_kept = decay_between(query, keys[0]), far_scale = scales[4 * CHUNK_ROW + t];
+                const float far_gradient = far_ds * far_kept * far_scale;
+                sums[2 + e] = far_ds * far_product * far_kept;
                 w[4 + e] = far_product * far_kept * far_scale;
                 w[6 + e] = near_weight;
-                key_dots[0] = fma(far_ds, w[4 + e], key_dots[0]);
-                const float far_gradient = far_ds * far_kept * far_scale;
+                key_dots->x = fma(far_ds, w[4 + e], key_dots->x);
+                key_dots->y = fma(near_ds, near_weight, key_dots->y);
                 dp[1] += e == 0 ? (float4)(far_gradient, 0.0f, near_gradient, 0.0f)
                                 : (float4)(0.0f, far_gradient, 0.0f, near_gradient);
             }
         }
     }
+    /* Over the keys at distance 0, 1, 2-3, 4-7 (exclusive or) from the item's own row of eight; of use where that is the
+     * query. */
+    float one[4], pair[4], two[4], four[4];
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        one[i] = as_float(shuffle_xor(as_uint(x[i]), 4));
+        pair[i] = x[i] + one[i];
+    }
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        two[i] = as_float(shuffle_xor(as_uint(pair[i]), 8));
+    }
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        four[i] = as_float(shuffle_xor(as_uint(pair[i] + two[i]), 16));
+    }
+    if (r / 2 == p) {
+        const int odd = (r & 1) != 0;
+#pragma unroll
+        for (uint i = 0; i < 2; i++) {
+            __local float *own = dots + 8 * i + r;
+            own[0] = odd ? x[2 * i + 1] : x[2 * i];
+            own[CHUNK_ROW] = odd ? one[2 * i + 1] : one[2 * i];
+            own[2 * CHUNK_ROW] = odd ? two[2 * i + 1] : two[2 * i];
+            own[3 * CHUNK_ROW] = odd ? four[2 * i + 1] : four[2 * i];
+        }
+    }
     return (uint4)(pack(w[0], w[1]), pack(w[2], w[3]), pack(w[4], w[5]), pack(w[6], w[7]));
 }
 
-/* 16 keys times 16 queries, by their columns of V. */
-void multiply_values(float4 ds[2], const uint4 v[4 * TILES_V], const __local uint4 *d_o, uint query) {
-    ds[0] = ds[1] = (float4)(0.0f);
+/*
+ * Adds sums of 64 queries up over a warp's keys.  An item has four of each sixteen, of the columns of its products; it gets
+ * those of queries 2 lane and 2 lane + 1.
+ */
+float2 sum_queries(uint lane, const float sums[16]) {
+    const uint r = lane / 4;
+    float half_sums[8], quarter[4];
+    float2 own;
 #pragma unroll
-    for (uint i = 0; i < 4 * TILES_V; i++) {
-        const uint4 y = load_b_transposed(d_o + i / 4 * COLUMN_TILE, 8, query, i % 4 * 2);
-        mma(&ds[0], v[i], y.x, y.y);
-        mma(&ds[1], v[i], y.z, y.w);
+    for (uint i = 0; i < 8; i++) {
+        half_sums[i] = r & 4 ? sums[8 + i] : sums[i];
+        half_sums[i] += as_float(shuffle_xor(as_uint(r & 4 ? sums[i] : sums[8 + i]), 16));
     }
-}
-
-/* k q^T of 16 keys and 16 queries, rounded. */
-uint4 multiply_keys(const __local uint4 *keys, const __local uint4 *queries, uint key, uint query, float scale) {
-    float4 c[2];
-    c[0] = c[1] = (float4)(0.0f);
 #pragma unroll
-    for (uint step = 0; step < K_STEPS; step++) {
-        const uint4 a = load_a(keys, K_PIECES, key, 2 * step);
-        const uint4 y = load_b_transposed(queries, K_PIECES, query, 2 * step);
-        mma(&c[0], a, y.x, y.y);
-        mma(&c[1], a, y.z, y.w);
+    for (uint i = 0; i < 4; i++) {
+        quarter[i] = r & 2 ? half_sums[4 + i] : half_sums[i];
+        quarter[i] += as_float(shuffle_xor(as_uint(r & 2 ? half_sums[i] : half_sums[4 + i]), 8));
     }
-    c[0] *= scale;
-    c[1] *= scale;
-    return (uint4)(pack(c[0].x, c[0].y), pack(c[0].z, c[0].w), pack(c[1].x, c[1].y), pack(c[1].z, c[1].w));
+    own.x = r & 1 ? quarter[2] : quarter[0];
+    own.y = r & 1 ? quarter[3] : quarter[1];
+    own.x += as_float(shuffle_xor(as_uint(r & 1 ? quarter[0] : quarter[2]), 4));
+    own.y += as_float(shuffle_xor(as_uint(r & 1 ? quarter[1] : quarter[3]), 4));
+    return own;
 }
 
 /* Puts a sixteen of keys by queries, as A, into a tile of keys' rows. */
-void store_a(__local uint4 *tile, uint4 a, uint key, uint query) {
-    const uint r = warp_lane() / 4, p = warp_lane() % 4;
-    __local uint *words = (__local uint *)tile;
-    words[4 * swizzled(key + r, 8, query / 8) + p] = a.x;
-    words[4 * swizzled(key + r + 8, 8, query / 8) + p] = a.y;
-    words[4 * swizzled(key + r, 8, query / 8 + 1) + p] = a.z;
-    words[4 * swizzled(key + r + 8, 8, query / 8 + 1) + p] = a.w;
+void store_a(uint lane, __local uint4 *tile, uint4 a, uint key, uint query) {
+    const uint row = key + lane / 4, at = (4 * swizzled(row, 8, 0) + lane % 4) ^ (query / 2);
+    __local uint *left = (__local uint *)tile + at, *right = (__local uint *)tile + (at ^ 4);
+    left[0] = a.x;
+    left[8 * 32] = a.y;
+    right[0] = a.z;
+    right[8 * 32] = a.w;
 }
 
-/* 16 rows of a tile (or its transpose) of products times a quarter of K's columns of q or k. */
-void add_rows(float4 sum[NV_K / 32], const __local uint4 *products, const __local uint4 *rows, uint row, uint quarter,
-              int transposed) {
+void store_rows(__global float *to, const float4 sum[8]) {
+    to += (ulong)(get_local_id(0) / 32 % 4 * 16 + warp_lane() / 4) * NV_K + 2 * (warp_lane() % 4);
 #pragma unroll
-    for (uint step = 0; step < 4; step++) {
-        const uint4 a =
-            transposed ? load_a_transposed(products, 8, 16 * step, row / 8) : load_a(products, 8, row, 2 * step);
-#pragma unroll
-        for (uint i = 0; i < NV_K / 64; i++) {
-            const uint4 y = load_b(rows, K_PIECES, 16 * step, quarter * (NV_K / 32) + 2 * i);
-            mma(&sum[2 * i], a, y.x, y.y);
-            mma(&sum[2 * i + 1], a, y.z, y.w);
-        }
-    }
-}
-
-void clear_rows(float4 sum[NV_K / 32]) {
-#pragma unroll
-    for (uint i = 0; i < NV_K / 32; i++) {
-        sum[i] = (float4)(0.0f);
-    }
-}
-
-void store_rows(__global float *to, const float4 sum[NV_K / 32], uint row, uint quarter) {
-    to += (row + warp_lane() / 4) * NV_K + quarter * (NV_K / 4) + 2 * (warp_lane() % 4);
-#pragma unroll
-    for (uint i = 0; i < NV_K / 32; i++) {
+    for (uint i = 0; i < 8; i++) {
         *(__global float2 *)(to + 8 * i) = sum[i].xy;
         *(__global float2 *)(to + 8 * NV_K + 8 * i) = sum[i].zw;
     }
 }
 
-/* Two rows of 16 columns of dv: an item writes 4 columns of each, of the left eight if its number is even. */
-void store_columns(__global ushort *to, const float4 sum[2], int row, int rows, int column, int aligned) {
-    const uint odd = warp_lane() & 1;
-#pragma unroll
-    for (int lower = 0; lower < 2; lower++) {
-        const uint left = lower ? pack(sum[0].z, sum[0].w) : pack(sum[0].x, sum[0].y);
-        const uint right = lower ? pack(sum[1].z, sum[1].w) : pack(sum[1].x, sum[1].y);
-        const uint other = shuffle_xor(odd ? left : right, 1);
-        const uint2 x = odd ? (uint2)(other, right) : (uint2)(left, other);
-        const int at = column + 8 * (int)odd + 4 * (int)(warp_lane() % 4 / 2);
-        if (row + 8 * lower < rows && at < DIM_V) {
-            __global ushort *place_of_four = to + (ulong)(row + 8 * lower) * (HEADS * DIM_V) + at;
-            if (aligned) {
-                *(__global uint2 *)place_of_four = x;
-            } else {
-                place_of_four[0] = (ushort)x.x;
-                place_of_four[1] = (ushort)(x.x >> 16);
-                place_of_four[2] = (ushort)x.y;
-                place_of_four[3] = (ushort)(x.y >> 16);
-            }
+/* Four eights of columns of rows r and r + 8: the item p of a row's four gets the eight p. */
+uint4 upper_piece(const float4 c[4]) {
+    return transpose_quad(
+        (uint4)(pack(c[0].x, c[0].y), pack(c[1].x, c[1].y), pack(c[2].x, c[2].y), pack(c[3].x, c[3].y)));
+}
+
+uint4 lower_piece(const float4 c[4]) {
+    return transpose_quad(
+        (uint4)(pack(c[0].z, c[0].w), pack(c[1].z, c[1].w), pack(c[2].z, c[2].w), pack(c[3].z, c[3].w)));
+}
+
+void store_piece(__global ushort *to, uint4 x, int aligned) {
+    if (aligned) {
+        *(__global uint4 *)to = x;
+    } else {
+#pragma unroll 1
+        for (uint i = 0; i < 4; i++) {
+            to[2 * i] = (ushort)x.x;
+            to[2 * i + 1] = (ushort)(x.x >> 16);
+            x = x.yzwx;
         }
     }
 }
 
-/* What a turn of the tiles takes from memory. */
+/* The warp's 16 rows of dv, of which `rows` are there behind the item's first one; `to` is that one's. */
+void store_columns(uint lane, __global ushort *to, const float4 c[8], int rows, int columns, int aligned) {
+    const int column = 8 * (int)(lane % 4);
+    const uint4 pieces[4] = {upper_piece(c), upper_piece(c + 4), lower_piece(c), lower_piece(c + 4)};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (rows > i / 2 * 8 && column + i % 2 * 32 < columns) {
+            store_piece(to + (ulong)(i / 2 * 8) * (HEADS * DIM_V) + column + i % 2 * 32, pieces[i], aligned);
+        }
+    }
+}
+
+/* Starts copying a chunk's rows of q or k, 64 columns after the other. */
+void fetch_chunk(__local uint4 *to, const __global uint4 *from) {
+#pragma unroll 1
+    for (uint i = get_local_id(0); i < NB_CHUNK * K_PIECES; i += NB_TILE_ITEMS) {
+        const uint piece = i % K_PIECES;
+        copy_16(&to[piece / 8 * CHUNK_TILE + swizzled(i / K_PIECES, 8, piece % 8)], &from[i], 1);
+    }
+}
+
+/* What a head takes from memory. */
 typedef struct tile_inputs {
-    uint4 v[TILES_V * COLUMN_TILE];
-    uint4 d_o[2][TILES_V * COLUMN_TILE]; /* of the tile and the one behind it */
-    uint4 adjoint[TILES_V * STATE];
-    float2 gates[NB_CHUNK];   /* of the same two tiles */
-    float4 factors[NB_CHUNK];
-    float scales[NB_TILE * 8]; /* levels 0 to 6 of the tile, 7 of the one behind */
+    uint4 v[TILES_V][CHUNK_TILE], d_o[TILES_V][CHUNK_TILE], adjoint[TILES_V][STATE];
+    float2 gates[NB_CHUNK];
+    float factors[4][NB_CHUNK];
 } tile_inputs;
 
-/* A tile of keys, with the queries of the same tile and, in a chunk's first half, of the second. */
+/* The address of an item's row of matrices for 16 rows and columns; those of the columns 16 n.. differ in bits, 32 n. */
+uint rows_address(const __local uint4 *tile, uint row, uint piece) {
+    return local_address(&tile[swizzled(row, 8, piece)]);
+}
+
+/* 16 rows of a tile, as A. */
+void load_rows(uint lane, uint4 a[4], const __local uint4 *tile, uint row) {
+    const uint address = rows_address(tile, row + lane % 16, lane / 16);
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        a[step] = load_matrices_at(address ^ (32 * step));
+    }
+}
+
+/* v dO^T of 16 keys and 16 queries. */
+void multiply_values(uint lane, float4 ds[2], const __local tile_inputs *in, uint key, uint query) {
+    ds[0] = ds[1] = (float4)(0.0f);
+#pragma unroll
+    for (uint i = 0; i < TILES_V; i++) {
+        const uint keys = rows_address(in->v[i], key + lane % 16, lane / 16);
+        const uint queries = rows_address(in->d_o[i], query + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+        for (uint step = 0; step < 4; step++) {
+            const uint4 a = load_matrices_at(keys ^ (32 * step)), b = load_matrices_at(queries ^ (32 * step));
+            mma(&ds[0], a, b.x, b.y);
+            mma(&ds[1], a, b.z, b.w);
+        }
+    }
+}
+
+void scale_tile(uint4 a[4], float upper, float lower) {
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        a[step] = scale_rows(a[step], pack(upper, upper), pack(lower, lower));
+    }
+}
+
+/* Adds a tile of d(q k^T)^T, transposed, times keys. */
+void add_queries(float4 sum[8], const __local uint4 *gradients, const __local uint4 *keys) {
+    uint4 a[4];
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        a[step] = load_a_transposed(gradients, 8, 16 * step, get_local_id(0) / 32 % 4 * 2);
+    }
+    tile_multiply(sum, a, tile_at(keys));
+    tile_wait(sum);
+}
+
+/* Adds the same, as it is, times queries. */
+void add_keys(float4 sum[8], const __local uint4 *gradients, const __local uint4 *queries) {
+    tile_multiply_local(sum, tile_at(gradients), tile_at(queries));
+    tile_wait(sum);
+}
+
+/* Starts copying a chunk's rows of v and dO; missing ones, and missing columns, become zeros. */
+void fetch_both(__local uint4 *to_v, __local uint4 *to_d_o, const __global ushort *v, const __global ushort *d_o,
+                  int rows, uint item, int aligned) {
+    const uint piece = item % (8 * TILES_V), first_row = item / (8 * TILES_V);
+    const ulong first = (ulong)first_row * (HEADS * DIM_V) + 8 * piece;
+    const int has_columns = 8 * piece < DIM_V;
+    if (aligned) {
+#pragma unroll
+        for (uint i = 0; i < (NB_CHUNK + ROW_STEP - 1) / ROW_STEP; i++) {
+            const uint row = first_row + i * ROW_STEP, to = piece / 8 * CHUNK_TILE + swizzled(row, 8, piece % 8);
+            const int wanted = has_columns && (int)row < rows;
+            const ulong from = wanted ? first + i * (ROW_STEP * HEADS * DIM_V) : 0;
+            if (row < NB_CHUNK) {
+                copy_16(&to_v[to], v + from, wanted);
+                copy_16(&to_d_o[to], d_o + from, wanted);
+            }
+        }
+        return;
+    }
+#pragma unroll 1
+    for (uint i = 0; i < 2 * NB_CHUNK; i += ROW_STEP) {
+        const uint row = (first_row + i) % NB_CHUNK, is_d_o = first_row + i >= NB_CHUNK;
+        if (first_row + i < 2 * NB_CHUNK) {
+            const __global ushort *x = (is_d_o ? d_o : v) + (ulong)row * (HEADS * DIM_V) + 8 * piece;
+            uint4 values = (uint4)(0);
+            if (has_columns && (int)row < rows) {
+                values = load_piece(x);
+            }
+            (is_d_o ? to_d_o : to_v)[piece / 8 * CHUNK_TILE + swizzled(row, 8, piece % 8)] = values;
+        }
+    }
+}
+
+/* Sums of a head, written level scales' gradients: by query, a level's parts one after the other, and by key. */
+typedef struct tile_dots {
+    float queries[QUERY_DOTS * CHUNK_ROW], keys[3][NB_TILE];
+} tile_dots __attribute__((aligned(8)));
+
+/* Where a work-group's inputs and outputs start, of its first head: not in registers, of which there are few. */
+typedef struct tile_place {
+    const __global ushort *v, *d_o;
+    const __global weight *level_scales;
+    const __global uint4 *gates, *factors, *adjoints;
+    __global ushort *dv;
+    __global weight *dlevel_scales;
+    __global float *dots;
+    ulong padded, adjoint_stride; /* tokens of a head; uint4 of a head's tile of V */
+    int rows;                     /* tokens of the chunk */
+} tile_place;
+
+/* The gradients of a token's level scales, and what is summed up for its dg. */
+void finish_head(const __local tile_dots *dots, const __local float *scales, const __local tile_place *at, uint h,
+                 uint row) {
+    const __local float *x = dots->queries + row;
+    const float far[4] = {x[8 * CHUNK_ROW], x[9 * CHUNK_ROW], x[10 * CHUNK_ROW], x[11 * CHUNK_ROW]};
+    const float gradients[8] = {x[0],
+                                x[CHUNK_ROW],
+                                x[2 * CHUNK_ROW],
+                                x[3 * CHUNK_ROW],
+                                x[4 * CHUNK_ROW],
+                                row & 16 ? x[5 * CHUNK_ROW] : 0.0f,
+                                row & 32 ? x[6 * CHUNK_ROW] + x[7 * CHUNK_ROW] : 0.0f,
+                                row & 64 ? (far[0] + far[1]) + (far[2] + far[3]) : 0.0f};
+    const int wanted = at->dlevel_scales && (int)row < at->rows;
+    __global weight *to = at->dlevel_scales + (wanted ? row * (HEADS * LEVELS) + h * LEVELS : 0);
+    float sum = -dots->keys[row < NB_TILE ? 0 : 1][row % NB_TILE] - (row < NB_TILE ? dots->keys[2][row] : 0.0f);
+#pragma unroll
+    for (uint level = 0; level < 8; level++) {
+        sum = fma(gradients[level], scales[level * CHUNK_ROW + row], sum);
+        if (level < LEVELS && wanted) {
+            store_weight(to, level, gradients[level]);
+        }
+    }
+    at->dots[h * at->padded + row] = sum;
+}
+
 __kernel __attribute__((reqd_work_group_size(NB_TILE_ITEMS, 1, 1))) void
 nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
          ulong v_offset, const __global ushort *d_o, ulong d_o_offset, const __global weight *level_scales,
          ulong level_scales_offset, __global ushort *dv, ulong dv_offset, __global weight *dlevel_scales,
          ulong dlevel_scales_offset, uint aligned) {
-    __local tile_inputs inputs[2];
-    __local uint4 keys[ROW_TILE];
-    __local uint4 weights_at[2][COLUMN_TILE]; /* P M, transposed, of both tiles of queries */
-    __local float near_dots[5][NB_TILE], far_dots[2][4][NB_TILE];
-    const uint item = get_local_id(0), lane = item % 32, warp = item / 32, key = warp % 4 * 16, quarter = warp / 4;
-    const uint r = lane / 4, p = lane % 4, query = quarter * 16;
+    __local tile_inputs inputs[TILE_STAGES] __attribute__((aligned(1024)));
+    __local uint4 keys[NV_K / 64 * CHUNK_TILE] __attribute__((aligned(1024)));
+    __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
+    __local uint4 weights[COLUMN_TILE] __attribute__((aligned(1024))); /* the third warpgroup's (P M)^T */
+    __local float scales_at[3][8 * CHUNK_ROW] __attribute__((aligned(8))); /* of the head that is fetched, worked on, and finished */
+    __local tile_dots dots_at[2];
+#if WGMMA
+    __local arrivals here[TILE_STAGES];
+#endif
+    uint item = get_local_id(0), lane = item % 32;
+    uint warp = same_in_warp(item / 32), part = warp / 4, own = warp % 4;
+    uint key_tile = part == 1 ? COLUMN_TILE : 0, query_tile = part == 0 ? 0 : COLUMN_TILE; /* where the warpgroup's start */
     const ulong id = get_group_id(0), padded = (ulong)call.chunks * NB_CHUNK;
     const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS,
                b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
-    const uint tile = 2 * call.chunks - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch, n = tile / 2;
-    const uint first = tile * NB_TILE, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
-    const int rows = (int)call.length - (int)first;
-    const uint blocks = tile % 2 == 0 && rows > NB_TILE ? 2 : 1;
+    const uint n = call.chunks - 1 - id / (HEAD_BLOCKS * GROUPS) / call.batch;
+    const uint first = n * NB_CHUNK, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
     const int has_adjoint = n + 1 < call.chunks;
-    const ulong bg = (ulong)b * GROUPS + group, first_bh = (ulong)b * HEADS + first_head;
-    const ulong first_column = (((ulong)b * call.length + first) * HEADS + first_head) * DIM_V;
-    const ulong level_row = (((ulong)b * call.length + first) * HEADS + first_head) * LEVELS;
-    const __global uint4 *query_rows = (const __global uint4 *)place(ws, ws_offset, call.queries) +
-                                       (bg * padded + first) * K_PIECES;
+    const ulong bg = (ulong)b * GROUPS + group;
+    __local uint4 *queries = inputs[TILE_STAGES - 1].v[0]; /* before and behind all heads */
 
-    fetch_tile(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES,
-               NB_TILE, K_PIECES, item, NB_TILE_ITEMS);
-    for (uint i = 0; i < blocks; i++) {
-        fetch_tile(inputs[i].adjoint, query_rows + i * ROW_TILE, NB_TILE, K_PIECES, item, NB_TILE_ITEMS);
+    __local tile_place place_of_group;
+    const __local tile_place *at = &place_of_group;
+    if (item == 0) {
+        const ulong bh = (ulong)b * HEADS + first_head, tokens = bh * padded + first;
+        const ulong row = ((ulong)b * call.length + first) * HEADS + first_head;
+        place_of_group = (tile_place){
+            v + v_offset + row * DIM_V,
+            d_o + d_o_offset + row * DIM_V,
+            level_scales + level_scales_offset + row * LEVELS,
+            (const __global uint4 *)place(ws, ws_offset, call.gates) + tokens / 2,
+            (const __global uint4 *)place(ws, ws_offset, call.factors) + tokens,
+            (const __global uint4 *)place(ws, ws_offset, call.adjoints) + (bh * TILES_V * call.chunks + n) * STATE,
+            dv + dv_offset + row * DIM_V,
+            dlevel_scales ? dlevel_scales + dlevel_scales_offset + row * LEVELS : dlevel_scales,
+            (__global float *)place(ws, ws_offset, call.dots) +
+                (NB_DOTS - 1) * (ulong)call.batch * HEADS * padded + tokens,
+            padded,
+            (ulong)call.chunks * STATE,
+            (int)(call.length - first),
+        };
     }
+#if WGMMA
+    if (item < TILE_STAGES) {
+        arrivals_start(&here[item], has_adjoint ? 2 + TILES_V : 2);
+        tile_publish();
+    }
+#endif
+    const __global uint4 *queries_from = (const __global uint4 *)place(ws, ws_offset, call.queries) +
+                                         (bg * padded + first) * K_PIECES;
+    fetch_chunk(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES);
+    fetch_chunk(queries, queries_from);
     wait_for_copies();
+    tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
-    uint4 products[2];
-    float4 gradients[2][2], key_sum[NV_K / 32];
-    clear_rows(key_sum);
-#pragma unroll
-    for (uint i = 0; i < 2; i++) {
-        gradients[i][0] = gradients[i][1] = (float4)(0.0f);
-        products[i] = i < blocks ? multiply_keys(keys, inputs[i].adjoint, key, query, call.scale) : (uint4)(0);
+    /* square: of dk; rest: dv of a head, or the third warpgroup's other square. */
+    float4 gradients[8], square[8], rest[8];
+    tile_clear(rest);
+    for (uint i = 0; i < NV_K / 64; i++) {
+        tile_multiply_local_transposed(rest, tile_at(keys + i * CHUNK_TILE + key_tile),
+                                       tile_at(queries + i * CHUNK_TILE + query_tile));
+        tile_wait(rest);
     }
-    barrier(CLK_LOCAL_MEM_FENCE);
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        const float4 left = rest[2 * i] * call.scale, right = rest[2 * i + 1] * call.scale;
+        products[part][own * 128 + i * 32 + lane] = (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y),
+                                       pack(right.z, right.w));
+    }
+    tile_clear(gradients);
+    tile_clear(square);
+    tile_clear(rest);
 
-    for (uint step = 0; step <= BLOCK_HEADS; step++) {
-        wait_for_copies();
-        barrier(CLK_LOCAL_MEM_FENCE);
-        if (step < BLOCK_HEADS) {
-            __local tile_inputs *to = &inputs[step % 2];
-            const ulong bh = first_bh + step;
-            const ulong column = first_column + (ulong)step * DIM_V;
-            for (uint i = 0; i < TILES_V; i++) {
-                fetch_columns(to->v + i * COLUMN_TILE, v + v_offset + column, i, rows, aligned & 1, item,
-                              NB_TILE_ITEMS);
-                for (uint j = 0; j < blocks; j++) {
-                    fetch_columns(to->d_o[j] + i * COLUMN_TILE,
-                                  d_o + d_o_offset + column + (ulong)j * (NB_TILE * HEADS * DIM_V), i,
-                                  rows - (int)j * NB_TILE, aligned & 1, item, NB_TILE_ITEMS);
-                }
-                if (has_adjoint) {
-                    fetch_state(to->adjoint + i * STATE, (const __global uint4 *)place(ws, ws_offset, call.adjoints) +
-                                                             ((bh * TILES_V + i) * call.chunks + n) * STATE,
-                                item, NB_TILE_ITEMS);
-                }
-            }
-            const __global float2 *gates =
-                (const __global float2 *)place(ws, ws_offset, call.gates) + bh * padded + first;
-            const __global float4 *factors =
-                (const __global float4 *)place(ws, ws_offset, call.factors) + bh * padded + first;
-            if (item < blocks * NB_TILE / 2) {
-                copy_16(&to->gates[2 * item], &gates[2 * item], 1);
-            }
-            if (item < blocks * NB_TILE) {
-                copy_16(&to->factors[item], &factors[item], 1);
-            }
-            for (uint i = item; i < NB_TILE * 8; i += NB_TILE_ITEMS) {
-                const uint level = i % 8, row = i / 8 + (level == 7 ? NB_TILE : 0);
-                fetch_scale(&to->scales[i], level_scales,
-                            level_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + step * LEVELS + level,
-                            (int)row < rows && level < LEVELS && (level < 7 || blocks == 2));
-            }
+    for (int h = 1 - TILE_STAGES; h <= BLOCK_HEADS; h++) {
+        /* Fetches head `wanted`, finishes the one before h, and works on h. */
+        const uint wanted = (uint)(h + TILE_STAGES - 1);
+        item = anew(item);
+        warp = anew(warp);
+        lane = item % 32;
+        part = warp / 4;
+        own = warp % 4;
+        key_tile = part == 1 ? COLUMN_TILE : 0;
+        query_tile = part == 0 ? 0 : COLUMN_TILE;
+        const uint r = lane / 4, p = lane % 4, first_query = part == 0 ? 0 : NB_TILE;
+        const uint key = (part == 1 ? NB_TILE : 0) + own * 16; /* in the chunk */
+        const int has_work = h >= 0 && h < BLOCK_HEADS;
+        const __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
+        if (TILE_STAGES > 1) {
+            wait_for_copies();
+            tile_publish();
         }
-        if (step == 0) {
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (wanted < BLOCK_HEADS) {
+            __local tile_inputs *to = &inputs[wanted % TILE_STAGES];
+            const __global weight *scales_from = at->level_scales + wanted * LEVELS;
+            const int rows = at->rows;
+            fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows, item,
+                         aligned & 1);
+#pragma unroll
+            for (uint i = item; i < NB_CHUNK * 8; i += NB_TILE_ITEMS) {
+                const uint level = i % 8, row = i / 8;
+                fetch_scale(&scales_at[wanted % 3][level * CHUNK_ROW + row], scales_from,
+                            row * (HEADS * LEVELS) + level, (int)row < rows && level < LEVELS);
+            }
+#if WGMMA
+            if (item == NB_TILE_ITEMS - 1) {
+                __local arrivals *arrived = &here[wanted % TILE_STAGES];
+                for (uint i = 0; has_adjoint && i < TILES_V; i++) {
+                    copy_bulk(to->adjoint[i], at->adjoints + (wanted * TILES_V + i) * at->adjoint_stride, STATE * 16,
+                              arrived);
+                }
+                copy_bulk(to->gates, at->gates + wanted * at->padded / 2, NB_CHUNK * 8, arrived);
+                copy_bulk(to->factors, at->factors + wanted * at->padded, NB_CHUNK * 16, arrived);
+            }
+#else
+            for (uint i = 0; has_adjoint && i < TILES_V; i++) {
+                fetch_state(to->adjoint[i], at->adjoints + (wanted * TILES_V + i) * at->adjoint_stride, item,
+                            NB_TILE_ITEMS);
+            }
+            if (item < NB_CHUNK / 2) {
+                copy_16(&to->gates[2 * item], at->gates + wanted * at->padded / 2 + item, 1);
+            } else if (item >= NB_CHUNK && item < 2 * NB_CHUNK) {
+                copy_16((__local uint4 *)to->factors + (item - NB_CHUNK), at->factors + wanted * at->padded + (item - NB_CHUNK), 1);
+            }
+#endif
+        }
+        if (TILE_STAGES == 1) {
+            wait_for_copies();
+            tile_publish();
+            barrier(CLK_LOCAL_MEM_FENCE);
+        }
+        if (h > 0 && part == 2) {
+            finish_head(&dots_at[(h - 1) % 2], scales_at[(h - 1) % 3], at, h - 1, item % 128);
+        }
+        if (!has_work) {
             continue;
         }
-        const uint h = step - 1;
-        const __local tile_inputs *in = &inputs[h % 2];
-        uint4 values[4 * TILES_V];
+#if WGMMA
+        arrivals_wait(&here[h % TILE_STAGES], h / TILE_STAGES % 2);
+#endif
+        __local tile_dots *dots = &dots_at[h % 2];
+        const __local float *scales = scales_at[h % 3];
+        const float2 ends = (float2)(in->factors[3][key + r], in->factors[3][key + r + 8]) * STATE_UNIT;
+        float2 key_dots = (float2)(0.0f);
+        float sums[16];
+        if (part == 2) {
+            const float2 key_weight = (float2)(in->factors[2][key + r], in->factors[2][key + r + 8]);
 #pragma unroll
-        for (uint i = 0; i < 4 * TILES_V; i++) {
-            values[i] = load_a(in->v + i / 4 * COLUMN_TILE, 8, key, i % 4 * 2);
-        }
-        float key_dots[2] = {0.0f, 0.0f};
-#pragma unroll
-        for (uint i = 0; i < 2; i++) {
-            if (i < blocks && (i == 1 || query >= key)) {
+            for (uint i = 0; i < 4; i++) {
                 float4 ds[2];
-                uint4 a;
-                multiply_values(ds, values, in->d_o[i], query);
-                if (i == 0 && query == key) {
-                    a = weigh_near(ds, products[i], gradients[i], in->gates + key, in->scales + key * 8, key_dots,
-                                   &near_dots[0][key]);
-                } else {
-                    float query_weight[4], query_scale[4], key_weight[2];
-                    const float between = i == 1 ? 1.0f : decay_between(in->gates[query - 1], in->gates[key + 15]);
-                    const int level = i == 1 ? 7 : 4 + bit_length((query ^ key) / 16);
+                float2 query_weight[2], query_scale[2];
+                multiply_values(lane, ds, in, key, NB_TILE + 16 * i);
 #pragma unroll
-                    for (uint e = 0; e < 4; e++) {
-                        const uint t = query + 8 * (e / 2) + 2 * p + e % 2;
-                        query_weight[e] = i == 1 ? in->factors[NB_TILE + t].z : in->factors[t].x * between;
-                        query_scale[e] = in->scales[t * 8 + level];
-                    }
+                for (uint e = 0; e < 2; e++) {
+                    const uint t = NB_TILE + 16 * i + 8 * e + 2 * p;
+                    query_weight[e] = pair_at(&in->factors[2][t]);
+                    query_scale[e] = pair_at(&scales[7 * CHUNK_ROW + t]);
+                }
+                const uint4 a = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i, query_weight,
+                                          query_scale, key_weight, &key_dots, sums + 4 * i);
+                store_a(lane, weights, a, key, 16 * i);
+
+            }
+            tile_publish();
+            announce(1, 256);
+            *(__local float2 *)&dots->queries[(8 + own) * CHUNK_ROW + NB_TILE + 2 * lane] = sum_queries(lane, sums);
+            if (has_adjoint && NV_K > 64) {
+                for (uint i = 0; i < TILES_V; i++) {
+                    const tile_rows adjoint = tile_at(in->adjoint[i] + COLUMN_TILE);
+                    uint4 a[4], c[4];
+                    load_rows(lane, a, in->v[i], key);
+                    scale_tile(a, ends.x, ends.y);
+                    tile_multiply_transposed(square, a, adjoint);
+                    load_rows(lane, c, in->v[i], NB_TILE + key);
+                    scale_tile(c, in->factors[3][NB_TILE + key + r] * STATE_UNIT,
+                               in->factors[3][NB_TILE + key + r + 8] * STATE_UNIT);
+                    tile_multiply_transposed(rest, c, adjoint);
+                    tile_wait(square);
+                    tile_wait(rest);
+                }
+            }
+        } else {
+            const float2 last_key = in->gates[key + 15];
+            const float2 key_weight = (float2)(in->factors[1][key + r], in->factors[1][key + r + 8]);
+            uint4 a[4];
+            float4 near[2];
+            multiply_values(lane, near, in, key, key);
+            /* The diagonal's gradients stand first, where no other ones are. */
+            float near_sums[4];
+            const uint4 diagonal = weigh_near(lane, near, products[part][own * 128 + own * 32 + lane], gradients, in->gates + key, scales + key,
+                                              &key_dots, dots->queries + key, near_sums);
+#pragma unroll
+            for (uint i = 0; i < 4; i++) {
+
+                a[i] = i == own ? diagonal : (uint4)(0);
+#pragma unroll
+                for (uint e = 0; e < 4; e++) {
+                    sums[4 * i + e] = near_sums[e];
+                }
+                if (i > 0 && i > own) {
+                    const uint query = first_query + 16 * i, level = 4 + bit_length(i ^ own);
+                    float4 ds[2];
+                    multiply_values(lane, ds, in, key, query);
+                    const float between = decay_between(in->gates[query - 1], last_key);
+                    float2 query_weight[2], query_scale[2];
 #pragma unroll
                     for (uint e = 0; e < 2; e++) {
-                        const float4 own = in->factors[key + r + 8 * e];
-                        key_weight[e] = i == 1 ? own.z : own.y;
+                        const uint t = query + 8 * e + 2 * p;
+                        query_weight[e] = pair_at(&in->factors[0][t]) * between;
+                        query_scale[e] = pair_at(&scales[level * CHUNK_ROW + t]);
                     }
-                    a = weigh_far(ds, products[i], gradients[i], query_weight, query_scale, key_weight, key_dots,
-                                  &far_dots[i][key / 16][query]);
-                }
-                store_a(weights_at[i], a, key, query);
-            }
-        }
-
-        /* What comes from behind the chunk: dv of a quarter of the columns, dk of a quarter of K. */
-        float4 sum[TILES_V][2];
-#pragma unroll
-        for (uint part = 0; part < TILES_V; part++) {
-            sum[part][0] = sum[part][1] = (float4)(0.0f);
-        }
-        if (has_adjoint) {
-            const float upper = in->factors[key + r].w * STATE_UNIT, lower = in->factors[key + r + 8].w * STATE_UNIT;
-#pragma unroll
-            for (uint part = 0; part < TILES_V; part++) {
-                const __local uint4 *adjoint = in->adjoint + part * STATE;
-#pragma unroll
-                for (uint i = 0; i < K_STEPS; i++) {
-                    const uint4 a = load_a(keys, K_PIECES, key, 2 * i);
-                    const uint4 y = load_b(adjoint, 8, 16 * i, 2 * quarter);
-                    mma(&sum[part][0], a, y.x, y.y);
-                    mma(&sum[part][1], a, y.z, y.w);
-                }
-#pragma unroll
-                for (uint i = 0; i < 2; i++) {
-                    sum[part][i] *= (float4)(upper, upper, lower, lower);
-                    const uint column = 16 * quarter + 8 * i + 2 * p;
-                    const float2 first_v = tile_pair(in->v + part * COLUMN_TILE, 8, key + r, column);
-                    const float2 second_v = tile_pair(in->v + part * COLUMN_TILE, 8, key + r + 8, column);
-                    key_dots[0] = fma(first_v.x, sum[part][i].x, fma(first_v.y, sum[part][i].y, key_dots[0]));
-                    key_dots[1] = fma(second_v.x, sum[part][i].z, fma(second_v.y, sum[part][i].w, key_dots[1]));
-                }
-#pragma unroll
-                for (uint inner = 0; inner < 4; inner++) {
-                    const uint4 a = scale_rows(values[4 * part + inner], pack(upper, upper), pack(lower, lower));
-#pragma unroll
-                    for (uint i = 0; i < NV_K / 64; i++) {
-                        const uint4 y = load_b_transposed(adjoint, 8, quarter * (NV_K / 4) + 16 * i, 2 * inner);
-                        mma(&key_sum[2 * i], a, y.x, y.y);
-                        mma(&key_sum[2 * i + 1], a, y.z, y.w);
-                    }
+                    a[i] = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i, query_weight, query_scale,
+                                     key_weight, &key_dots, sums + 4 * i);
                 }
             }
-        }
-        barrier(CLK_LOCAL_MEM_FENCE);
-#pragma unroll
-        for (uint part = 0; part < TILES_V; part++) {
-#pragma unroll
-            for (uint i = 0; i < 2; i++) {
-#pragma unroll
-                for (uint inner = 0; inner < 4; inner++) {
-                    if (i < blocks && (i == 1 || 16 * inner >= key)) {
-                        const uint4 a = load_a(weights_at[i], 8, key, 2 * inner);
-                        const uint4 y = load_b(in->d_o[i] + part * COLUMN_TILE, 8, 16 * inner, 2 * quarter);
-                        mma(&sum[part][0], a, y.x, y.y);
-                        mma(&sum[part][1], a, y.z, y.w);
-                    }
-                }
+            /* The item's two queries: level 4 of the keys' own sixteen, 5 or 6 of one behind. */
+            const float2 own_sums = sum_queries(lane, sums);
+            const uint sixteen = r / 2, slot = sixteen == own ? 4 : (sixteen ^ own) == 1 ? 5 : 6 + own;
+            if (sixteen >= own) {
+                *(__local float2 *)&dots->queries[slot * CHUNK_ROW + first_query + 2 * lane] = own_sums;
             }
-            store_columns(dv + dv_offset + first_column + (ulong)h * DIM_V, sum[part], (int)(key + r), rows,
-                          (int)(part * NB_COLUMNS + 16 * quarter), aligned >> 1);
+            for (uint i = 0; i < TILES_V; i++) {
+                uint4 values[4];
+                tile_clear(rest);
+                if (has_adjoint) {
+                    load_rows(lane, values, in->v[i], key);
+                    for (uint j = 0; j < NV_K / 64; j++) {
+                        tile_multiply_local(rest, tile_at(keys + j * CHUNK_TILE + key_tile),
+                                            tile_at(in->adjoint[i] + j * COLUMN_TILE));
+                    }
+                    tile_wait(rest);
+#pragma unroll
+                    for (uint j = 0; j < 8; j++) {
+                        rest[j] *= ends.xxyy;
+                        const float2 upper = unpack(j % 2 == 0 ? values[j / 2].x : values[j / 2].z);
+                        const float2 lower = unpack(j % 2 == 0 ? values[j / 2].y : values[j / 2].w);
+                        key_dots.x = fma(upper.x, rest[j].x, fma(upper.y, rest[j].y, key_dots.x));
+                        key_dots.y = fma(lower.x, rest[j].z, fma(lower.y, rest[j].w, key_dots.y));
+                    }
+                    scale_tile(values, ends.x, ends.y);
+                    tile_multiply_transposed(square, values, tile_at(in->adjoint[i]));
+                }
+                tile_multiply(rest, a, tile_at(in->d_o[i] + query_tile));
+                if (part == 0) {
+                    if (i == 0) {
+                        meet(1, 256);
+                    }
+                    tile_multiply_local(rest, tile_at(weights), tile_at(in->d_o[i] + COLUMN_TILE));
+                }
+                tile_wait(rest);
+                tile_wait(square);
+                store_columns(lane, at->dv + (ulong)(key + r) * (HEADS * DIM_V) + h * DIM_V + i * NB_COLUMNS, rest,
+                              at->rows - (int)(key + r), DIM_V - (int)i * NB_COLUMNS, aligned >> 1);
+            }
         }
-
-        /* What gates and level scales need: the barrier above has made the dots visible. */
-        __global float *all_dots = (__global float *)place(ws, ws_offset, call.dots) + (first_bh + h) * padded + first;
-        const ulong dots_stride = (ulong)call.batch * HEADS * padded;
-        key_dots[0] = sum_quad(key_dots[0]);
-        key_dots[1] = sum_quad(key_dots[1]);
+        key_dots = (float2)(sum_quad(key_dots.x), sum_quad(key_dots.y));
         if (p == 0) {
-            all_dots[(3 + quarter) * dots_stride + key + r] = key_dots[0];
-            all_dots[(3 + quarter) * dots_stride + key + r + 8] = key_dots[1];
-        }
-        const uint row = item % NB_TILE;
-        const ulong gradient_row = dlevel_scales_offset + level_row + (ulong)row * (HEADS * LEVELS) + h * LEVELS;
-        if (item < NB_TILE) {
-            float sum = 0.0f;
-#pragma unroll
-            for (uint level = 0; level < 7; level++) {
-                float gradient = 0.0f;
-                if (level < 5) {
-                    gradient = near_dots[level][row];
-                } else if (level == 5) {
-                    gradient = row / 16 % 2 == 1 ? far_dots[0][row / 16 - 1][row] : 0.0f;
-                } else {
-                    gradient = row >= 32 ? far_dots[0][0][row] + far_dots[0][1][row] : 0.0f;
-                }
-                sum = fma(gradient, in->scales[row * 8 + level], sum);
-                if (dlevel_scales && (int)row < rows && level < LEVELS) {
-                    store_weight(dlevel_scales, gradient_row + level, gradient);
-                }
-            }
-            all_dots[dots_stride + row] = sum;
-            if (dlevel_scales && tile % 2 == 0 && (int)row < rows && 7 < LEVELS) {
-                store_weight(dlevel_scales, gradient_row + 7, 0.0f);
-            }
-        } else if (item < 2 * NB_TILE && blocks == 2) {
-            const float gradient =
-                (far_dots[1][0][row] + far_dots[1][1][row]) + (far_dots[1][2][row] + far_dots[1][3][row]);
-            all_dots[2 * dots_stride + NB_TILE + row] = gradient * in->scales[row * 8 + 7];
-            if (dlevel_scales && (int)row + NB_TILE < rows && 7 < LEVELS) {
-                store_weight(dlevel_scales, gradient_row + (ulong)NB_TILE * (HEADS * LEVELS) + 7, gradient);
-            }
+            dots->keys[part][16 * own + r] = key_dots.x;
+            dots->keys[part][16 * own + r + 8] = key_dots.y;
         }
     }
 
     /* What all heads have added up to. */
     barrier(CLK_LOCAL_MEM_FENCE);
+    fetch_chunk(queries, queries_from);
 #pragma unroll
-    for (uint i = 0; i < 2; i++) {
-        if (i < blocks) {
-            fetch_tile(inputs[i].adjoint, query_rows + i * ROW_TILE, NB_TILE, K_PIECES, item, NB_TILE_ITEMS);
-            const float4 left = gradients[i][0] * call.scale, right = gradients[i][1] * call.scale;
-            store_a(weights_at[i], (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y),
-                                           pack(right.z, right.w)), key, query);
+    for (uint i = 0; i < 4; i++) {
+        float4 left = gradients[2 * i], right = gradients[2 * i + 1];
+        if (part < 2) {
+            left = i == own ? gradients[0] : i > own ? left : (float4)(0.0f);
+            right = i == own ? gradients[1] : i > own ? right : (float4)(0.0f);
         }
+        left *= call.scale;
+        right *= call.scale;
+        store_a(lane, products[part],
+                (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y), pack(right.z, right.w)),
+                16 * own, 16 * i);
     }
     wait_for_copies();
+    tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
-    const ulong part_size = (ulong)HEAD_BLOCKS * call.batch * GROUPS * padded * NV_K;
-    const ulong at = ((((ulong)block * call.batch + b) * GROUPS + group) * padded + first) * NV_K;
-    for (uint i = 0; i < blocks; i++) {
-        add_rows(key_sum, weights_at[i], inputs[i].adjoint, key, quarter, 0);
+    const uint column = part == 2 ? NV_K - 64 : 0;
+    const __local uint4 *own_queries = queries + column / 64 * CHUNK_TILE, *own_keys = keys + column / 64 * CHUNK_TILE;
+    __global float *to = (__global float *)place(ws, ws_offset, call.key_parts) +
+                         (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K + column;
+    if (part != 1 && (part == 0 || NV_K > 64)) {
+        add_keys(square, products[0], own_queries);
+        add_keys(square, products[2], own_queries + COLUMN_TILE);
+        store_rows(to, square);
     }
-    store_rows((__global float *)place(ws, ws_offset, call.key_parts) + at, key_sum, key, quarter);
-    for (uint i = 0; i < blocks; i++) {
-        float4 query_sum[NV_K / 32];
-        clear_rows(query_sum);
-        add_rows(query_sum, weights_at[i], keys, key, quarter, 1);
-        store_rows((__global float *)place(ws, ws_offset, call.query_parts) + i * part_size + at +
-                       i * (NB_TILE * NV_K),
-                   query_sum, key, quarter);
+    if (part == 1) {
+        add_keys(square, products[1], own_queries + COLUMN_TILE);
+        store_rows(to + NB_TILE * NV_K, square);
+    }
+    if (part == 2 && NV_K > 64) {
+        add_keys(rest, products[1], own_queries + COLUMN_TILE);
+        store_rows(to + NB_TILE * NV_K, rest);
+    }
+    to = (__global float *)place(ws, ws_offset, call.query_parts) +
+         (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K + column;
+    if (part != 1 && (part == 0 || NV_K > 64)) {
+        tile_clear(square);
+        add_queries(square, products[0], own_keys);
+        store_rows(to, square);
+    }
+    if (part == 1 || (part == 2 && NV_K > 64)) {
+        tile_clear(square);
+        add_queries(square, products[1], own_keys + COLUMN_TILE);
+        add_queries(square, products[2], own_keys);
+        store_rows(to + NB_TILE * NV_K, square);
     }
 }

@@ -50,6 +50,7 @@ typedef struct backward_shape {
     size_t sum_groups, sum_turns;   /* warpgroups of a work-group of the sums; heads and tiles of V of each */
     size_t row_heads, block_heads;  /* heads of a work-group of rows, of tiles */
     size_t row_blocks, head_blocks; /* of a group */
+    size_t tile_stages;             /* heads that a work-group of the tiles has room for */
     bool wgmma;
 } backward_shape;
 
@@ -73,7 +74,23 @@ static size_t sum_blocks(const loglin_problem *problem, const backward_shape *sh
     return ceil_div(problem->heads / problem->groups * shape->tiles_v, shape->sum_groups * shape->sum_turns);
 }
 
-static backward_shape find_shape(const loglin_problem *problem, size_t unit_bits) {
+/*
+ * Blocks of a group's heads such that all turns of work-groups, one on each compute unit, are short; a work-group begins
+ * and ends in the time of two heads or so.
+ */
+static size_t find_tile_blocks(size_t groups, size_t group_heads, size_t units) {
+    size_t best = 1, least = SIZE_MAX;
+    for (size_t blocks = 1; blocks <= group_heads; blocks++) {
+        const size_t time = ceil_div(groups * blocks, units) * (group_heads / blocks + 2);
+        if (group_heads % blocks == 0 && time < least) {
+            best = blocks;
+            least = time;
+        }
+    }
+    return best;
+}
+
+static backward_shape find_shape(const loglin_device *device, const loglin_problem *problem, size_t unit_bits) {
     const size_t group_heads = problem->heads / problem->groups;
     backward_shape shape = {
         .padded_k = ceil_div(problem->dim_k, 64) * 64,
@@ -95,7 +112,7 @@ static backward_shape find_shape(const loglin_problem *problem, size_t unit_bits
     shape.sum_turns = ceil_div(matrices, shape.sum_groups * sum_blocks(problem, &shape));
     shape.row_blocks = blocks_of_heads(group_heads, groups * ceil_div(shape.chunks, 2), enough_row_groups);
     shape.row_heads = group_heads / shape.row_blocks;
-    shape.head_blocks = blocks_of_heads(group_heads, groups * 2 * shape.chunks, enough_groups);
+    shape.head_blocks = find_tile_blocks(groups * shape.chunks, group_heads, device->info.compute_units);
     shape.block_heads = group_heads / shape.head_blocks;
     return shape;
 }
@@ -124,7 +141,7 @@ static void lay_out(const loglin_problem *problem, const backward_shape *shape, 
         .suffixes = loglin_nvidia_reserve(&end, heads * chunks * (shape->chunk_levels + 1) * sizeof(float)),
         .dots = loglin_nvidia_reserve(&end, NB_DOTS * head_tokens * sizeof(float)),
         .row_parts = loglin_nvidia_reserve(&end, shape->row_blocks * group_rows * sizeof(float)),
-        .query_parts = loglin_nvidia_reserve(&end, 2 * shape->head_blocks * group_rows * sizeof(float)),
+        .query_parts = loglin_nvidia_reserve(&end, shape->head_blocks * group_rows * sizeof(float)),
         .key_parts = loglin_nvidia_reserve(&end, shape->head_blocks * group_rows * sizeof(float)),
         .batch = (unsigned)problem->batch,
         .length = (unsigned)problem->length,
@@ -139,7 +156,6 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     const size_t chunks = shape->chunks, heads = problem->batch * problem->heads,
                  groups = problem->batch * problem->groups;
     const size_t matrices = heads * shape->tiles_v, warps = NB_ITEMS / 32, rows = groups * chunks * NB_CHUNK;
-    const size_t tiles = groups * shape->head_blocks * 2 * chunks;
     /* Units of adjoints and of states; none for a single chunk. */
     const size_t units = chunks > 1 ? 2 * ceil_div(chunks, (size_t)1 << shape->unit_bits) : 0;
     loglin_nvidia_kernel *kernels = backward->kernels;
@@ -152,7 +168,7 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
                              128 * shape->sum_groups);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], groups * shape->row_blocks * ceil_div(chunks, 2), NB_ITEMS);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], tiles, NB_TILE_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], groups * shape->head_blocks * chunks, NB_TILE_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_crossings], chunks > 1 ? heads : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_gates], heads * chunks, 32);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_reduce], 2 * rows / warps, NB_ITEMS);
@@ -172,15 +188,15 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                         "nvidia_backward_tiles.cl",
                                         "nvidia_backward_ends.cl",
                                         NULL};
-    char options[544]; /* 15 numbers of at most 20 digits and their names */
+    char options[576]; /* 16 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DCHUNK_LEVELS=%zu"
                    " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu"
-                   " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DROW_HEADS=%zu -DBLOCK_HEADS=%zu %s",
+                   " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DROW_HEADS=%zu -DBLOCK_HEADS=%zu -DTILE_STAGES=%zu %s",
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
                    shape->unit_bits, shape->sum_groups, shape->sum_turns, shape->row_heads, shape->block_heads,
-                   shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
+                   shape->tile_stages, shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
@@ -201,11 +217,10 @@ static size_t rows_bytes(const backward_shape *shape) {
 
 /* And of the tiles. */
 static size_t tiles_bytes(const backward_shape *shape) {
-    const size_t columns = (size_t)NB_TILE * NB_COLUMNS * 2, rows = NB_TILE * shape->padded_k * 2;
-    const size_t state = shape->padded_k * NB_COLUMNS * 2;
-    const size_t inputs =
-        shape->tiles_v * (3 * columns + state) + NB_CHUNK * sizeof(float[6]) + sizeof(float[NB_TILE * 8]);
-    return 2 * inputs + rows + sizeof(float[2 * 4 * 4 * 32 * 4]) + sizeof(float[13 * NB_TILE]);
+    const size_t row = NB_COLUMNS * 2, tile = NB_TILE * row, level = (NB_CHUNK + 4) * sizeof(float);
+    const size_t head = shape->tiles_v * (2 * NB_CHUNK + shape->padded_k) * row + NB_CHUNK * sizeof(float[6]);
+    const size_t dots = 12 * level + sizeof(float[3][NB_TILE]), others = 1024; /* places and arrivals */
+    return shape->tile_stages * head + NB_CHUNK * shape->padded_k * 2 + 4 * tile + 3 * 8 * level + 2 * dots + others;
 }
 
 /* The most that a work-group takes. */
@@ -215,14 +230,20 @@ static size_t local_bytes(const backward_shape *shape) {
     return sums > more ? sums : more;
 }
 
-/* Units of four chunks where local memory has room for them, else of fewer. */
+/* The most that is asked for; the trial run says whether the device has it. */
+static const size_t most_local_bytes = (size_t)226 << 10;
+
+/* Units of four chunks and two heads at a time where local memory has room for them, else fewer. */
 static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
     loglin_status status = LOGLIN_UNSUPPORTED;
-    for (size_t bits = 3; status == LOGLIN_UNSUPPORTED && bits-- > 0;) {
-        *shape = find_shape(problem, bits);
+    for (size_t i = 6; status == LOGLIN_UNSUPPORTED && i-- > 0;) {
+        *shape = find_shape(device, problem, i / 2);
+        shape->tile_stages = 1 + i % 2;
         const size_t bytes = local_bytes(shape);
-        shape->wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
-        status = shape->wgmma ? LOGLIN_OK : loglin_nvidia_probe(device, problem->dtype, bytes);
+        if (bytes <= most_local_bytes || i == 0) {
+            shape->wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
+            status = shape->wgmma ? LOGLIN_OK : loglin_nvidia_probe(device, problem->dtype, bytes);
+        }
     }
     return status;
 }
