@@ -134,22 +134,33 @@ LANE_CALL void set_zero(const place *at, matrix to, uint count) {
     SYNC();
 }
 
-/* to = scale from */
-LANE_CALL void set_scaled(const place *at, matrix to, operand from, float scale, uint count) {
+/* to = keep to + scale from; keep 0: what was there does not matter. */
+LANE_CALL void add_scaled(const place *at, matrix to, float keep, operand from, float scale, uint count) {
     (void)at;
-    FOR_STRIPS(i, count) {
-        put_strip(scale * get_strip(from + i), to + i);
+    for (uint first = STRIP * ITEM; first < count; first += BATCH * STRIP * LANE_ITEMS) {
+        strip x[BATCH];
+#pragma unroll
+        for (uint i = 0; i < BATCH; i++) {
+            const uint j = first + i * STRIP * LANE_ITEMS;
+            x[i] = j < count ? scale * get_strip(from + j) : (strip)0.0f;
+            if (keep != 0.0f && j < count) {
+                x[i] = fma((strip)keep, get_strip(to + j), x[i]);
+            }
+        }
+#pragma unroll
+        for (uint i = 0; i < BATCH; i++) {
+            const uint j = first + i * STRIP * LANE_ITEMS;
+            if (j < count) {
+                put_strip(x[i], to + j);
+            }
+        }
     }
     SYNC();
 }
 
-/* to = keep to + scale from */
-LANE_CALL void add_scaled(const place *at, matrix to, float keep, operand from, float scale, uint count) {
-    (void)at;
-    FOR_STRIPS(i, count) {
-        put_strip(fma((strip)scale, get_strip(from + i), keep * get_strip(to + i)), to + i);
-    }
-    SYNC();
+/* to = scale from */
+void set_scaled(const place *at, matrix to, operand from, float scale, uint count) {
+    add_scaled(at, to, 0.0f, from, scale, count);
 }
 
 /* Row r of to = x[r] times that of from. */
@@ -157,8 +168,20 @@ LANE_CALL void scale_rows(const place *at, matrix to, operand from, operand x, u
     (void)at;
     for (uint r = FIRST_ROW; r < CHUNK; r += ROW_STEP) {
         const strip factor = x[r];
-        for (uint c = FIRST_COLUMN; c < width; c += COLUMN_STEP) {
-            put_strip(factor * get_strip(from + r * width + c), to + r * width + c);
+        for (uint first = FIRST_COLUMN; first < width; first += BATCH * COLUMN_STEP) {
+            strip of_row[BATCH];
+#pragma unroll
+            for (uint i = 0; i < BATCH; i++) {
+                const uint c = first + i * COLUMN_STEP;
+                of_row[i] = c < width ? factor * get_strip(from + r * width + c) : (strip)0.0f;
+            }
+#pragma unroll
+            for (uint i = 0; i < BATCH; i++) {
+                const uint c = first + i * COLUMN_STEP;
+                if (c < width) {
+                    put_strip(of_row[i], to + r * width + c);
+                }
+            }
         }
     }
     SYNC();
@@ -268,10 +291,21 @@ LANE_PART void load_keys(const loglin_panel p, const place *at, matrix to, const
         const long token = row_token(at->slot, r);
         const __global storage *row = from + ((ulong)max(token, 0L) * p.groups + at->group) * DIM_K;
         strip squares = 0.0f;
-        for (uint c = FIRST_COLUMN; c < PAD_K; c += COLUMN_STEP) {
-            const strip x = token >= 0 ? load_columns(row, c, DIM_K) : (strip)0.0f;
-            squares = fma(x, x, squares);
-            put_strip(scale * x, to + r * PAD_K + c);
+        for (uint first = FIRST_COLUMN; first < PAD_K; first += BATCH * COLUMN_STEP) {
+            strip x[BATCH];
+#pragma unroll
+            for (uint i = 0; i < BATCH; i++) {
+                const uint c = first + i * COLUMN_STEP;
+                x[i] = token >= 0 && c < PAD_K ? load_columns(row, c, DIM_K) : (strip)0.0f;
+                squares = fma(x[i], x[i], squares);
+            }
+#pragma unroll
+            for (uint i = 0; i < BATCH; i++) {
+                const uint c = first + i * COLUMN_STEP;
+                if (c < PAD_K) {
+                    put_strip(scale * x[i], to + r * PAD_K + c);
+                }
+            }
         }
         if (IS_NORMALIZED) {
             PARTIAL(0, r) = sum_of_strip(squares);
@@ -539,6 +573,9 @@ void invert(const place *at) {
                 for (uint s = 0; s < r; s++) {
                     column[r] = fma(-x[(block + r) * CHUNK + block + s], column[s], column[r]);
                 }
+            }
+#pragma unroll
+            for (uint r = 0; r < 16; r++) {
                 inverse[(block + r) * CHUNK + c] = column[r];
             }
         }

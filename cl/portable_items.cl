@@ -44,6 +44,12 @@ typedef uint16 strip_uint;
 typedef float4 strip;
 typedef uint4 strip_uint;
 #endif
+/* Strips that an item reads before it writes any: what it writes could be what it reads next, for all the compiler knows. */
+#if LANE_ITEMS == 1
+#define BATCH 1u
+#else
+#define BATCH 4u
+#endif
 #define FIRST_ROW (ITEM / ROW_PARTS)
 #define ROW_STEP (LANE_ITEMS / ROW_PARTS)
 #define FIRST_COLUMN (ITEM % ROW_PARTS * STRIP)

@@ -129,10 +129,10 @@ void multiply_slabs(mma_c sums[TILES_ROWS][TILES_COLUMNS], const __local mma_ele
     }
 }
 
-/* To an element of C. */
-void store_product(float x, matrix to, float weight, int how, float keep) {
+/* What becomes of an element of C, which is `old`. */
+float finish_product(float x, float old, float weight, int how, float keep) {
     x *= weight;
-    *to = (how & (ADD | SUBTRACT)) ? fma((how & ADD) ? 1.0f : -1.0f, x, keep * *to) : x;
+    return (how & (ADD | SUBTRACT)) ? fma((how & ADD) ? 1.0f : -1.0f, x, keep * old) : x;
 }
 
 LANE_CALL void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column,
@@ -163,16 +163,23 @@ LANE_CALL void product(const place *at, uint rows, uint columns, uint depth, ope
                 multiply_slabs(sums, slab_a, slab_b, team_row, team_column);
                 barrier(CLK_LOCAL_MEM_FENCE);
             }
+            /* Tile by tile, all that is there is read before anything is written: memory is waited for once. */
 #pragma unroll
             for (uint i = 0; i < TILES_ROWS * TILES_COLUMNS; i++) {
+                const uint row = m + team_row + i / TILES_COLUMNS * MMA_ROWS;
+                const uint column = n + team_column + i % TILES_COLUMNS * MMA_COLUMNS;
+                float old[MMA_ELEMENTS];
 #pragma unroll
                 for (uint j = 0; j < MMA_ELEMENTS; j++) {
-                    const uint row = m + team_row + i / TILES_COLUMNS * MMA_ROWS + mma_row(j);
-                    const uint column = n + team_column + i % TILES_COLUMNS * MMA_COLUMNS + mma_column(j);
-                    const int is_wanted = !(how & C_LOWER) || column / 16 <= row / 16;
-                    if (row < rows && column < columns && is_wanted) {
-                        store_product(sums[i / TILES_COLUMNS][i % TILES_COLUMNS].x[j], c + row * c_row + column,
-                                      weights ? weights[row] : 1.0f, how, keep);
+                    const uint r = row + mma_row(j), s = column + mma_column(j);
+                    old[j] = (how & (ADD | SUBTRACT)) && r < rows && s < columns ? c[r * c_row + s] : 0.0f;
+                }
+#pragma unroll
+                for (uint j = 0; j < MMA_ELEMENTS; j++) {
+                    const uint r = row + mma_row(j), s = column + mma_column(j);
+                    if (r < rows && s < columns && (!(how & C_LOWER) || s / 16 <= r / 16)) {
+                        c[r * c_row + s] = finish_product(sums[i / TILES_COLUMNS][i % TILES_COLUMNS].x[j], old[j],
+                                                          weights ? weights[r] : 1.0f, how, keep);
                     }
                 }
             }

@@ -199,8 +199,20 @@ LANE_PART void add_to_level(const loglin_panel p, const place *at, __global floa
                             float scale) {
     for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
         __global float *to = values + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
-        for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
-            to[i] += scale * from[k * PAD_V + i];
+        for (uint first = FIRST_VALUE; first < at->values; first += BATCH * VALUE_STEP) {
+            float x[BATCH];
+#pragma unroll
+            for (uint j = 0; j < BATCH; j++) {
+                const uint i = first + j * VALUE_STEP;
+                x[j] = i < at->values ? fma(scale, from[k * PAD_V + i], to[i]) : 0.0f;
+            }
+#pragma unroll
+            for (uint j = 0; j < BATCH; j++) {
+                const uint i = first + j * VALUE_STEP;
+                if (i < at->values) {
+                    to[i] = x[j];
+                }
+            }
         }
     }
     SYNC();
