@@ -20,6 +20,13 @@
 
 uint warp_lane(void) { return (uint)get_local_id(0) & 31u; }
 
+/* The same number; what follows from it is not kept in registers over a turn of a loop, but made anew. */
+uint anew(uint x) {
+    uint y;
+    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 void mma(float4 *c, uint4 a, uint b0, uint b1) {
     asm volatile(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c->x), "+f"(c->y), "+f"(c->z), "+f"(c->w)
@@ -306,6 +313,19 @@ void arrivals_start(__local arrivals *at, uint count) {
 void arrive(__local arrivals *at) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(local_address(at)) : "memory");
 }
+/* Arrives; did that end the phase? */
+int arrive_last(__local arrivals *at) {
+    uint missing; /* before */
+    asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%1]; mbarrier.pending_count.b64 %0, s;}"
+                 : "=r"(missing)
+                 : "r"(local_address(at))
+                 : "memory");
+    return missing == 1;
+}
+/* Arrives when all copies that this item has started are done. */
+void arrive_with_copies(__local arrivals *at) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(local_address(at)) : "memory");
+}
 void arrivals_wait(__local arrivals *at, uint parity) {
     uint done;
     do {
@@ -340,11 +360,10 @@ uint4 tile_load_a(tile_rows a, uint step) {
     return load_matrices_at(tile_piece(a, row, 2 * step + warp_lane() / 16));
 }
 
-void tile_multiply_step(float4 c[8], uint4 a, tile_rows b, uint step) {
+void tile_multiply_step(float4 c[8], uint4 a, tile_rows b, uint step, uint lane) {
 #pragma unroll
     for (uint j = 0; j < 4; j++) {
-        const uint4 x =
-            load_transposed_at(tile_piece(tile_step(b, step), warp_lane() & 15u, 2 * j + warp_lane() / 16));
+        const uint4 x = load_transposed_at(tile_piece(tile_step(b, step), lane & 15u, 2 * j + lane / 16));
         mma(&c[2 * j], a, x.x, x.y);
         mma(&c[2 * j + 1], a, x.z, x.w);
     }
@@ -361,9 +380,10 @@ void tile_multiply_transposed_step(float4 c[8], uint4 a, tile_rows b, uint step)
 }
 
 void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
+    const uint lane = anew(warp_lane());
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
-        tile_multiply_step(c, a[step], b, step);
+        tile_multiply_step(c, a[step], b, step, lane);
     }
 }
 
@@ -377,7 +397,7 @@ void tile_multiply_transposed(float4 c[8], uint4 a[4], tile_rows b) {
 void tile_multiply_local(float4 c[8], tile_rows a, tile_rows b) {
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
-        tile_multiply_step(c, tile_load_a(a, step), b, step);
+        tile_multiply_step(c, tile_load_a(a, step), b, step, warp_lane());
     }
 }
 

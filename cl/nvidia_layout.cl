@@ -12,25 +12,24 @@
 /* Columns of V that a warpgroup makes: an item of work is a head's tile of so many columns. */
 #define NV_TILE_V 64
 
-/* States that are on their way to the matrix units. */
-#ifndef NV_STAGES
-#define NV_STAGES 3
-#endif
+/* Pieces of states that are on their way to the matrix units. */
+#define NV_LEAST_STAGES 3
+#define NV_MOST_STAGES 5
 
 /* Work-items of the groups: a warpgroup has 128. */
 #define NV_PREPARE_ITEMS 256
 #define NV_OUTPUT_ITEMS 512
 #define NV_ITEMS 128
 
-/* Heads whose gates a work-group of prepare makes; they and their tokens fit in the place of 128 rows of q and k. */
-#define NV_GATE_HEADS 48
+/* Heads whose gates a work-group of prepare makes. */
+#define NV_GATE_HEADS 16
 
 /* Bytes of a half's gates: sums and three tables of decays of its tokens, four decays of its tiles, and its own sum. */
 #define NV_GATES (NV_HALF * (4 + 3 * 2) + (NV_HALF / 16 + 1) * 16)
 
 /* A call.  Places in the workspace are bytes from its start. */
 typedef struct loglin_nvidia_call {
-    unsigned long products; /* of each sequence, group and half: q, k and q k^T as tiles */
+    unsigned long products; /* of each sequence, group and segment: q, k and q k^T as tiles */
     unsigned long gates;    /* of each sequence, head and half: NV_GATES bytes */
     unsigned long nodes;    /* of each sequence, head, tile of V and segment: a state */
     unsigned long sums;     /* of each sequence, head and segment: the sum of the gates of its node's block, by states */

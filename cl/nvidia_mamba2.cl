@@ -3,39 +3,40 @@
  * The scalar-gated forward pass on NVIDIA's matrix units, weak partition.
  *
  * A sequence is cut into segments of 256 tokens: two halves of 128, four chunks of 64.
- *     prepare  q, k and scale * q k^T of a half as the tiles that the matrix units take, once for all heads of a group; the
- *              gates' running sums and the decays of keys to the ends of their tile, chunk and half
+ *     prepare  q, k and scale * q k^T of a segment as the tiles that the matrix units take, once for all heads of a group;
+ *              the gates' running sums and the decays of keys to the ends of their tile, chunk and half
  *     states   the states of blocks of 2^j segments, Fenwick's way: node e becomes the block of 2^j segments that ends with
  *              segment e, where j is the number of trailing ones of e.  A work-group goes through NV_SUPER segments
  *     tree     the nodes of larger blocks
  *     outputs  a work-group takes a segment and goes through NV_OUTPUT_COUNT heads of a group (items); a warpgroup has a
- *              chunk of 64 rows, whose q stays in registers.  Inside a half q k^T is weighed and multiplied by v.  Before it
- *              stand the first half (for the second one), whose state is made here, and the blocks of segments, whose
- *              states come from the nodes.  A level's weight and decay are multiplied into q, so that all levels add up in
- *              one sum
+ *              chunk of 64 rows, whose q stays in registers.  Inside the segment q k^T is weighed and multiplied by v.
+ *              Before it stand blocks of segments, whose states come from the nodes, and are multiplied by q
  * States stand decayed to their block's end; from there on the decay is a scalar apart.  Every product is A (registers)
  * times B (local memory, rows of 64 columns of V): values, or a state.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales), USED
  * (those that are read), NORMALIZE, STORAGE, WEIGHT_STORAGE, WGMMA, NV_SUPER_BITS, NV_STATE_COUNT (items of a work-group
- * of states), NV_OUTPUT_COUNT, NV_KEYS_LOCAL (the keys of a segment's first half are kept in local memory).
+ * of states), NV_OUTPUT_COUNT, NV_STAGES, NV_CROSS_LOCAL (q k^T between a segment's halves is kept in local memory).
  */
 
 #define K_STEPS (NV_K / 16)         /* products of 16 columns of K */
 #define K_TILES (8 * K_STEPS * 32)  /* where keys stand in a half's record of tiles, in uint4; q comes before them */
 #define P_TILES (16 * K_STEPS * 32) /* q k^T */
 #define RECORD (P_TILES + 36 * 32)
+#define CROSS_TILES (2 * RECORD) /* behind a segment's two halves: q of the second times k of the first, 8 x 8 tiles */
+#define SEGMENT_RECORD (CROSS_TILES + 64 * 32)
 #define STATE (NV_K * 8) /* uint4 of a state: rows of 64 columns, pieces placed as for the matrix units */
-/* Columns of q in registers: beside mma.sync there is room for fewer.  With wgmma NV_K is a multiple of 128. */
-#define K_BLOCK (WGMMA ? 128 : 64)
+#define STAGE (64 * 8)   /* of 64 rows of a state */
+/* Columns of q in registers: beside mma.sync there is room for fewer. */
+#define K_BLOCK (WGMMA && NV_K % 128 == 0 ? 128 : 64)
 #define BLOCK_STEPS (K_BLOCK / 16)
-#define STAGE (K_BLOCK * 8)
 
 #define TILES_V ((DIM_V + NV_TILE_V - 1) / NV_TILE_V)
 #define ITEMS (HEADS / GROUPS * TILES_V) /* of a group */
 #define NV_SUPER (1 << NV_SUPER_BITS)
-#define SCALES_ROW ((USED + 6) / 4 * 4)
-#define HALF_LEVEL 8 /* of the first half, seen from the second; then come the blocks of segments */
+/* Floats of a row of level weights: as they come, in 16 bytes; its place takes half a row of o in the end. */
+#define SCALES_ROW (USED > 10 ? (USED + 6) / 4 * 4 : 16)
+#define SEGMENT_LEVEL 9 /* of the segment before one; then come larger blocks */
 
 /* States are stored divided by this, for half's range. */
 #define STATE_UNIT (STORAGE == 1 ? 64.0f : 1.0f)
@@ -43,11 +44,17 @@
 /* A half's gates. */
 typedef struct half_gates {
     float sums[NV_HALF];                                                      /* from the start of the token's tile */
-    uint to_tile[NV_HALF / 2], to_chunk[NV_HALF / 2], to_half[NV_HALF / 2]; /* decays to the ends, in storage */
+    uint to_tile[NV_HALF / 2], to_chunk[NV_HALF / 2], to_half[NV_HALF / 2]; /* decays to the ends, in storage: pair_at */
     float4 tiles[NV_HALF / 16]; /* decays to the tile's start, from that of the half, that of the chunk, and the ends of the
                                  * tiles two and three before */
     float4 whole;               /* the sum, and its decay */
 } half_gates;
+
+/*
+ * The place of the decays of a pair of tokens, one of the eight of their tile: what a lane multiplies with in the four
+ * tiles of a chunk, two pairs a tile, is eight numbers in a row.
+ */
+uint pair_at(uint tile, uint pair) { return tile / 4 * 32 + pair % 4 * 8 + tile % 4 * 2 + pair / 4; }
 
 float decay(float x) { return native_exp2(x * 1.44269504f); }
 
@@ -55,9 +62,12 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
-/* Eight columns, whatever their alignment. */
-uint4 load_piece(const __global ushort *x) {
-    return (uint4)(x[0] | (uint)x[1] << 16, x[2] | (uint)x[3] << 16, x[4] | (uint)x[5] << 16, x[6] | (uint)x[7] << 16);
+/* Copies eight columns, whatever their alignment, or clears them; seldom needed, so it is short. */
+void copy_piece(__local uint4 *to, const __global ushort *from, int wanted) {
+#pragma unroll 1
+    for (uint i = 0; i < 8; i++) {
+        ((__local ushort *)to)[i] = wanted ? from[i] : (ushort)0;
+    }
 }
 
 /*
@@ -67,19 +77,23 @@ uint4 load_piece(const __global ushort *x) {
  */
 void fetch_rows(__local uint4 *to, const __global ushort *from, ulong stride, int rows, uint pieces, int rows_there,
                 int columns_there, uint item, uint items, int aligned) {
-    const uint piece = item % pieces;
+    const uint piece = item % pieces, step = items / pieces, first = item / pieces;
     const int has_columns = (int)piece * 8 < columns_there;
-    const __global ushort *x = from + item / pieces * stride + piece * 8;
+    const __global ushort *x = from + first * stride + piece * 8;
+    __local uint4 *place_of_piece = &to[first * pieces + (piece ^ (first & 7u))];
 #pragma unroll 1
-    for (int row = (int)(item / pieces); row < rows; row += (int)(items / pieces)) {
+    for (int row = (int)first; row < rows; row += (int)step) {
         const int wanted = has_columns && row < rows_there;
-        __local uint4 *place_of_piece = &to[row * pieces + (piece ^ ((uint)row & 7u))];
-        if (aligned) {
-            copy_16(place_of_piece, wanted ? x : from, wanted);
-        } else {
-            *place_of_piece = wanted ? load_piece(x) : (uint4)(0);
+        if (step % 8 != 0) {
+            place_of_piece = &to[row * pieces + (piece ^ ((uint)row & 7u))];
         }
-        x += items / pieces * stride;
+        if (aligned) {
+            copy_16(place_of_piece, x, wanted);
+        } else {
+            copy_piece(place_of_piece, x, wanted);
+        }
+        x += step * stride;
+        place_of_piece += step * pieces;
     }
 }
 
@@ -109,6 +123,28 @@ void normalize_row(__local uint4 *rows, uint row) {
     }
 }
 
+/* The value that the lane `distance` before or behind has, if that is one of the `lanes` around this one, or zero. */
+float from_before(float x, uint distance, uint lanes) {
+    const float y = shuffle_up(x, distance);
+    return warp_lane() % lanes >= distance ? y : 0.0f;
+}
+float from_behind(float x, uint distance, uint lanes) {
+    const float y = shuffle_from(x, (warp_lane() + distance) & 31u);
+    return warp_lane() % lanes + distance < lanes ? y : 0.0f;
+}
+
+/*
+ * Stores a warp's decays times `kept`, four tokens a lane: of its two pairs a lane gives one for one of the lane two before
+ * or behind, so that it has pairs p and p + 4 of the tile.
+ */
+void store_decays(__global uint *to, const float x[4], float kept) {
+    const int is_late = (warp_lane() & 2u) != 0;
+    const uint pairs[2] = {pack(x[0] * kept, x[1] * kept), pack(x[2] * kept, x[3] * kept)};
+    const uint other = shuffle_xor(is_late ? pairs[0] : pairs[1], 2);
+    const uint p = warp_lane() % 2 * 2 + (is_late ? 1 : 0);
+    *(__global uint2 *)&to[pair_at(warp_lane() / 4, p)] = is_late ? (uint2)(other, pairs[1]) : (uint2)(pairs[0], other);
+}
+
 /* A warp makes a half's gates of one head; a lane has four tokens, four lanes a tile. */
 void make_gates(__global half_gates *to, const __local float *g, uint stride) {
     const uint lane = warp_lane(), tile = lane / 4;
@@ -119,27 +155,20 @@ void make_gates(__global half_gates *to, const __local float *g, uint stride) {
         sums[i] = sums[i - 1] + g[(4 * lane + i) * stride];
     }
     float sum = sums[3];
-#pragma unroll
-    for (uint distance = 1; distance < 4; distance *= 2) {
-        const float left = shuffle_up(sum, distance);
-        sum += lane % 4 >= distance ? left : 0.0f;
-    }
-    const float left = shuffle_up(sum, 1), before = lane % 4 > 0 ? left : 0.0f;
-    float half_before = 0.0f, chunk_before = 0.0f, chunk_after = 0.0f, half_after = 0.0f, all = 0.0f;
-    float one_before = 0.0f, two_before = 0.0f; /* the tiles' sums */
-#pragma unroll
-    for (uint i = 0; i < 8; i++) {
-        const float x = shuffle_from(sum, 4 * i + 3);
-        const int same_chunk = i / 4 == tile / 4;
-        all += x;
-        half_before += i < tile ? x : 0.0f;
-        half_after += i > tile ? x : 0.0f;
-        chunk_before += i < tile && same_chunk ? x : 0.0f;
-        chunk_after += i > tile && same_chunk ? x : 0.0f;
-        one_before = i + 1 == tile ? x : one_before;
-        two_before = i + 2 == tile ? x : two_before;
-    }
-    const float end = shuffle_from(sum, lane | 3u), to_chunk = decay(chunk_after), to_half = decay(half_after);
+    sum += from_before(sum, 1, 4);
+    sum += from_before(sum, 2, 4);
+    const float before = from_before(sum, 1, 4), end = shuffle_from(sum, lane | 3u); /* the tile's sum */
+    const float one_before = from_before(end, 4, 32), two_before = from_before(end, 8, 32);
+    float up = end, down = end; /* sums of the tiles of a chunk, from its start and to its end */
+    up += from_before(up, 4, 16);
+    up += from_before(up, 8, 16);
+    down += from_behind(down, 4, 16);
+    down += from_behind(down, 8, 16);
+    const float first = shuffle_from(up, 15), second = shuffle_from(up, 31); /* chunks */
+    const float chunk_before = from_before(up, 4, 16), chunk_after = from_behind(down, 4, 16);
+    const float half_before = chunk_before + (tile >= 4 ? first : 0.0f);
+    const float half_after = chunk_after + (tile < 4 ? second : 0.0f);
+    const float to_chunk = decay(chunk_after), to_half = decay(half_after), all = first + second;
     float to_tile[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -147,11 +176,9 @@ void make_gates(__global half_gates *to, const __local float *g, uint stride) {
         to_tile[i] = decay(end - sums[i]);
     }
     ((__global float4 *)to->sums)[lane] = (float4)(sums[0], sums[1], sums[2], sums[3]);
-    ((__global uint2 *)to->to_tile)[lane] = (uint2)(pack(to_tile[0], to_tile[1]), pack(to_tile[2], to_tile[3]));
-    ((__global uint2 *)to->to_chunk)[lane] = (uint2)(pack(to_tile[0] * to_chunk, to_tile[1] * to_chunk),
-                                                     pack(to_tile[2] * to_chunk, to_tile[3] * to_chunk));
-    ((__global uint2 *)to->to_half)[lane] = (uint2)(pack(to_tile[0] * to_half, to_tile[1] * to_half),
-                                                    pack(to_tile[2] * to_half, to_tile[3] * to_half));
+    store_decays(to->to_tile, to_tile, 1.0f);
+    store_decays(to->to_chunk, to_tile, to_chunk);
+    store_decays(to->to_half, to_tile, to_half);
     if (lane % 4 == 0) {
         to->tiles[tile] =
             (float4)(decay(half_before), decay(chunk_before), decay(one_before), decay(one_before + two_before));
@@ -168,7 +195,7 @@ void prepare_gates(loglin_nvidia_call call, __global half_gates *to, const __glo
     const uint first = id % bundles * NV_GATE_HEADS, part = id / bundles % halves, b = id / bundles / halves;
     const uint item = get_local_id(0);
     const ulong first_token = (ulong)part * NV_HALF, from = ((ulong)b * call.length + first_token) * HEADS + first;
-#pragma unroll 8
+#pragma unroll
     for (uint i = item; i < NV_HALF * NV_GATE_HEADS; i += NV_PREPARE_ITEMS) {
         const uint token = i / NV_GATE_HEADS, head = i % NV_GATE_HEADS;
         const int wanted = g && first + head < HEADS && first_token + token < call.length;
@@ -192,7 +219,10 @@ void add_product(float4 c[2], uint4 a, uint4 k) {
     mma(&c[1], a, k.y, k.w);
 }
 
-/* A work-group makes the record of a half, a warp 16 of its rows; those behind the last half make gates. */
+/*
+ * Three work-groups make the record of a segment: one for each half, and one for q of the second half times k of the first.
+ * A warp has 16 rows.  The work-groups behind the last segment's make gates.
+ */
 __kernel __attribute__((reqd_work_group_size(NV_PREPARE_ITEMS, 1, 1))) void
 nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *q,
                ulong q_offset, const __global ushort *k, ulong k_offset, const __global float *g, ulong g_offset,
@@ -200,57 +230,61 @@ nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local uint4 rows[2 * NV_HALF * NV_K / 8];
     __local uint4 *queries = rows, *keys = rows + NV_HALF * NV_K / 8;
     const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32);
-    const uint halves = 2 * call.segments;
-    const ulong id = get_group_id(0), records = (ulong)call.batch * GROUPS * halves;
-    if (id >= records) {
-        prepare_gates(call, (__global half_gates *)place(ws, ws_offset, call.gates), g ? g + g_offset : g, id - records,
-                      (__local float *)rows);
+    const ulong id = get_group_id(0), records = (ulong)call.batch * GROUPS * call.segments;
+    if (id >= 3 * records) {
+        prepare_gates(call, (__global half_gates *)place(ws, ws_offset, call.gates), g ? g + g_offset : g,
+                      id - 3 * records, (__local float *)rows);
         return;
     }
-    const uint part = id % halves, group = id / halves % GROUPS, b = id / halves / GROUPS;
-    const int tokens = clamp((int)call.length - (int)(part * NV_HALF), 0, NV_HALF);
-    const ulong first = tokens > 0 ? (ulong)b * call.length + (ulong)part * NV_HALF : 0;
-    const ulong at = (first * GROUPS + group) * DIM_K;
-    fetch_rows(queries, q + q_offset + at, GROUPS * DIM_K, NV_HALF, NV_K / 8, tokens, DIM_K, item, NV_PREPARE_ITEMS,
-               aligned);
-    fetch_rows(keys, k + k_offset + at, GROUPS * DIM_K, NV_HALF, NV_K / 8, tokens, DIM_K, item, NV_PREPARE_ITEMS,
-               aligned);
+    const uint is_cross = id % 3 == 2, q_part = id % 3 != 0, k_part = id % 3 == 1;
+    const uint segment = id / 3 % call.segments, group = id / 3 / call.segments % GROUPS;
+    const ulong first = id / 3 / call.segments / GROUPS * call.length; /* of the sequence's tokens */
+    const int q_token = (int)(segment * NV_SEGMENT + q_part * NV_HALF);
+    const int k_token = (int)(segment * NV_SEGMENT + k_part * NV_HALF);
+    const int q_tokens = (int)call.length - q_token, k_tokens = (int)call.length - k_token;
+    fetch_rows(queries, q + q_offset + ((first + (q_tokens > 0 ? q_token : 0)) * GROUPS + group) * DIM_K, GROUPS * DIM_K,
+               NV_HALF, NV_K / 8, q_tokens, DIM_K, item, NV_PREPARE_ITEMS, aligned);
+    fetch_rows(keys, k + k_offset + ((first + (k_tokens > 0 ? k_token : 0)) * GROUPS + group) * DIM_K, GROUPS * DIM_K,
+               NV_HALF, NV_K / 8, k_tokens, DIM_K, item, NV_PREPARE_ITEMS, aligned);
     wait_for_copies();
     barrier(CLK_LOCAL_MEM_FENCE);
 #if NORMALIZE
     normalize_row(item < NV_HALF ? queries : keys, item % NV_HALF);
     barrier(CLK_LOCAL_MEM_FENCE);
 #endif
-    __global uint4 *record = (__global uint4 *)place(ws, ws_offset, call.products) + id * RECORD;
-    float4 product[8][2];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        product[j][0] = product[j][1] = (float4)(0.0f);
-    }
+    __global uint4 *of_segment = (__global uint4 *)place(ws, ws_offset, call.products) + id / 3 * SEGMENT_RECORD;
+    __global uint4 *record = of_segment + q_part * RECORD;
+    __global uint4 *products = is_cross ? of_segment + CROSS_TILES + warp * 8 * 32
+                                        : record + P_TILES + warp * (warp + 1) / 2 * 32;
+    const uint columns = is_cross ? 8 : warp + 1; /* tiles of k that this one of q is multiplied with, four at a time */
 #pragma unroll 1
-    for (uint step = 0; step < K_STEPS; step++) {
-        const uint4 a = load_matrices(matrix_row(queries, warp, step));
-        record[(warp * K_STEPS + step) * 32 + lane] = a;
-        /* Keys with K as rows: the transposed quarters, the second and third in each other's place. */
-        record[K_TILES + ((warp / 4 * K_STEPS + step) * 4 + warp % 4) * 32 + lane] =
-            load_transposed(matrix_row(keys, warp, step)).xzyw;
+    for (uint first_column = 0; first_column < columns; first_column += 4) {
+        float4 product[4][2];
 #pragma unroll
-        for (uint j = 0; j < 4; j++) {
-            add_product(product[j], a, load_matrices(matrix_row(keys, j, step)));
+        for (int j = 0; j < 4; j++) {
+            product[j][0] = product[j][1] = (float4)(0.0f);
         }
-        if (warp >= 4) {
+#pragma unroll 1
+        for (uint step = 0; step < K_STEPS; step++) {
+            const uint4 a = load_matrices(matrix_row(queries, warp, step));
+            if (!is_cross && first_column == 0) {
+                record[(warp * K_STEPS + step) * 32 + lane] = a;
+                /* Keys with K as rows: the transposed quarters, the second and third in each other's place. */
+                record[K_TILES + ((warp / 4 * K_STEPS + step) * 4 + warp % 4) * 32 + lane] =
+                    load_transposed(matrix_row(keys, warp, step)).xzyw;
+            }
 #pragma unroll
-            for (uint j = 4; j < 8; j++) {
-                add_product(product[j], a, load_matrices(matrix_row(keys, j, step)));
+            for (uint j = 0; j < 4; j++) {
+                add_product(product[j], a, load_matrices(matrix_row(keys, first_column + j, step)));
             }
         }
-    }
 #pragma unroll
-    for (uint j = 0; j < 8; j++) {
-        if (j <= warp) {
-            const float4 left = product[j][0] * call.scale, right = product[j][1] * call.scale;
-            record[P_TILES + (warp * (warp + 1) / 2 + j) * 32 + lane] =
-                (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y), pack(right.z, right.w));
+        for (uint j = 0; j < 4; j++) {
+            if (first_column + j < columns) {
+                const float4 left = product[j][0] * call.scale, right = product[j][1] * call.scale;
+                products[(first_column + j) * 32 + lane] =
+                    (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y), pack(right.z, right.w));
+            }
         }
     }
 }
@@ -263,9 +297,14 @@ uint4 scale_columns(uint4 a, uint left, uint right) {
                    multiply_pairs(a.w, right));
 }
 
-/* The keys of 16 tokens, decayed; `to` has a pair of decays for every two tokens of the 16. */
-uint4 decay_keys(uint4 keys, const __local uint *to) {
-    return scale_columns(keys, to[warp_lane() % 4], to[warp_lane() % 4 + 4]);
+/* Four tiles of A of a chunk's tokens, decayed: the lane's pairs of decays. */
+void decay_chunk(uint4 tiles[4], const __local uint *to) {
+    const __local uint4 *pairs = (const __local uint4 *)(to + 8 * (warp_lane() % 4));
+    const uint4 early = pairs[0], late = pairs[1];
+    tiles[0] = scale_columns(tiles[0], early.x, early.y);
+    tiles[1] = scale_columns(tiles[1], early.z, early.w);
+    tiles[2] = scale_columns(tiles[2], late.x, late.y);
+    tiles[3] = scale_columns(tiles[3], late.z, late.w);
 }
 
 /* Rows r and r + 8 of a warp's 16, 32 columns, times unit: the item p of a row's four gets columns 8 p... */
@@ -350,7 +389,7 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
     const __global half_gates *gates =
         (const __global half_gates *)place(ws, ws_offset, call.gates) + (bh * call.segments + first) * 2;
     const __global uint4 *record = (const __global uint4 *)place(ws, ws_offset, call.products) +
-                                   (((ulong)b * GROUPS + group) * call.segments + first) * 2 * RECORD;
+                                   (((ulong)b * GROUPS + group) * call.segments + first) * SEGMENT_RECORD;
     __global uint4 *nodes =
         (__global uint4 *)place(ws, ws_offset, call.nodes) + ((bh * TILES_V + tile) * call.segments + first) * STATE;
 
@@ -371,7 +410,8 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
             const uint stage = n % STATE_STAGES;
             fetch_rows(values[stage][own], values_from + (ulong)n * (NV_CHUNK * HEADS * DIM_V), HEADS * DIM_V, NV_CHUNK, 8,
                        NV_CHUNK, DIM_V - (int)tile * NV_TILE_V, get_local_id(0) % 128, 128, aligned);
-            const __global uint4 *keys_from = record + (ulong)(n / 2) * RECORD + K_TILES + n % 2 * (4 * K_STEPS * 32);
+            const __global uint4 *keys_from = record + (ulong)(n / 4) * SEGMENT_RECORD + n % 4 / 2 * RECORD + K_TILES +
+                                              n % 2 * (4 * K_STEPS * 32);
 #if WGMMA
             if (get_local_id(0) == 0) {
                 copy_bulk(keys[stage], keys_from, 4 * K_STEPS * 32 * 16, &keys_here[stage]);
@@ -410,9 +450,9 @@ nvidia_states(const loglin_nvidia_call call, __global float *ws, ulong ws_offset
             uint4 a[4];
 #pragma unroll
             for (uint step = 0; step < 4; step++) {
-                a[step] = decay_keys(keys[stage][((4 * m + warp) * 4 + step) * 32 + lane],
-                                     (const __local uint *)decays[stage][own] + 8 * step);
+                a[step] = keys[stage][((4 * m + warp) * 4 + step) * 32 + lane];
             }
+            decay_chunk(a, (const __local uint *)decays[stage][own]);
             tile_multiply(state[m], a, rows);
         }
 #pragma unroll
@@ -486,22 +526,29 @@ nvidia_tree(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
 /*
- * Starts copying the level weights of 64 of a segment's rows, from `row`.  Floats come in whole 16 bytes, so a row starts
- * with as many floats as stand before its own in their 16 bytes: scales_shift.
+ * 128 items start copying the level weights of a segment's rows.  Floats come in whole 16 bytes, so a row starts with as
+ * many floats as stand before its own in their 16 bytes: scales_shift.
  */
-void fetch_scales(__local float *scales, const __global weight *level_scales, int row, int rows) {
-    const uint piece = get_local_id(0) % 8;
-    row += (int)get_local_id(0) / 8;
+void fetch_scales(__local float *scales, const __global weight *level_scales, int rows, uint item) {
+    const uint piece = item % 8;
+    const int first = (int)(item / 8);
 #if WEIGHT_STORAGE == 0
-    const ulong from = (ulong)(level_scales + (ulong)row * (HEADS * LEVELS));
-    const int bytes = USED * 4 + (int)(from & 15) - 16 * (int)piece;
-    if (bytes > 0 && row < rows) {
-        copy_some_of_16(&scales[row * SCALES_ROW + 4 * piece],
-                        (const __global void *)((from & ~(ulong)15) + 16 * piece), (uint)min(bytes, 16));
+    /* The rows of an item, 16 apart, are alike in their 16 bytes. */
+    const ulong from = (ulong)(level_scales + (ulong)first * (HEADS * LEVELS));
+    const uint bytes = (uint)clamp(USED * 4 + (int)(from & 15) - 16 * (int)piece, 0, 16);
+    const __global char *x = (const __global char *)((from & ~(ulong)15) + 16 * piece);
+    __local float *to = &scales[first * SCALES_ROW + 4 * piece];
+#pragma unroll 1
+    for (int i = first; i < rows && bytes > 0; i += 16) {
+        copy_some_of_16(to, x, bytes);
+        to += 16 * SCALES_ROW;
+        x += 16 * (HEADS * LEVELS) * 4;
     }
 #else
-    for (uint level = piece; level < USED && row < rows; level += 8) {
-        scales[row * SCALES_ROW + level] = load_weight(level_scales, (ulong)row * (HEADS * LEVELS) + level);
+    for (int i = first; i < rows; i += 16) {
+        for (uint level = piece; level < USED; level += 8) {
+            scales[i * SCALES_ROW + level] = load_weight(level_scales, (ulong)i * (HEADS * LEVELS) + level);
+        }
     }
 #endif
 }
@@ -516,11 +563,13 @@ typedef struct warp_rows {
     float upper, lower;                               /* their decays from the tile's start */
 } warp_rows;
 
-/* Pairs of the weights of one level, decayed by `kept` before the tile. */
-uint2 row_weights(warp_rows rows, uint level, float kept) {
-    const float upper = rows.upper_scales[level] * (kept * rows.upper);
-    const float lower = rows.lower_scales[level] * (kept * rows.lower);
-    return (uint2)(pack(upper, upper), pack(lower, lower));
+/* The weights of one level, decayed by `kept` before the tile; in pairs of storage. */
+float2 row_weights(warp_rows rows, uint level, float kept) {
+    return (float2)(rows.upper_scales[level] * (kept * rows.upper), rows.lower_scales[level] * (kept * rows.lower));
+}
+uint2 row_pairs(warp_rows rows, uint level, float kept) {
+    const float2 x = row_weights(rows, level, kept);
+    return (uint2)(pack(x.x, x.x), pack(x.y, x.y));
 }
 
 /* A tile of q k^T on the diagonal; sums: of the gates in the tile. */
@@ -543,81 +592,75 @@ uint4 weigh_diagonal(uint4 product, warp_rows rows, const __local float *sums) {
                    pack(is_past[0] ? d.x * weight[4] : 0.0f, is_past[1] ? d.y * weight[5] : 0.0f));
 }
 
-/*
- * c = the chunk's own weighed q k^T times its values, and that of the chunk before it in its half.  own: which 16 rows of
- * the chunk are the warp's.
- */
-void make_near(float4 c[8], const __local uint4 *products, const __local half_gates *gates, warp_rows rows, uint odd,
-               uint own, tile_rows values) {
-    const uint lane = warp_lane(), p = lane % 4, i = 4 * odd + own;
-    const __local uint4 *tiles = products + i * (i + 1) / 2 * 32 + lane;
-    const float4 before = gates->tiles[i];
-    uint4 near[4], far[4];
+/* Four tiles of q k^T of one level: the rows' weights, and the decays of a chunk's keys. */
+void weigh_tiles(uint4 tiles[4], uint2 weights, const __local uint *to) {
 #pragma unroll
     for (uint j = 0; j < 4; j++) {
-        const uint tile = 4 * odd + j;
-        near[j] = (uint4)(0);
-        if (j < own) {
-            const uint2 weights = row_weights(rows, (own ^ j) == 1 ? 5 : 6,
-                                              own - j == 1 ? 1.0f : own - j == 2 ? before.z : before.w);
-            near[j] = scale_columns(scale_rows(tiles[32 * tile], weights.x, weights.y), gates->to_tile[8 * tile + p],
-                                    gates->to_tile[8 * tile + p + 4]);
+        tiles[j] = scale_rows(tiles[j], weights.x, weights.y);
+    }
+    decay_chunk(tiles, to);
+}
+
+#if NV_CROSS_LOCAL
+#define CROSS_SPACE __local
+#else
+#define CROSS_SPACE __global
+#endif
+
+/*
+ * c = weighed q k^T of 16 rows, tile i of half `part`, times the segment's values.  inside, cross: q k^T of the half, and
+ * between the halves; gates: of both.
+ */
+void make_near(float4 c[8], const __local uint4 *inside, const CROSS_SPACE uint4 *cross, const __local half_gates *gates,
+               warp_rows rows, uint part, uint i, tile_rows values) {
+    const uint lane = warp_lane(), odd = i / 4, own = i % 4;
+    const __local uint4 *tiles = inside + i * (i + 1) / 2 * 32 + lane;
+    const __local half_gates *of_half = &gates[part];
+    const float4 before = of_half->tiles[i];
+    tile_clear(c);
+    if (part != 0) {
+        const uint2 weights = row_pairs(rows, 8, before.x);
+#pragma unroll 1
+        for (uint chunk = 0; chunk < 2; chunk++) {
+            uint4 before_half[4];
+#pragma unroll
+            for (uint j = 0; j < 4; j++) {
+                before_half[j] = cross[(8 * i + 4 * chunk + j) * 32 + lane];
+            }
+            weigh_tiles(before_half, weights, gates[0].to_half + 32 * chunk);
+            tile_multiply(c, before_half, tile_step(values, 4 * chunk));
+            tile_wait(c);
         }
     }
-    const uint4 diagonal = weigh_diagonal(tiles[32 * i], rows, gates->sums + 16 * i);
+    if (odd) {
+        uint4 far[4];
+#pragma unroll
+        for (uint j = 0; j < 4; j++) {
+            far[j] = tiles[32 * j];
+        }
+        weigh_tiles(far, row_pairs(rows, 7, before.y), of_half->to_chunk);
+        tile_multiply(c, far, tile_step(values, 8 * part));
+        tile_wait(c);
+    }
+    uint4 near[4];
+#pragma unroll
+    for (uint j = 0; j < 4; j++) {
+        near[j] = (uint4)(0);
+        if (j < own) {
+            const uint2 weights = row_pairs(rows, (own ^ j) == 1 ? 5 : 6,
+                                            own - j == 1 ? 1.0f : own - j == 2 ? before.z : before.w);
+            const uint tile = 4 * odd + j;
+            const uint2 decays = *(const __local uint2 *)&of_half->to_tile[pair_at(tile, lane % 4)];
+            near[j] = scale_columns(scale_rows(tiles[32 * tile], weights.x, weights.y), decays.x, decays.y);
+        }
+    }
+    const uint4 diagonal = weigh_diagonal(tiles[32 * i], rows, of_half->sums + 16 * i);
 #pragma unroll
     for (uint j = 0; j < 4; j++) {
         near[j] = j == own ? diagonal : near[j];
-        far[j] = (uint4)(0);
     }
-    if (odd) {
-        const uint2 weights = row_weights(rows, 7, before.y);
-#pragma unroll
-        for (uint j = 0; j < 4; j++) {
-            far[j] = scale_columns(scale_rows(tiles[32 * j], weights.x, weights.y), gates->to_chunk[8 * j + p],
-                                   gates->to_chunk[8 * j + p + 4]);
-        }
-    }
-    tile_clear(c);
-    if (odd) {
-        tile_multiply(c, far, values);
-    }
-    tile_multiply(c, near, tile_step(values, 4 * odd));
+    tile_multiply(c, near, tile_step(values, 8 * part + 4 * odd));
     tile_wait(c);
-}
-
-#if NV_KEYS_LOCAL
-#define KEYS_SPACE __local
-#else
-#define KEYS_SPACE __global
-#endif
-
-/* 64 rows of the state of a segment's first half, to local memory. */
-void make_half_state(__local uint4 *to, const KEYS_SPACE uint4 *keys, const __local half_gates *gates, tile_rows values,
-                     uint m, uint warp) {
-    const uint lane = warp_lane(), r = lane / 4, p = lane % 4;
-    float4 state[8];
-    tile_clear(state);
-#pragma unroll 1
-    for (uint chunk = 0; chunk < 2; chunk++) {
-        uint4 a[4];
-#pragma unroll
-        for (uint step = 0; step < 4; step++) {
-            a[step] = decay_keys(keys[((chunk * K_STEPS + 4 * m + warp) * 4 + step) * 32 + lane],
-                                 gates->to_half + 8 * (4 * chunk + step));
-        }
-        tile_multiply(state, a, tile_step(values, 4 * chunk));
-        tile_wait(state);
-    }
-    const uint row = 64 * m + 16 * warp + r;
-    __local uint *pairs = (__local uint *)to;
-#pragma unroll
-    for (uint j = 0; j < 8; j++) {
-        const float4 x = state[j] * (1.0f / STATE_UNIT);
-        const uint at = row * 32 + (j ^ (row & 7u)) * 4 + p;
-        pairs[at] = pack(x.x, x.y);
-        pairs[at + 8 * 32] = pack(x.z, x.w);
-    }
 }
 
 void store_piece(__global ushort *o, uint4 x, int wanted, int aligned) {
@@ -633,12 +676,29 @@ void store_piece(__global ushort *o, uint4 x, int wanted, int aligned) {
     }
 }
 
-/* 32 columns of the warp's 16 rows; o: row r, columns 8 p... */
-void store_columns(__global ushort *o, const float4 c[4], int rows, int columns, int aligned) {
-    const int r = (int)warp_lane() / 4, p = (int)warp_lane() % 4;
-    const uint4 upper = upper_piece(c, 1.0f), lower = lower_piece(c, 1.0f);
-    store_piece(o, upper, 8 * p < columns && r < rows, aligned);
-    store_piece(o + (ulong)8 * (HEADS * DIM_V), lower, 8 * p < columns && r + 8 < rows, aligned);
+/*
+ * Stores the warp's 16 rows at o, 32 columns at a time through `space`, 16 rows of 64 bytes, whose pieces of 16 bytes
+ * change places so that they lie in different banks.
+ */
+void store_rows(__global ushort *o, __local uint *space, const float4 c[8], int rows, int columns, int aligned) {
+    const uint lane = anew(get_local_id(0)) % 32, r = lane / 4, p = lane % 4, turn = r / 2 % 4;
+    o += (ulong)r * (HEADS * DIM_V) + 8 * p;
+    const __local uint4 *pieces = (const __local uint4 *)space + 4 * r + (p ^ turn);
+#pragma unroll
+    for (uint i = 0; i < 2; i++) {
+        meet_in_warp(); /* what was there is read */
+#pragma unroll
+        for (uint j = 0; j < 4; j++) {
+            __local uint *pair = &space[16 * r + 4 * (j ^ turn) + p];
+            pair[0] = pack(c[4 * i + j].x, c[4 * i + j].y);
+            pair[8 * 16] = pack(c[4 * i + j].z, c[4 * i + j].w);
+        }
+        meet_in_warp();
+        const uint4 upper = pieces[0], lower = pieces[8 * 4];
+        const int has_columns = (int)(32 * i + 8 * p) < columns;
+        store_piece(o + 32 * i, upper, has_columns && (int)r < rows, aligned);
+        store_piece(o + 32 * i + (ulong)8 * (HEADS * DIM_V), lower, has_columns && (int)r + 8 < rows, aligned);
+    }
 }
 
 void load_queries(uint4 q[BLOCK_STEPS], const __global uint4 *tiles, uint block) {
@@ -648,36 +708,38 @@ void load_queries(uint4 q[BLOCK_STEPS], const __global uint4 *tiles, uint block)
     }
 }
 
+/* The first half's work-items copy what an item of work has of its own: they have less to do otherwise. */
+#define FETCH_ITEMS 256
+
 /* A work-group's segment: where its parts start, of the first item of its group. */
 typedef struct outputs_place {
     const __global ushort *v;
     __global ushort *o;
     const __global weight *level_scales;
     const __global half_gates *gates;
-    const __global uint4 *nodes;
+    const __global uint4 *nodes, *record;
     uint segments; /* of the sequence */
     int tokens;    /* of the segment */
 } outputs_place;
 
-/* Starts to copy what an item has of its own: the chunk `quarter` of its values and level weights; its gates. */
+/* FETCH_ITEMS work-items, of number id, start to copy what an item of work has of its own: values, level weights, gates. */
 void fetch_item(__local uint4 *values, __local half_gates *gates, __local float *scales,
-                const __local outputs_place *at, uint item, uint quarter, int aligned) {
+                const __local outputs_place *at, uint item, uint id, int aligned) {
     const uint head = item / TILES_V, tile = item % TILES_V;
-    fetch_rows(values + quarter * (NV_CHUNK * 8),
-               at->v + (ulong)(quarter * NV_CHUNK) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V, HEADS * DIM_V,
-               NV_CHUNK, 8, at->tokens - (int)(quarter * NV_CHUNK), DIM_V - (int)tile * NV_TILE_V, get_local_id(0),
-               NV_OUTPUT_ITEMS, aligned);
-    fetch_scales(scales, at->level_scales + head * LEVELS, (int)(quarter * NV_CHUNK), at->tokens);
-    if (quarter == 0) {
+    if (id < 128) {
+        fetch_rows(values, at->v + head * DIM_V + tile * NV_TILE_V, HEADS * DIM_V, NV_SEGMENT, 8, at->tokens,
+                   DIM_V - (int)tile * NV_TILE_V, id, 128, aligned);
+    } else {
+        fetch_scales(scales, at->level_scales + head * LEVELS, at->tokens, id - 128);
         fetch((__local uint4 *)gates, (const __global uint4 *)(at->gates + (ulong)head * at->segments * 2),
-              2 * NV_GATES / 16, get_local_id(0), NV_OUTPUT_ITEMS);
+              2 * NV_GATES / 16, id - 128, 128);
     }
 }
 
 /*
- * States on their way to the matrix units, a ring of NV_STAGES.  With wgmma they come in bulk: `full` counts their arrival,
- * `empty` the warps that are done with them; an item of the last warp, which is late as a rule, starts the copies.  Else all
- * items copy, and the whole work-group meets at a barrier for each state.
+ * States on their way to the matrix units, 64 rows at a time, in a ring of NV_STAGES.  With wgmma they come in bulk: `full`
+ * counts their arrival, `empty` the warps that are done with them, of which the last one starts the next copy.  Else all
+ * items copy, and the whole work-group meets at a barrier for each of them.
  */
 typedef struct stage_ring {
     __local uint4 *stages;
@@ -688,19 +750,27 @@ typedef struct stage_ring {
     uint first_item, count, blocks;
 } stage_ring;
 
-/* Starts to copy the state that is multiplied as number `n`; of an item come K_BLOCK rows of all blocks, then the next. */
-void fetch_stage(stage_ring ring, uint n, const __local outputs_place *at) {
-    const uint per_item = ring.blocks * (NV_K / K_BLOCK);
-    const int is_wanted = n < ring.count * per_item;
-    if (is_wanted && (!WGMMA || get_local_id(0) == NV_OUTPUT_ITEMS - 32)) {
-        const uint item = ring.first_item + n / per_item, block = n % ring.blocks;
-        const __global uint4 *from = at->nodes + ((ulong)item * at->segments + ring.ends[block]) * STATE +
-                                     n % per_item / ring.blocks * STAGE;
+#define STAGES_OF_BLOCK (K_BLOCK / 64)
+
+/*
+ * Starts to copy what is multiplied as number `n`, number `index` counted from the start of item of work `item`, if there
+ * is such a one: of an item come K_BLOCK rows of all blocks, then the next.
+ */
+void fetch_stage(stage_ring ring, uint n, uint item, uint index, const __local outputs_place *at) {
+    const uint per_k_block = ring.blocks * STAGES_OF_BLOCK, per_item = ring.blocks * (NV_K / 64);
+    for (; item < ring.count && index >= per_item; item++) {
+        index -= per_item;
+    }
+    if (item < ring.count) {
+        uint rows = 0; /* 64 at a time */
+        for (; NV_K > K_BLOCK && index >= per_k_block; rows += STAGES_OF_BLOCK) {
+            index -= per_k_block;
+        }
+        rows += index % STAGES_OF_BLOCK;
+        const uint node = (ring.first_item + item) * at->segments + ring.ends[index / STAGES_OF_BLOCK];
+        const __global uint4 *from = at->nodes + (ulong)node * STATE + rows * STAGE;
         __local uint4 *to = ring.stages + n % NV_STAGES * STAGE;
 #if WGMMA
-        if (n >= NV_STAGES) {
-            arrivals_wait(&ring.empty[n % NV_STAGES], (n / NV_STAGES - 1) % 2);
-        }
         copy_bulk(to, from, STAGE * 16, &ring.full[n % NV_STAGES]);
 #else
         fetch(to, from, STAGE, get_local_id(0), NV_OUTPUT_ITEMS);
@@ -711,35 +781,48 @@ void fetch_stage(stage_ring ring, uint n, const __local outputs_place *at) {
 #endif
 }
 
-/* Waits for state n.  Without wgmma all warps are done with state n - 1 then. */
-void wait_for_stage(stage_ring ring, uint n) {
+/* Starts the first copies. */
+void start_stages(stage_ring ring, const __local outputs_place *at) {
+#pragma unroll 1
+    for (uint n = 0; n < (WGMMA ? NV_STAGES : NV_STAGES - 1) && (!WGMMA || get_local_id(0) == 0); n++) {
+        fetch_stage(ring, n, 0, n, at);
+    }
+}
+
+/* Waits for number n.  Without wgmma all warps are done with the one before it then, whose place is taken. */
+void wait_for_stage(stage_ring ring, uint n, uint item, uint index, const __local outputs_place *at) {
 #if WGMMA
     arrivals_wait(&ring.full[n % NV_STAGES], n / NV_STAGES % 2);
 #else
     WAIT_FOR_COPIES_BUT(NV_STAGES - 2);
     barrier(CLK_LOCAL_MEM_FENCE);
+    fetch_stage(ring, n + NV_STAGES - 1, item, index + NV_STAGES - 1, at);
 #endif
 }
 
-/* This warp is done with state n. */
-void release_stage(stage_ring ring, uint n) {
+/* This warp is done with number n. */
+void release_stage(stage_ring ring, uint n, uint item, uint index, const __local outputs_place *at) {
 #if WGMMA
-    if (warp_lane() == 0) {
-        arrive(&ring.empty[n % NV_STAGES]);
+    __local arrivals *empty = &ring.empty[n % NV_STAGES];
+    if (warp_lane() == 0 && arrive_last(empty)) {
+        arrivals_wait(empty, n / NV_STAGES % 2);
+        fetch_stage(ring, n + NV_STAGES, item, index + NV_STAGES, at);
     }
 #endif
 }
+
+/* Items whose values have a place. */
+#define VALUES (WGMMA ? 2 : 1)
 
 __kernel __attribute__((reqd_work_group_size(NV_OUTPUT_ITEMS, 1, 1))) void
 nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
                ulong v_offset, const __global weight *level_scales, ulong level_scales_offset, __global ushort *o,
                ulong o_offset, uint aligned) {
-    __local uint4 values[NV_SEGMENT * 8] __attribute__((aligned(1024)));
+    __local uint4 values_at[VALUES][NV_SEGMENT * 8] __attribute__((aligned(1024)));
     __local uint4 stages[NV_STAGES * STAGE] __attribute__((aligned(1024)));
-    __local uint4 half_state[STATE] __attribute__((aligned(1024)));
-    __local uint4 products[2][36 * 32];
-#if NV_KEYS_LOCAL
-    __local uint4 keys[P_TILES - K_TILES];
+    __local uint4 inside[2][36 * 32];
+#if NV_CROSS_LOCAL
+    __local uint4 cross[64 * 32];
 #endif
     __local half_gates gates_at[2][2] __attribute__((aligned(16)));
     __local float scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(16)));
@@ -747,10 +830,9 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local uint ends[NV_SEGMENTS_BITS], levels[NV_SEGMENTS_BITS]; /* the blocks' last segments, and levels */
 #if WGMMA
     __local arrivals full[NV_STAGES], empty[NV_STAGES];
-    __local arrivals values_free, half_here; /* of each item: the values are used up; the half's state is made */
+    __local arrivals item_here[2], item_free[2]; /* what an item has of its own is here, or used up, in one of two places */
 #endif
-    const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32), own = warp % 4;
-    const uint chunk = warp / 4, odd = chunk % 2, part = chunk / 2, row = 16 * own + lane / 4; /* in the chunk */
+    const uint item = get_local_id(0);
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
     const ulong id = get_group_id(0);
     const uint first_item = id % bundles * NV_OUTPUT_COUNT, count = min((uint)NV_OUTPUT_COUNT, ITEMS - first_item);
@@ -759,8 +841,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     const ulong bh = (ulong)b * HEADS + group * (HEADS / GROUPS); /* the group's first head */
     const ulong token = (ulong)b * call.length + (ulong)segment * NV_SEGMENT;
     const __global uint4 *record = (const __global uint4 *)place(ws, ws_offset, call.products) +
-                                   (((ulong)b * GROUPS + group) * call.segments + segment) * 2 * RECORD;
-    const __global uint4 *tiles_of_q = record + part * RECORD + (4 * odd + own) * K_STEPS * 32;
+                                   (((ulong)b * GROUPS + group) * call.segments + segment) * SEGMENT_RECORD;
     const ulong first_column = (token * HEADS + group * (HEADS / GROUPS)) * DIM_V;
     __local outputs_place place_of_segment; /* not in registers, of which there are few */
     const __local outputs_place *at = &place_of_segment;
@@ -771,29 +852,18 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             level_scales + level_scales_offset + (token * HEADS + group * (HEADS / GROUPS)) * LEVELS,
             (const __global half_gates *)place(ws, ws_offset, call.gates) + (bh * call.segments + segment) * 2,
             (const __global uint4 *)place(ws, ws_offset, call.nodes) + bh * TILES_V * call.segments * STATE,
+            record,
             call.segments,
             (int)min(call.length - segment * NV_SEGMENT, (uint)NV_SEGMENT),
         };
     }
 
-    /* The blocks of segments before this one: ends, levels, decays. */
-    for (uint i = item; i < count * NV_SEGMENTS_BITS; i += NV_OUTPUT_ITEMS) {
-        const uint n = i / NV_SEGMENTS_BITS, wanted = i % NV_SEGMENTS_BITS;
-        const __global float *sums = (const __global float *)place(ws, ws_offset, call.blocks) +
-                                     (bh + (first_item + n) / TILES_V) * call.segments;
-        float since = 0.0f;
-        for (uint j = 0, found = 0; found <= wanted && (segment >> j) != 0; j++) {
-            if ((segment >> j & 1) != 0) {
-                const uint end = (segment >> j << j) - 1;
-                if (found == wanted) {
-                    kept[n][found] = decay(since) * STATE_UNIT * call.scale;
-                    ends[found] = end;
-                    levels[found] = HALF_LEVEL + 1 + j;
-                } else {
-                    since += sums[end];
-                }
-                found++;
-            }
+    /* The blocks of segments before this one: one for each bit of its number, the smallest first. */
+    if (item < NV_SEGMENTS_BITS) {
+        const uint before = popcount(segment & ((1u << item) - 1));
+        if ((segment >> item & 1) != 0) {
+            ends[before] = (segment >> item << item) - 1;
+            levels[before] = SEGMENT_LEVEL + item;
         }
     }
     const stage_ring ring = {stages,
@@ -806,124 +876,119 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         arrivals_start(&full[item], 1);
         arrivals_start(&empty[item], NV_OUTPUT_ITEMS / 32);
     }
-    if (item == 0) {
-        arrivals_start(&values_free, NV_OUTPUT_ITEMS / 32);
-        arrivals_start(&half_here, NV_OUTPUT_ITEMS / 2);
+    if (item < 2) {
+        arrivals_start(&item_here[item], FETCH_ITEMS);
+        arrivals_start(&item_free[item], NV_OUTPUT_ITEMS / 32);
     }
     tile_publish();
 #endif
     barrier(CLK_LOCAL_MEM_FENCE);
 
-    fetch(products[0], record + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
-    fetch(products[1], record + RECORD + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
-#if NV_KEYS_LOCAL
-    fetch(keys, record + K_TILES, P_TILES - K_TILES, item, NV_OUTPUT_ITEMS);
-#else
-    const __global uint4 *keys = record + K_TILES;
+    start_stages(ring, at);
+    fetch(inside[0], record + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
+    fetch(inside[1], record + RECORD + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
+#if NV_CROSS_LOCAL
+    fetch(cross, record + CROSS_TILES, 64 * 32, item, NV_OUTPUT_ITEMS);
 #endif
-    for (uint quarter = 0; quarter < 4; quarter++) {
-        fetch_item(values, gates_at[0], scales_at[0], at, first_item, quarter, aligned);
+    if (item < FETCH_ITEMS) {
+        fetch_item(values_at[0], gates_at[0], scales_at[0], at, first_item, item, aligned);
     }
-    for (uint i = 0; i < NV_STAGES - 1; i++) {
-        fetch_stage(ring, i, at);
+    for (uint i = item; i < count * NV_SEGMENTS_BITS; i += NV_OUTPUT_ITEMS) {
+        const uint n = i / NV_SEGMENTS_BITS, block = i % NV_SEGMENTS_BITS;
+        const __global float *sums = (const __global float *)place(ws, ws_offset, call.blocks) +
+                                     (bh + (first_item + n) / TILES_V) * call.segments;
+        float since = 0.0f;
+        for (uint nearer = 0; nearer < min(block, blocks); nearer++) {
+            since += sums[ends[nearer]];
+        }
+        kept[n][block] = decay(since) * STATE_UNIT * call.scale;
     }
-    uint4 q[BLOCK_STEPS];
-#if NV_K == K_BLOCK
-    load_queries(q, tiles_of_q, 0);
+    wait_for_copies();
+    barrier(CLK_LOCAL_MEM_FENCE);
+#if WGMMA
+    if (item < FETCH_ITEMS) {
+        arrive(&item_here[0]);
+    }
 #endif
     uint stage = 0;
-    for (uint n = 0; n < count; n++) {
+    for (uint number = 0; number < count; number++) {
+        /* A chunk takes the longer the later it is: the warpgroups change chunks 0 and 3, 1 and 2, from item to item. */
+        const uint n = anew(number), id = item ^ (n % 2 * 384), lane = id % 32, warp = id / 32;
+        const uint part = warp / 8, tile_of_half = warp % 8; /* the warp's 16 rows */
+        const uint row = 16 * warp + lane / 4;               /* in the segment */
         const __local half_gates *gates = gates_at[n % 2];
         const uint head = (first_item + n) / TILES_V, tile = (first_item + n) % TILES_V;
         const __global weight *scales_from = at->level_scales + head * LEVELS;
-        wait_for_copies();
+#if WGMMA
+        arrivals_wait(&item_here[n % 2], n / 2 % 2);
         tile_publish();
-        barrier(CLK_LOCAL_MEM_FENCE);
-        const __local float *scales = scales_at[n % 2] + (64 * chunk + row) * SCALES_ROW;
-        const warp_rows rows = {scales + scales_shift(scales_from, 64 * chunk + row),
-                                scales + 8 * SCALES_ROW + scales_shift(scales_from, 64 * chunk + row + 8),
-                                decay(gates[part].sums[64 * odd + row]), decay(gates[part].sums[64 * odd + row + 8])};
-
-        /* Inside the halves. */
-        if (!odd) {
-            for (uint m = part; m < NV_K / 64; m += 2) {
-                make_half_state(half_state, keys, &gates[0], tile_at(values), m, own);
+        if (part == 0 && n + 1 < count) {
+            if (n > 0) {
+                arrivals_wait(&item_free[(n + 1) % 2], (n - 1) / 2 % 2);
             }
-            tile_publish();
-#if WGMMA
-            arrive(&half_here);
-#endif
-        }
-        float4 c[8];
-        make_near(c, products[part], &gates[part], rows, odd, own, tile_at(values + part * (NV_HALF * 8)));
-#if WGMMA
-        if (lane == 0) {
-            arrive(&values_free);
+            fetch_item(values_at[(n + 1) % 2], gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1,
+                       id, aligned);
+            arrive_with_copies(&item_here[(n + 1) % 2]);
         }
 #else
+        wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
 #endif
+        const __local float *scales = scales_at[n % 2] + row * SCALES_ROW, *sums = gates[part].sums + row % NV_HALF;
+        const warp_rows rows = {scales + scales_shift(scales_from, row),
+                                scales + 8 * SCALES_ROW + scales_shift(scales_from, row + 8), decay(sums[0]),
+                                decay(sums[8])};
+#if !NV_CROSS_LOCAL
+        const __global uint4 *cross = at->record + CROSS_TILES;
+#endif
+        float4 c[8];
+        make_near(c, inside[part], cross, gates, rows, part, tile_of_half, tile_at(values_at[n % VALUES]));
+#if !WGMMA
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (part == 0 && n + 1 < count) {
+            fetch_item(values_at[0], gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, id,
+                       aligned);
+        }
+#endif
 
-        /* What comes before them: blocks of segments, then the first half.  Meanwhile the next item is fetched. */
-        const float half_kept = gates[part].tiles[4 * odd + own].x;
+        /* The blocks of segments before this one. */
+        const float half_kept = gates[part].tiles[tile_of_half].x;
         const float block_kept = part == 0 ? half_kept : half_kept * gates[0].whole.y;
-        uint quarter = n + 1 < count ? 0 : 4;
+        const uint first_stage = stage;
         for (uint k_block = 0; k_block < NV_K / K_BLOCK; k_block++) {
-#if NV_K != K_BLOCK
-            load_queries(q, tiles_of_q, k_block);
-#endif
+            uint4 q[BLOCK_STEPS];
+            load_queries(q, at->record + part * RECORD + tile_of_half * K_STEPS * 32, k_block);
 #pragma unroll 1
-            for (uint block = 0; block < blocks + part || quarter < 4; block++) {
-                if (block < blocks + part) {
-                    const int is_half = block == blocks;
-                    uint2 weights;
-                    tile_rows state;
-                    if (is_half) {
-#if WGMMA
-                        arrivals_wait(&half_here, n % 2);
-#endif
-                        weights = row_weights(rows, HALF_LEVEL, half_kept * STATE_UNIT * call.scale);
-                        state = tile_at(half_state + k_block * STAGE);
-                    } else {
-                        weights = row_weights(rows, levels[block], block_kept * kept[n][block]);
-                        state = tile_at(stages + stage % NV_STAGES * STAGE);
-                        wait_for_stage(ring, stage);
-                    }
+            for (uint block = 0; block < blocks; block++) {
+                float4 level[8];
+                tile_clear(level);
 #pragma unroll
-                    for (uint step = 0; step < BLOCK_STEPS; step += 4) {
-                        uint4 a[4];
-#pragma unroll
-                        for (uint i = 0; i < 4; i++) {
-                            a[i] = scale_rows(q[step + i], weights.x, weights.y);
-                        }
-                        tile_multiply(c, a, tile_step(state, step));
-                        tile_wait_but_one();
-                        if (step == 0 && !is_half) {
-                            /* The product before this one is done. */
-                            if (stage > 0) {
-                                release_stage(ring, stage - 1);
-                            }
-                            fetch_stage(ring, stage + NV_STAGES - 1, at);
-                        }
-                    }
-                    stage += !is_half;
+                for (uint i = 0; i < STAGES_OF_BLOCK; i++) {
+                    wait_for_stage(ring, stage + i, n, stage + i - first_stage, at);
+                    tile_multiply(level, q + 4 * i, tile_at(stages + (stage + i) % NV_STAGES * STAGE));
                 }
-                /* Not beside the first one, when a warpgroup may still need this item's values. */
-                if (block > 0 && quarter < 4) {
-#if WGMMA
-                    arrivals_wait(&values_free, n % 2);
-#endif
-                    fetch_item(values, gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, quarter++,
-                               aligned);
+                const float2 weights = row_weights(rows, levels[block], block_kept * kept[n][block]);
+                tile_wait(level);
+#pragma unroll
+                for (uint i = 0; i < STAGES_OF_BLOCK; i++) {
+                    release_stage(ring, stage + i, n, stage + i - first_stage, at);
+                }
+                stage += STAGES_OF_BLOCK;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    c[j] += (float4)(weights.x, weights.x, weights.y, weights.y) * level[j];
                 }
             }
         }
-        tile_wait(c);
-        __global ushort *to = at->o + (ulong)(64 * chunk + row) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V +
-                              8 * (lane % 4);
-        const int rows_there = at->tokens - (int)(64 * chunk + 16 * own), columns_there = DIM_V - (int)tile * NV_TILE_V;
-        store_columns(to, c, rows_there, columns_there, aligned);
-        store_columns(to + 32, c + 4, rows_there, columns_there - 32, aligned);
+        store_rows(at->o + (ulong)(16 * warp) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V,
+                   (__local uint *)&scales_at[n % 2][16 * warp * SCALES_ROW], c, at->tokens - (int)(16 * warp),
+                   DIM_V - (int)tile * NV_TILE_V, aligned);
+#if WGMMA
+        meet_in_warp();
+        if (lane == 0) {
+            arrive(&item_free[n % 2]);
+        }
+#endif
     }
 }
 
@@ -960,7 +1025,7 @@ nvidia_final(const loglin_nvidia_call call, __global float *ws, ulong ws_offset,
     const uint segment = call.segments - 1, first = segment * NV_SEGMENT, last = call.length - 1;
     const __global uint4 *record =
         (const __global uint4 *)place(ws, ws_offset, call.products) +
-        (((ulong)b * GROUPS + head / (HEADS / GROUPS)) * call.segments + segment) * 2 * RECORD;
+        (((ulong)b * GROUPS + head / (HEADS / GROUPS)) * call.segments + segment) * SEGMENT_RECORD;
     const __global half_gates *gates =
         (const __global half_gates *)place(ws, ws_offset, call.gates) + (bh * call.segments + segment) * 2;
     const float second_half = gates[1].whole.x;
@@ -979,7 +1044,7 @@ nvidia_final(const loglin_nvidia_call call, __global float *ws, ulong ws_offset,
         float since = gates[0].whole.x + second_half;
         for (uint level = 0; level < LEVELS; level++) {
             float x = 0.0f;
-            if (level <= HALF_LEVEL) {
+            if (level < SEGMENT_LEVEL) {
                 const uint offset = last - first;
                 const uint width = level == 0 ? 1 : 1u << (level - 1);
                 const uint start = level == 0 ? offset : offset >> level << level;
@@ -987,7 +1052,7 @@ nvidia_final(const loglin_nvidia_call call, __global float *ws, ulong ws_offset,
                     x = fma(weighted_keys[s], unpack(v[(ulong)s * (HEADS * DIM_V) + column]).x, x);
                 }
             } else if (((last >> (level - 1)) & 1) != 0) {
-                const uint j = level - HALF_LEVEL - 1, end = (segment >> j << j) - 1;
+                const uint j = level - SEGMENT_LEVEL, end = (segment >> j << j) - 1;
                 const __global uint4 *node =
                     (const __global uint4 *)place(ws, ws_offset, call.nodes) +
                     ((bh * TILES_V + column / NV_TILE_V) * call.segments + end) * STATE;

@@ -31,8 +31,8 @@ typedef enum nvidia_kernel {
 
 /* How the work is cut; the names are those of cl/nvidia_mamba2.cl. */
 typedef struct nvidia_schedule {
-    size_t super_bits, state_count, output_count;
-    bool keys_local, wgmma;
+    size_t super_bits, state_count, output_count, stages;
+    bool cross_local, wgmma;
 } nvidia_schedule;
 
 struct loglin_engine_state {
@@ -47,11 +47,6 @@ struct loglin_engine_state {
 /* dim_k as the tiles hold it. */
 static size_t padded_k(const loglin_problem *problem) {
     return ceil_div(problem->dim_k, 64) * 64;
-}
-
-/* Does wgmma take its states? */
-static bool has_wgmma_shape(const loglin_problem *problem) {
-    return padded_k(problem) % 128 == 0;
 }
 
 static size_t tiles_of_v(const loglin_problem *problem) {
@@ -104,10 +99,10 @@ static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
     const nvidia_schedule *schedule = &state->schedule;
     const size_t segments = segments_of(problem), tiles = tiles_of_v(problem), items = items_of_group(problem);
     const size_t matrices = problem->batch * problem->heads, groups = problem->batch * problem->groups;
-    const size_t record_bytes = (padded_k(problem) + 36) * 512;
+    const size_t record_bytes = (2 * (padded_k(problem) + 36) + 64) * 512;
     size_t end = 0;
     state->call = (loglin_nvidia_call){
-        .products = loglin_nvidia_reserve(&end, groups * segments * 2 * record_bytes),
+        .products = loglin_nvidia_reserve(&end, groups * segments * record_bytes),
         .gates = loglin_nvidia_reserve(&end, matrices * segments * 2 * NV_GATES),
         .nodes = loglin_nvidia_reserve(&end, matrices * tiles * segments * state_bytes(problem)),
         .sums = loglin_nvidia_reserve(&end, matrices * segments * sizeof(float)),
@@ -121,7 +116,7 @@ static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
     const size_t supers = ceil_div(segments, (size_t)1 << schedule->super_bits);
     loglin_nvidia_kernel *kernels = state->kernels;
     loglin_nvidia_set_launch(&kernels[KERNEL_PREPARE],
-                             (groups + problem->batch * ceil_div(problem->heads, NV_GATE_HEADS)) * segments * 2,
+                             (3 * groups + 2 * problem->batch * ceil_div(problem->heads, NV_GATE_HEADS)) * segments,
                              NV_PREPARE_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_STATES], supers * groups * ceil_div(items, schedule->state_count),
                              128 * schedule->state_count);
@@ -138,15 +133,15 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                                     "nvidia_final"};
     static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_layout.cl", "nvidia_mamba2.cl", NULL};
     const nvidia_schedule *schedule = &state->schedule;
-    char options[640]; /* 14 numbers of at most 20 digits and their names */
+    char options[640]; /* 15 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DUSED=%zu -DNORMALIZE=%d"
                    " -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DNV_SUPER_BITS=%zu -DNV_STATE_COUNT=%zu -DNV_OUTPUT_COUNT=%zu"
-                   " -DNV_KEYS_LOCAL=%d %s",
+                   " -DNV_STAGES=%zu -DNV_CROSS_LOCAL=%d %s",
                    padded_k(problem), problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    loglin_num_levels(problem->length), problem->normalize_qk != 0, (int)problem->dtype,
                    (int)problem->weight_dtype, schedule->super_bits, schedule->state_count, schedule->output_count,
-                   (int)schedule->keys_local, schedule->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
+                   schedule->stages, (int)schedule->cross_local, schedule->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, state->kernels);
 }
 
@@ -162,59 +157,66 @@ static void destroy(loglin_engine_state *state) {
 
 /* Bytes of local memory of a work-group of outputs, which takes the most. */
 static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *schedule) {
-    const size_t k = padded_k(problem), row = (size_t)NV_TILE_V * 2;
-    const size_t values = NV_SEGMENT * row, states = (NV_STAGES * (size_t)(schedule->wgmma ? 128 : 64) + k) * row;
-    const size_t tiles = (size_t)72 * 512, keys = schedule->keys_local ? k * NV_HALF * 2 : 0;
-    const size_t scales = NV_SEGMENT * ((loglin_num_levels(problem->length) + 6) / 4 * 4) * sizeof(float);
-    const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + (size_t)2 * NV_STAGES * 8;
-    return values + states + tiles + keys + 2 * scales + (size_t)4 * NV_GATES + tables;
+    const size_t row = (size_t)NV_TILE_V * 2, tile = 512;
+    const size_t values = (size_t)(schedule->wgmma ? 2 : 1) * NV_SEGMENT * row;
+    const size_t states = schedule->stages * 64 * row;
+    const size_t products = (72 + (size_t)(schedule->cross_local ? 64 : 0)) * tile;
+    const size_t levels = loglin_num_levels(problem->length);
+    const size_t scales = NV_SEGMENT * (levels > 10 ? (levels + 6) / 4 * 4 : 16) * sizeof(float);
+    const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + schedule->stages * 12 + 128;
+    return values + states + products + 2 * scales + (size_t)4 * NV_GATES + tables;
 }
 
 /* The most that is asked for; the trial run says whether the device has it. */
 static const size_t most_local_bytes = (size_t)226 << 10;
 
-/* The largest number up to `most` that leaves at least `least` work-groups of so many of `items`, for each of `times`. */
-static size_t items_of_work_group(size_t items, size_t times, size_t least, size_t most) {
-    size_t count = most < items ? most : items;
-    while (count > 1 && times * ceil_div(items, count) < least) {
-        count--;
+/*
+ * How many of a group's `items` a work-group of outputs takes, one after another, where there are `times` such groups of
+ * work-groups: few enough that all units are busy to the end, and many, which share what a work-group starts with.
+ */
+static size_t items_of_work_group(size_t items, size_t times, size_t units) {
+    size_t best = 1, least = SIZE_MAX;
+    for (size_t count = 1; count <= 12 && count <= items; count++) {
+        const size_t cost = ceil_div(times * ceil_div(items, count), units) * (2 * count + 1) + count;
+        if (cost <= least) {
+            least = cost;
+            best = count;
+        }
     }
-    return ceil_div(items, ceil_div(items, count)); /* alike for all of them */
+    return ceil_div(items, ceil_div(items, best)); /* alike for all of them */
 }
 
 static nvidia_schedule choose_schedule(const loglin_device *device, const loglin_problem *problem) {
     const size_t items = items_of_group(problem), units = device->info.compute_units;
     const size_t groups = problem->batch * problem->groups, segments = segments_of(problem);
-    nvidia_schedule schedule = {.keys_local = true, .wgmma = has_wgmma_shape(problem)};
-    schedule.output_count = items_of_work_group(items, segments * groups, units, 6);
-    schedule.state_count = 1;
+    nvidia_schedule schedule = {.state_count = 1, .output_count = items_of_work_group(items, segments * groups, units)};
     while (schedule.super_bits < 3 && groups * items * (segments >> (schedule.super_bits + 1)) >= units) {
         schedule.super_bits++;
     }
-    schedule.keys_local = local_bytes(problem, &schedule) <= most_local_bytes;
     return schedule;
 }
 
-/* wgmma where it is, else mma.sync, which needs less local memory. */
+/* wgmma where it is, else mma.sync, which needs less local memory; as much in local memory as the device has. */
 static loglin_status choose_units(loglin_device *device, const loglin_problem *problem, nvidia_schedule *schedule) {
-    schedule->wgmma = has_wgmma_shape(problem);
-    if (schedule->wgmma &&
-        loglin_nvidia_probe_wgmma(device, problem->dtype, local_bytes(problem, schedule)) == LOGLIN_OK) {
-        return LOGLIN_OK;
+    loglin_status status = LOGLIN_UNSUPPORTED;
+    for (int attempt = 0; attempt < 4 && status != LOGLIN_OK; attempt++) {
+        schedule->wgmma = attempt < 2;
+        schedule->cross_local = attempt % 2 == 0;
+        schedule->stages = schedule->wgmma ? NV_MOST_STAGES : NV_LEAST_STAGES;
+        while (schedule->stages > NV_LEAST_STAGES && local_bytes(problem, schedule) > most_local_bytes) {
+            schedule->stages--;
+        }
+        const size_t bytes = local_bytes(problem, schedule);
+        status = schedule->wgmma ? loglin_nvidia_probe_wgmma(device, problem->dtype, bytes)
+                                 : loglin_nvidia_probe(device, problem->dtype, bytes);
     }
-    schedule->wgmma = false;
-    return loglin_nvidia_probe(device, problem->dtype, local_bytes(problem, schedule));
+    return status;
 }
 
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     state->schedule = choose_schedule(device, problem);
-    loglin_status status = choose_units(device, problem, &state->schedule);
-    if (status != LOGLIN_OK && state->schedule.keys_local) {
-        state->schedule.keys_local = false;
-        status = choose_units(device, problem, &state->schedule);
-    }
-    RETURN_IF_ERROR(status);
+    RETURN_IF_ERROR(choose_units(device, problem, &state->schedule));
     lay_out(problem, state);
     RETURN_IF_ERROR(create_kernels(device, problem, state));
     if ((problem->phases & LOGLIN_BACKWARD) == 0) {
