@@ -12,6 +12,10 @@
 /* Columns of V that are held together. */
 #define NB_COLUMNS 64
 
+/* Chunks of a span, inside which dg is a running sum. */
+#define NB_SPAN_BITS 1
+#define NB_SPAN (1 << NB_SPAN_BITS)
+
 /* Rows of q or k that a warp prepares. */
 #define NB_PREPARE_ROWS 4
 
@@ -40,7 +44,7 @@ typedef struct loglin_nvidia_gradients {
     unsigned long states;        /* [b][head][tile of V][N] of the block that ends with a chunk */
     unsigned long adjoints;      /* likewise: first from the block's right neighbour, then of everything behind it */
     unsigned long parts;         /* [b][head][tile of V][level][unit]: parts of such sums for large blocks */
-    unsigned long crossings;     /* [b][head][part][N] a block's share of dc that crosses its end, in parts */
+    unsigned long crossings;     /* [b][head][part][N] of blocks that end with a span: the share of dc across, in parts */
     unsigned long level_dots;    /* [b][head][N][level][NB_LEVEL_DOTS] */
     unsigned long suffixes;      /* [b][head][N][level] of these, from a chunk to its block's end */
     unsigned long dots;          /* [NB_DOTS][b][head][128 N] */

@@ -357,6 +357,7 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
     __global float *crossings = (__global float *)place(ws, ws_offset, call.crossings) +
                                 ((bh * TILES_V + matrix % TILES_V) * SLICES + slice) * call.chunks;
     const __global float2 *since = (const __global float2 *)place(ws, ws_offset, call.since) + bh * (call.chunks + 1);
+    const state_piece zero = {(float4)(0.0f), (float4)(0.0f)};
 
     if (get_group_id(0) % (SLICES * TILES_V) == 0) {
         __global float *kept = (__global float *)place(ws, ws_offset, call.kept) + bh * call.chunks * CHUNK_LEVELS;
@@ -369,44 +370,43 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
     }
     for (uint j = UNIT_BITS + 1; j < CHUNK_LEVELS; j++) {
         for (uint start = (1u << j) + (warp << (j + 1)); start < call.chunks; start += warps << (j + 1)) {
-            const uint e = start - 1;
+            const uint e = start - 1, units = (min(1u << j, call.chunks - start) + UNIT - 1) / UNIT;
+            const uint first_unit = (start >> (j + 1) << j) / UNIT;
             state_piece sum = unpack_piece(states[(ulong)e * STATE]);
             for (uint i = UNIT_BITS; i < j; i++) {
                 const uint child = e - (1u << i);
                 sum = add_piece(sum, decay_between(since[e + 1], since[child + 1]), states[(ulong)child * STATE]);
             }
             states[(ulong)e * STATE] = pack_piece(sum);
+            sum = zero;
+#pragma unroll 4
+            for (uint i = 0; i < units; i++) {
+                sum = add_piece(sum, decay_between(since[start + i * UNIT], since[start]),
+                                parts[((ulong)j * call.units + first_unit + i) * STATE]);
+            }
+            adjoints[(ulong)e * STATE] = pack_piece(sum);
         }
         barrier(CLK_GLOBAL_MEM_FENCE);
     }
     for (int j = CHUNK_LEVELS - 1; j >= 0; j--) {
         for (uint start = (1u << j) + (warp << (j + 1)); start < call.chunks; start += warps << (j + 1)) {
             const uint e = start - 1, parent = e + (1u << j);
-            state_piece sum = {(float4)(0.0f), (float4)(0.0f)};
             float crossing = 0.0f;
-            if (j > UNIT_BITS) {
-                const uint units = (min(1u << j, call.chunks - start) + UNIT - 1) / UNIT;
-                const __global uint4 *own = parts + (ulong)(j * call.units + (start >> (j + 1) << j) / UNIT) * STATE;
-#pragma unroll 4
-                for (uint i = 0; i < units; i++) {
-                    sum = add_piece(sum, decay_between(since[start + i * UNIT], since[start]), own[(ulong)i * STATE]);
-                }
-            } else {
-                sum = unpack_piece(adjoints[(ulong)e * STATE]);
-            }
             if (parent + 1 < call.chunks) {
                 const float kept = decay_between(since[parent + 1], since[start]);
                 const uint4 above = adjoints[(ulong)parent * STATE];
-                const state_piece state = unpack_piece(states[(ulong)e * STATE]), x = unpack_piece(above);
-                crossing = kept * (dot(state.low, x.low) + dot(state.high, x.high)) * (STATE_UNIT * STATE_UNIT);
-                sum = add_piece(sum, kept, above);
+                if (j >= NB_SPAN_BITS) {
+                    const state_piece state = unpack_piece(states[(ulong)e * STATE]), x = unpack_piece(above);
+                    crossing = kept * (dot(state.low, x.low) + dot(state.high, x.high)) * (STATE_UNIT * STATE_UNIT);
+                }
+                adjoints[(ulong)e * STATE] =
+                    pack_piece(add_piece(unpack_piece(adjoints[(ulong)e * STATE]), kept, above));
             }
-            if (j > UNIT_BITS || parent + 1 < call.chunks) {
-                adjoints[(ulong)e * STATE] = pack_piece(sum);
-            }
-            crossing = sum_warp(crossing);
-            if (lane == 0) {
-                crossings[e] = crossing;
+            if (j >= NB_SPAN_BITS) {
+                crossing = sum_warp(crossing);
+                if (lane == 0) {
+                    crossings[e] = crossing;
+                }
             }
         }
         barrier(CLK_GLOBAL_MEM_FENCE);

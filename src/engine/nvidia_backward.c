@@ -170,7 +170,8 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], groups * shape->row_blocks * ceil_div(chunks, 2), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], groups * shape->head_blocks * chunks, NB_TILE_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_crossings], chunks > 1 ? heads : 0, NB_ITEMS);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_gates], heads * chunks, 32);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_gates],
+                             problem->batch * ceil_div(chunks, NB_SPAN) * ceil_div(problem->heads, warps), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_reduce], 2 * rows / warps, NB_ITEMS);
 }
 
