@@ -16,13 +16,6 @@
 #define QUERY_DOTS 12
 #define ROW_STEP (NB_TILE_ITEMS / (8 * TILES_V)) /* rows of v that are fetched at once */
 
-/* The same number, from which a loop's addresses are not made ahead: they would take registers. */
-uint anew(uint x) {
-    uint y;
-    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 /* Two neighbouring numbers. */
 float2 pair_at(const __local float *x) { return *(const __local float2 *)x; }
 
