@@ -108,7 +108,8 @@ nb_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         for (uint at = get_local_id(0); at < NB_CHUNK * GATE_HEADS; at += NB_ITEMS) {
             const uint t = at / GATE_HEADS, head = at % GATE_HEADS;
             if (head < heads && first_token + t < call.length) {
-                dg[(ulong)(first_token + t) * HEADS + head] = gradients[t][head];
+                /* The gate of a sequence's first token has nothing to decay. */
+                dg[(ulong)(first_token + t) * HEADS + head] = first_token + t > 0 ? gradients[t][head] : 0.0f;
             }
         }
     }
