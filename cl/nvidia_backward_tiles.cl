@@ -89,8 +89,8 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
             }
         }
     }
-    /* Over the keys at distance 0, 1, 2-3, 4-7 (exclusive or) from the item's own row of eight; of use where that is the
-     * query. */
+    /* Over the keys at distance 0, 1, 2-3, 4-7 (exclusive or) from the item's own row of eight; of use where that
+     * is the query. */
     float one[4], pair[4], two[4], four[4];
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
@@ -354,14 +354,16 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local uint4 keys[NV_K / 64 * CHUNK_TILE] __attribute__((aligned(1024)));
     __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
     __local uint4 weights[COLUMN_TILE] __attribute__((aligned(1024))); /* the third warpgroup's (P M)^T */
-    __local float scales_at[3][8 * CHUNK_ROW] __attribute__((aligned(8))); /* of the head that is fetched, worked on, and finished */
+    /* Of the head that is fetched, worked on, and finished. */
+    __local float scales_at[3][8 * CHUNK_ROW] __attribute__((aligned(8)));
     __local tile_dots dots_at[2];
 #if WGMMA
     __local arrivals here[TILE_STAGES];
 #endif
     uint item = get_local_id(0), lane = item % 32;
     uint warp = same_in_warp(item / 32), part = warp / 4, own = warp % 4;
-    uint key_tile = part == 1 ? COLUMN_TILE : 0, query_tile = part == 0 ? 0 : COLUMN_TILE; /* where the warpgroup's start */
+    /* Where the warpgroup's keys and queries start. */
+    uint key_tile = part == 1 ? COLUMN_TILE : 0, query_tile = part == 0 ? 0 : COLUMN_TILE;
     const ulong id = get_group_id(0), padded = (ulong)call.chunks * NB_CHUNK;
     const uint block = id % HEAD_BLOCKS, group = id / HEAD_BLOCKS % GROUPS,
                b = id / (HEAD_BLOCKS * GROUPS) % call.batch;
@@ -416,8 +418,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         const float4 left = rest[2 * i] * call.scale, right = rest[2 * i + 1] * call.scale;
-        products[part][own * 128 + i * 32 + lane] = (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y),
-                                       pack(right.z, right.w));
+        products[part][own * 128 + i * 32 + lane] =
+            (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y), pack(right.z, right.w));
     }
     tile_clear(gradients);
     tile_clear(square);
@@ -447,7 +449,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             const __global weight *scales_from = at->level_scales + wanted * LEVELS;
             const int rows = at->rows;
             fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows, item,
-                         aligned & 1);
+                       aligned & 1);
 #pragma unroll
             for (uint i = item; i < NB_CHUNK * 8; i += NB_TILE_ITEMS) {
                 const uint level = i % 8, row = i / 8;
@@ -472,7 +474,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             if (item < NB_CHUNK / 2) {
                 copy_16(&to->gates[2 * item], at->gates + wanted * at->padded / 2 + item, 1);
             } else if (item >= NB_CHUNK && item < 2 * NB_CHUNK) {
-                copy_16((__local uint4 *)to->factors + (item - NB_CHUNK), at->factors + wanted * at->padded + (item - NB_CHUNK), 1);
+                copy_16((__local uint4 *)to->factors + (item - NB_CHUNK),
+                        at->factors + wanted * at->padded + (item - NB_CHUNK), 1);
             }
 #endif
         }
@@ -508,10 +511,9 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                     query_weight[e] = pair_at(&in->factors[2][t]);
                     query_scale[e] = pair_at(&scales[7 * CHUNK_ROW + t]);
                 }
-                const uint4 a = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i, query_weight,
-                                          query_scale, key_weight, &key_dots, sums + 4 * i);
+                const uint4 a = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i,
+                                          query_weight, query_scale, key_weight, &key_dots, sums + 4 * i);
                 store_a(lane, weights, a, key, 16 * i);
-
             }
             tile_publish();
             announce(1, 256);
@@ -539,11 +541,11 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             multiply_values(lane, near, in, key, key);
             /* The diagonal's gradients stand first, where no other ones are. */
             float near_sums[4];
-            const uint4 diagonal = weigh_near(lane, near, products[part][own * 128 + own * 32 + lane], gradients, in->gates + key, scales + key,
-                                              &key_dots, dots->queries + key, near_sums);
+            const uint4 diagonal =
+                weigh_near(lane, near, products[part][own * 128 + own * 32 + lane], gradients, in->gates + key,
+                           scales + key, &key_dots, dots->queries + key, near_sums);
 #pragma unroll
             for (uint i = 0; i < 4; i++) {
-
                 a[i] = i == own ? diagonal : (uint4)(0);
 #pragma unroll
                 for (uint e = 0; e < 4; e++) {
@@ -561,8 +563,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                         query_weight[e] = pair_at(&in->factors[0][t]) * between;
                         query_scale[e] = pair_at(&scales[level * CHUNK_ROW + t]);
                     }
-                    a[i] = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i, query_weight, query_scale,
-                                     key_weight, &key_dots, sums + 4 * i);
+                    a[i] = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i, query_weight,
+                                     query_scale, key_weight, &key_dots, sums + 4 * i);
                 }
             }
             /* The item's two queries: level 4 of the keys' own sixteen, 5 or 6 of one behind. */
