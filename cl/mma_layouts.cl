@@ -22,6 +22,8 @@
 #define DPAS_8X8X16 4
 #define DPAS_8X16X16 5
 #define FMA_8X16X16 6
+#define FMA_8X8X8 7
+#define IS_FMA (MMA_INSTRUCTION == FMA_8X16X16 || MMA_INSTRUCTION == FMA_8X8X8)
 
 #if defined(MMA_EMULATED) && MMA_EMULATED != MMA_INSTRUCTION
 #error "this device has no such instruction"
@@ -132,12 +134,15 @@
 #define C_ROW(lane, x) (x)
 #define C_COLUMN(lane, x) (lane)
 
-/* The same for sub-groups of 16, and our own sequence of fused multiply-adds and shuffles, which holds floats. */
-#elif MMA_INSTRUCTION == DPAS_8X16X16 || MMA_INSTRUCTION == FMA_8X16X16
-#define MMA_TEAM 16
+/*
+ * The same for sub-groups of 16, and our own sequences of fused multiply-adds and shuffles, which hold floats, for sub-groups
+ * of 16 and of 8.
+ */
+#elif MMA_INSTRUCTION == DPAS_8X16X16 || IS_FMA
+#define MMA_TEAM (MMA_INSTRUCTION == FMA_8X8X8 ? 8 : 16)
 #define MMA_ROWS 8
-#define MMA_COLUMNS 16
-#define MMA_DEPTH 16
+#define MMA_COLUMNS MMA_TEAM
+#define MMA_DEPTH MMA_TEAM
 #define A_COPIES 1
 #define A_LANE(i, k) (k)
 #define A_INDEX(i, k) (i)
@@ -163,7 +168,7 @@
 uint mma_row(uint i) { return C_ROW(MMA_LANE, i); }
 uint mma_column(uint i) { return C_COLUMN(MMA_LANE, i); }
 
-#if MMA_INSTRUCTION == FMA_8X16X16
+#if IS_FMA
 typedef float mma_element;
 mma_element mma_round(float x) { return x; }
 float mma_widen(mma_element x) { return x; }

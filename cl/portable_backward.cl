@@ -617,8 +617,7 @@ void load_near(const loglin_panel p, place *at, const inputs *in, const __global
  * chunk stay where they are and are noted.
  */
 LANE_PART void walk_states(const loglin_panel p, place *at, const __global float *ws, const __global int *cu_seqlens,
-                           const inputs *in, const __global float *values, const __global float *log_decay, uint first,
-                           uint end, int save) {
+                           const inputs *in, uint first, uint end, int save) {
     int where[COLUMNS], next[COLUMNS], fresh = COLUMNS;
     for (uint n = first; n < end; n++) {
         at->slot = find_slot(p, ws, cu_seqlens, at->sequence, n);
@@ -626,7 +625,7 @@ LANE_PART void walk_states(const loglin_panel p, place *at, const __global float
         int after = NOWHERE;
         for (at->head = 0; at->head < LANE_HEADS; at->head++) {
             if (n == 0) {
-                begin_states(p, at, values, log_decay, where);
+                begin_states(p, at, in, where);
             } else if (n == first) {
                 restore_states(at, where, n / SEGMENT);
             }
@@ -658,7 +657,8 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
                   const __global float *dfinal, ulong dfinal_offset, __global storage *dv, ulong dv_offset,
                   __global float *dinitial, ulong dinitial_offset) {
     const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
-                       beta ? beta + beta_offset : 0};
+                       beta ? beta + beta_offset : 0, values ? values + values_offset : 0,
+                       log_decay ? log_decay + decay_offset : 0};
     const uint lane = (uint)get_group_id(0);
     const uint value_parts = (DIM_V + PAD_V - 1) / PAD_V, group_parts = p.heads / p.groups / LANE_HEADS * value_parts;
     const ulong of_values = (ulong)(lane % value_parts) * tokens_of(p) * p.heads;
@@ -669,15 +669,13 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
     EQUIP_LANE(at)
     cu_seqlens += cu_offset;
     make_levels(&at);
-    values = values ? values + values_offset : 0;
-    log_decay = log_decay ? log_decay + decay_offset : 0;
     uint waves = 0;
     while (find_slot(p, ws, cu_seqlens, at.sequence, waves)) {
         waves++;
     }
     const uint segments = (waves + SEGMENT - 1) / SEGMENT;
     if (segments > 1) {
-        walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, 0, (segments - 1) * SEGMENT + 1, 1);
+        walk_states(p, &at, ws, cu_seqlens, &in, 0, (segments - 1) * SEGMENT + 1, 1);
     }
     int behind[COLUMNS], here[COLUMNS];
     for (uint j = 0; j < COLUMNS; j++) {
@@ -685,7 +683,7 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
     }
     for (uint segment = segments; segment-- > 0;) {
         const uint first = segment * SEGMENT, end = min(first + SEGMENT, waves);
-        walk_states(p, &at, ws, cu_seqlens, &in, values, log_decay, first, end, 0);
+        walk_states(p, &at, ws, cu_seqlens, &in, first, end, 0);
         for (uint n = end; n-- > first;) {
             at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n);
 #if IS_NEAR

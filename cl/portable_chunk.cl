@@ -55,6 +55,7 @@ typedef struct {
     const __global storage *q, *k, *v;
     const __global float *g; /* may be NULL */
     const __global weight *level_scales, *beta;
+    const __global float *values, *log_decay; /* initial states, may be NULL */
 } inputs;
 
 uint head_of(const place *at) { return at->first_head + at->head; }
@@ -684,7 +685,7 @@ place find_lane(const loglin_panel p, __global float *ws, ulong lanes, uint lane
 }
 
 /* The slot of wave n of the lane's sequence, or NULL behind its last one. */
-const __global int *find_slot(const loglin_panel p, const __global float *ws, const __global int *cu_seqlens,
+LANE_PART const __global int *find_slot(const loglin_panel p, const __global float *ws, const __global int *cu_seqlens,
                               uint sequence, uint n) {
     if (p.packed && sequence_length(p, cu_seqlens, sequence) == 0) {
         return 0;

@@ -22,21 +22,26 @@ void weigh_near(const place *at, matrix x) {
 }
 #endif
 
+/* O += what the rows read of column j's state. */
+LANE_PART void add_read(const loglin_panel p, const place *at, uint j, int index) {
+    read_weights(p, at, j);
+#if !IS_DELTA
+    const float decay = exp(HEAD_ARRAY(DECAY)[index]);
+    FOR_STRIPS(r, CHUNK) {
+        put_strip(decay * get_strip(ARRAY(ROWS) + r) * get_strip(ARRAY(START) + r), ARRAY(ROWS) + r);
+    }
+    SYNC();
+#endif
+    product(at, CHUNK, PAD_V, DIM_K, IS_DELTA ? ARRAY(READ) : ARRAY(Q), PAD_K, 1, STATE(index), PAD_V, ARRAY(O), PAD_V,
+            ARRAY(ROWS), ADD, 1.0f);
+}
+
 /* O, from the map, the values and the states. */
 LANE_PART void chunk_output(const loglin_panel p, const place *at, const int *where) {
     product(at, CHUNK, PAD_V, CHUNK, ARRAY(MZ), CHUNK, 1, ARRAY(V), PAD_V, ARRAY(O), PAD_V, 0, A_LOWER, 0.0f);
-    for (uint j = 0; j < COLUMNS; j++) {
+    ROLLED for (uint j = 0; j < COLUMNS; j++) {
         if (is_read(j, where[j])) {
-            read_weights(p, at, j);
-#if !IS_DELTA
-            const float decay = exp(HEAD_ARRAY(DECAY)[where[j]]);
-            FOR_STRIPS(r, CHUNK) {
-                put_strip(decay * get_strip(ARRAY(ROWS) + r) * get_strip(ARRAY(START) + r), ARRAY(ROWS) + r);
-            }
-            SYNC();
-#endif
-            product(at, CHUNK, PAD_V, DIM_K, IS_DELTA ? ARRAY(READ) : ARRAY(Q), PAD_K, 1, STATE(where[j]), PAD_V,
-                    ARRAY(O), PAD_V, ARRAY(ROWS), ADD, 1.0f);
+            add_read(p, at, j, where[j]);
         }
     }
 #if IS_NEAR
@@ -58,6 +63,23 @@ void keep_near(const place *at) {
 #endif
 }
 
+/* The caller's buffers that the forward pass writes, their offsets applied. */
+typedef struct {
+    __global storage *o;
+    __global float *final_values; /* may be NULL */
+} outputs;
+
+/* What one head leaves: its output, and its states to the next chunk (next) or, behind the last one, the caller's. */
+LANE_PART void leave_head(const loglin_panel p, const place *at, const outputs *out, const int *where, int *next) {
+    store_values(p, at, out->o, ARRAY(O));
+    if (!(at->slot[SLOT_FLAGS] & SLOT_LAST)) {
+        advance_states(at, where, next, NOWHERE);
+        keep_near(at);
+    } else if (out->final_values) {
+        end_states(p, at, where, vacant_place(at, where), out->final_values);
+    }
+}
+
 LANE_KERNEL void
 portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __global int *cu_seqlens, ulong cu_offset,
                  const __global storage *q, ulong q_offset, const __global storage *k, ulong k_offset,
@@ -67,33 +89,27 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
                  ulong decay_offset, __global storage *o, ulong o_offset, __global float *final_values,
                  ulong final_offset) {
     const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
-                       beta ? beta + beta_offset : 0};
+                       beta ? beta + beta_offset : 0, values ? values + values_offset : 0,
+                       log_decay ? log_decay + decay_offset : 0};
+    const outputs out = {o + o_offset, final_values ? final_values + final_offset : 0};
     place at = find_lane(p, ws, lanes, (uint)get_group_id(0));
     EQUIP_LANE(at)
     cu_seqlens += cu_offset;
     int where[COLUMNS], next[COLUMNS];
     make_levels(&at);
     for (uint n = 0; (at.slot = find_slot(p, ws, cu_seqlens, at.sequence, n)) != 0; n++) {
-        const int flags = at.slot[SLOT_FLAGS];
-        look_ahead(p, &at, &in, o + o_offset, find_slot(p, ws, cu_seqlens, at.sequence, n + 1));
+        look_ahead(p, &at, &in, out.o, find_slot(p, ws, cu_seqlens, at.sequence, n + 1));
         load_group(p, &at, &in);
         for (at.head = 0; at.head < LANE_HEADS; at.head++) {
-            if (flags & SLOT_FIRST) {
-                begin_states(p, &at, values ? values + values_offset : 0, log_decay ? log_decay + decay_offset : 0,
-                             where);
+            if (at.slot[SLOT_FLAGS] & SLOT_FIRST) {
+                begin_states(p, &at, &in, where);
             }
             load_head(p, &at, &in);
             make_read(p, &at, &in);
             chunk_output(p, &at, where);
-            store_values(p, &at, o + o_offset, at.memory + LANE_O);
-            if (!(flags & SLOT_LAST)) {
-                advance_states(&at, where, next, NOWHERE);
-                keep_near(&at);
-            } else if (final_values) {
-                end_states(p, &at, where, vacant_place(&at, where), final_values + final_offset);
-            }
+            leave_head(p, &at, &out, where, next);
         }
-        for (uint j = 0; j < COLUMNS; j++) {
+        ROLLED for (uint j = 0; j < COLUMNS; j++) {
             where[j] = next[j];
         }
     }

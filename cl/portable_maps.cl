@@ -39,7 +39,9 @@ LANE_KERNEL void portable_walk(const loglin_panel p, __global float *ws, ulong l
                                ulong v_offset, const __global float *values, ulong values_offset,
                                const __global float *log_decay, ulong decay_offset, __global storage *o, ulong o_offset,
                                __global float *final_values, ulong final_offset) {
-    const inputs in = {0, 0, v + v_offset, 0, 0, 0};
+    const inputs in = {.v = v + v_offset,
+                       .values = values ? values + values_offset : 0,
+                       .log_decay = log_decay ? log_decay + decay_offset : 0};
     place at = find_lane(p, ws, lanes, (uint)get_group_id(0));
     EQUIP_LANE(at)
     cu_seqlens += cu_offset;
@@ -49,7 +51,7 @@ LANE_KERNEL void portable_walk(const loglin_panel p, __global float *ws, ulong l
         at.map = map_of(p, &at, ws + maps, waves, n);
         look_ahead(p, &at, &in, o + o_offset, find_slot(p, ws, cu_seqlens, at.sequence, n + 1));
         if (flags & SLOT_FIRST) {
-            begin_states(p, &at, values ? values + values_offset : 0, log_decay ? log_decay + decay_offset : 0, where);
+            begin_states(p, &at, &in, where);
         }
         load_values(p, &at, at.memory + LANE_V, in.v);
         chunk_output(p, &at, where);

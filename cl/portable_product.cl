@@ -11,6 +11,10 @@
  *                                          powers of two, DEPTH divides SLAB_DEPTH
  *     MMA_ELEMENTS                         elements of C that an item holds
  *     MMA_KERNEL                           attributes of the kernels, may be empty
+ *     STEPS_UNROLLED                       steps whose operands wait in registers together, 2 unless it is defined
+ *     READ_TOGETHER                        elements of C that are read before one is written, all unless it is defined
+ *     ROLLED                               before loops over columns and what is called for each; may be left out
+ *     ALIKE(x) ALIKE_POINTER(type, p)      what all items of a lane have alike; likewise
  *     mma_element                          what slabs hold
  *     mma_element mma_round(float x)
  *     MMA_A_SIZE MMA_B_SIZE                elements of the slabs, padding included; multiples of 16 bytes
@@ -25,6 +29,17 @@
  *
  * All items of the work-group load and multiply the same number of times.
  */
+#ifndef READ_TOGETHER
+#define READ_TOGETHER MMA_ELEMENTS
+#endif
+#ifndef ROLLED
+#define ROLLED
+#endif
+#ifndef ALIKE
+#define ALIKE(x) (x)
+#define ALIKE_POINTER(type, p) (p)
+#endif
+
 #if LANE_ITEMS > 1
 #define TEAMS_COLUMNS (LANE_ITEMS / MMA_TEAM / TEAMS_ROWS)
 /* Tiles of a team. */
@@ -36,6 +51,10 @@
 #endif
 #if TILES_ROWS * TEAMS_ROWS * MMA_ROWS != SLAB_ROWS || TILES_COLUMNS * TEAMS_COLUMNS * MMA_COLUMNS != SLAB_COLUMNS
 #error "the teams' tiles do not cover a slab"
+#endif
+
+#ifndef STEPS_UNROLLED
+#define STEPS_UNROLLED 2
 #endif
 
 #define SLAB_FLOATS ((MMA_A_SIZE + MMA_B_SIZE) * sizeof(mma_element) / sizeof(float))
@@ -111,7 +130,7 @@ void place_slabs(__local mma_element *slab_a, __local mma_element *slab_b, const
 /* The team's tiles of the slabs, multiplied. */
 void multiply_slabs(mma_c sums[TILES_ROWS][TILES_COLUMNS], const __local mma_element *a, const __local mma_element *b,
                     uint row, uint column) {
-#pragma unroll 2 /* unrolled further, operands of many steps wait in registers */
+#pragma unroll STEPS_UNROLLED /* unrolled further, operands of many steps wait in registers */
     for (uint k = 0; k < SLAB_DEPTH; k += MMA_DEPTH) {
         mma_b right[TILES_COLUMNS];
 #pragma unroll
@@ -137,6 +156,19 @@ float finish_product(float x, float old, float weight, int how, float keep) {
 
 LANE_CALL void product(const place *at, uint rows, uint columns, uint depth, operand a, uint a_row, uint a_column,
                        operand b, uint b_row, matrix c, uint c_row, operand weights, int how, float keep) {
+    rows = ALIKE(rows);
+    columns = ALIKE(columns);
+    depth = ALIKE(depth);
+    a = ALIKE_POINTER(operand, a);
+    a_row = ALIKE(a_row);
+    a_column = ALIKE(a_column);
+    b = ALIKE_POINTER(operand, b);
+    b_row = ALIKE(b_row);
+    c = ALIKE_POINTER(matrix, c);
+    c_row = ALIKE(c_row);
+    weights = ALIKE_POINTER(operand, weights);
+    how = ALIKE(how);
+    keep = ALIKE(keep);
     __local mma_element *slab_a = (__local mma_element *)at->shared, *slab_b = slab_a + MMA_A_SIZE;
     const uint team = ITEM / MMA_TEAM, team_row = team % TEAMS_ROWS * TILES_ROWS * MMA_ROWS,
                team_column = team / TEAMS_ROWS * TILES_COLUMNS * MMA_COLUMNS;
@@ -163,23 +195,33 @@ LANE_CALL void product(const place *at, uint rows, uint columns, uint depth, ope
                 multiply_slabs(sums, slab_a, slab_b, team_row, team_column);
                 barrier(CLK_LOCAL_MEM_FENCE);
             }
-            /* Tile by tile, all that is there is read before anything is written: memory is waited for once. */
+            /* Tile by tile, what is there is read before anything is written: memory is waited for once. */
 #pragma unroll
             for (uint i = 0; i < TILES_ROWS * TILES_COLUMNS; i++) {
-                const uint row = m + team_row + i / TILES_COLUMNS * MMA_ROWS;
-                const uint column = n + team_column + i % TILES_COLUMNS * MMA_COLUMNS;
-                float old[MMA_ELEMENTS];
+                const uint row = m + team_row + i / TILES_COLUMNS * MMA_ROWS + mma_row(0);
+                const uint column = n + team_column + i % TILES_COLUMNS * MMA_COLUMNS + mma_column(0);
+                operand of_rows = weights ? weights + row : 0;
+                matrix to = c + row * c_row + column;
 #pragma unroll
-                for (uint j = 0; j < MMA_ELEMENTS; j++) {
-                    const uint r = row + mma_row(j), s = column + mma_column(j);
-                    old[j] = (how & (ADD | SUBTRACT)) && r < rows && s < columns ? c[r * c_row + s] : 0.0f;
-                }
+                for (uint first = 0; first < MMA_ELEMENTS; first += READ_TOGETHER) {
+                    float old[READ_TOGETHER];
 #pragma unroll
-                for (uint j = 0; j < MMA_ELEMENTS; j++) {
-                    const uint r = row + mma_row(j), s = column + mma_column(j);
-                    if (r < rows && s < columns && (!(how & C_LOWER) || s / 16 <= r / 16)) {
-                        c[r * c_row + s] = finish_product(sums[i / TILES_COLUMNS][i % TILES_COLUMNS].x[j], old[j],
-                                                          weights ? weights[r] : 1.0f, how, keep);
+                    for (uint j = first; j < first + READ_TOGETHER; j++) {
+                        const int r = (int)(mma_row(j) - mma_row(0)), s = (int)(mma_column(j) - mma_column(0));
+                        old[j - first] = 0.0f;
+                        if ((how & (ADD | SUBTRACT)) && row + r < rows && column + s < columns) {
+                            old[j - first] = to[r * (int)c_row + s];
+                        }
+                    }
+#pragma unroll
+                    for (uint j = first; j < first + READ_TOGETHER; j++) {
+                        const int r = (int)(mma_row(j) - mma_row(0)), s = (int)(mma_column(j) - mma_column(0));
+                        const int is_wanted = !(how & C_LOWER) || (column + s) / 16 <= (row + r) / 16;
+                        if (row + r < rows && column + s < columns && is_wanted) {
+                            to[r * (int)c_row + s] =
+                                finish_product(sums[i / TILES_COLUMNS][i % TILES_COLUMNS].x[j], old[j - first],
+                                               of_rows ? of_rows[r] : 1.0f, how, keep);
+                        }
                     }
                 }
             }

@@ -47,7 +47,11 @@ LANE_KERNEL void portable_own(const loglin_panel p, __global float *ws, ulong la
                               ulong k_offset, const __global storage *v, ulong v_offset, const __global float *g,
                               ulong g_offset, const __global float *values, ulong values_offset,
                               const __global float *log_decay, ulong decay_offset) {
-    const inputs in = {0, k + k_offset, v + v_offset, g ? g + g_offset : 0, 0, 0};
+    const inputs in = {.k = k + k_offset,
+                       .v = v + v_offset,
+                       .g = g ? g + g_offset : 0,
+                       .values = values ? values + values_offset : 0,
+                       .log_decay = log_decay ? log_decay + decay_offset : 0};
     uint part;
     place at = find_spread(p, ws, lanes, pools, SPREAD, &part);
     EQUIP_LANE(at)
@@ -60,7 +64,7 @@ LANE_KERNEL void portable_own(const loglin_panel p, __global float *ws, ulong la
         }
         if (n == 0) {
             int where[COLUMNS];
-            begin_states(p, &at, values ? values + values_offset : 0, log_decay ? log_decay + decay_offset : 0, where);
+            begin_states(p, &at, &in, where);
             note_states(&at, where, 0);
         }
         look_ahead(p, &at, &in, 0, find_slot(p, ws, cu_seqlens, at.sequence, wave_of(part, round + 1)));
@@ -137,7 +141,7 @@ LANE_KERNEL void portable_read(const loglin_panel p, __global float *ws, ulong l
                                const __global weight *level_scales, ulong weights_offset, __global storage *o,
                                ulong o_offset, __global float *final_values, ulong final_offset) {
     const inputs in = {q + q_offset, k + k_offset, v + v_offset, g ? g + g_offset : 0, level_scales + weights_offset,
-                       0};
+                       0, 0, 0};
     uint part;
     place at = find_spread(p, ws, lanes, pools, SPREAD, &part);
     EQUIP_LANE(at)

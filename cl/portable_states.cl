@@ -35,12 +35,11 @@ LANE_PART void set_decay(const place *at, int index, float log_decay) {
 }
 
 /* The states at a sequence's first chunk: the caller's, or none. */
-LANE_PART void begin_states(const loglin_panel p, const place *at, const __global float *values,
-                            const __global float *log_decay, int *where) {
-    for (uint j = 0; j < COLUMNS; j++) {
+LANE_PART void begin_states(const loglin_panel p, const place *at, const inputs *in, int *where) {
+    ROLLED for (uint j = 0; j < COLUMNS; j++) {
         where[j] = NOWHERE;
     }
-    for (uint level = 0; values && level < p.levels; level++) {
+    for (uint level = 0; in->values && level < p.levels; level++) {
         const int column = initial_column(p, (int)level, (uint)at->slot[SLOT_TIME]);
         if (column < 0) {
             continue;
@@ -52,9 +51,9 @@ LANE_PART void begin_states(const loglin_panel p, const place *at, const __globa
             set_zero(at, to, SIZE_KV);
         }
         const ulong of_head = ((ulong)at->sequence * p.heads + head_of(at)) * p.levels;
-        const float scale = log_decay ? exp(log_decay[of_head + level]) : 1.0f;
+        const float scale = in->log_decay ? exp(in->log_decay[of_head + level]) : 1.0f;
         for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
-            const __global float *from = values + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
+            const __global float *from = in->values + state_row(p, at, k) + (ulong)level * DIM_K * DIM_V;
             for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
                 to[k * PAD_V + i] += scale * from[i];
             }
@@ -101,7 +100,7 @@ LANE_PART void read_weights(const loglin_panel p, const place *at, uint j) {
 LANE_CALL void pass_state(const place *at, int from, int to) {
 #if IS_DELTA
     product(at, CHUNK, PAD_V, DIM_K, ARRAY(K_START), PAD_K, 1, STATE(from), PAD_V, ARRAY(SEEN), PAD_V, 0, 0, 0.0f);
-    if (from != to) {
+    if (GRADIENTS && from != to) { /* the forward pass changes states where they stand */
         set_scaled(at, STATE(to), STATE(from), 1.0f, SIZE_KV);
         set_decay(at, to, 0.0f);
     }
@@ -122,42 +121,51 @@ LANE_PART void own_state(const place *at, matrix to) {
 }
 
 /*
+ * advance_states for the state of column j.  fresh: as there, the first of the places that were never used; first_fresh:
+ * what it was for column 0.
+ */
+LANE_PART int advance_column(const place *at, const int *where, int *next, uint j, int fresh, int first_fresh) {
+    const int column = at->slot[SLOT_MAP + j], keep = fresh != NOWHERE;
+    operand decays = HEAD_ARRAY(DECAY);
+    if (where[j] == NOWHERE || column < 0) {
+        return fresh;
+    }
+    const int index = IS_DELTA && keep ? fresh++ : where[j];
+    pass_state(at, where[j], index);
+    if (next[column] == NOWHERE) {
+        next[column] = index;
+        return fresh;
+    }
+    if (STRONG && keep && next[column] < first_fresh) {
+        set_scaled(at, STATE(fresh), STATE(next[column]), 1.0f, SIZE_KV);
+        set_decay(at, fresh, decays[next[column]]);
+        next[column] = fresh++;
+    }
+    const int first = next[column];
+    add_scaled(at, STATE(first), exp(decays[first]), STATE(index), exp(decays[index]), SIZE_KV);
+    set_decay(at, first, 0.0f);
+    return fresh;
+}
+
+/*
  * The states at the next chunk's start: where they stand goes to `next`, the same for every head.  The own state takes
  * a free place; states that meet are added up in the place of the first, which is the own one wherever there is one
  * (always in the weak partition). fresh: NOWHERE, or the first of the places that were never used: then no state that
  * stands somewhere is changed. Returns the next such place.
  */
 LANE_CALL int advance_states(const place *at, const int *where, int *next, int fresh) {
-    const int own = at->slot[SLOT_OWN], keep = fresh != NOWHERE, first_fresh = fresh;
-    operand decays = HEAD_ARRAY(DECAY);
-    for (uint j = 0; j < COLUMNS; j++) {
+    const int own = at->slot[SLOT_OWN], first_fresh = fresh;
+    ROLLED for (uint j = 0; j < COLUMNS; j++) {
         next[j] = NOWHERE;
     }
     if (own >= 0) {
-        const int vacant = keep ? fresh++ : free_place(where);
+        const int vacant = fresh != NOWHERE ? fresh++ : free_place(where);
         own_state(at, STATE(vacant));
         set_decay(at, vacant, 0.0f);
         next[own] = vacant;
     }
-    for (uint j = 0; j < COLUMNS; j++) {
-        const int column = at->slot[SLOT_MAP + j];
-        if (where[j] == NOWHERE || column < 0) {
-            continue;
-        }
-        const int index = IS_DELTA && keep ? fresh++ : where[j];
-        pass_state(at, where[j], index);
-        if (next[column] == NOWHERE) {
-            next[column] = index;
-        } else {
-            if (STRONG && keep && next[column] < first_fresh) {
-                set_scaled(at, STATE(fresh), STATE(next[column]), 1.0f, SIZE_KV);
-                set_decay(at, fresh, decays[next[column]]);
-                next[column] = fresh++;
-            }
-            const int first = next[column];
-            add_scaled(at, STATE(first), exp(decays[first]), STATE(index), exp(decays[index]), SIZE_KV);
-            set_decay(at, first, 0.0f);
-        }
+    ROLLED for (uint j = 0; j < COLUMNS; j++) {
+        fresh = advance_column(at, where, next, j, fresh, first_fresh);
     }
     return fresh;
 }
@@ -194,6 +202,18 @@ void note_states(const place *at, const int *where, uint moment) {
 
 /* ---- The final states -------------------------------------------------------------------------------------------- */
 
+/* The caller's states of the head are zeros. */
+LANE_PART void clear_levels(const loglin_panel p, const place *at, __global float *values) {
+    for (uint level = 0; level < p.levels; level++) {
+        for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
+            for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
+                values[state_row(p, at, k) + (ulong)level * DIM_K * DIM_V + i] = 0.0f;
+            }
+        }
+    }
+    SYNC();
+}
+
 /* The caller's state of a level += scale * from. */
 LANE_PART void add_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand from,
                             float scale) {
@@ -218,12 +238,32 @@ LANE_PART void add_to_level(const loglin_panel p, const place *at, __global floa
     SYNC();
 }
 
+/* A state through the last chunk, and to its level. */
+LANE_PART void end_column(const loglin_panel p, const place *at, int index, int level, __global float *values) {
+    if (index != NOWHERE && level >= 0) {
+        pass_state(at, index, index);
+        add_to_level(p, at, values, level, STATE(index), exp(HEAD_ARRAY(DECAY)[index]));
+    }
+}
+
 /* Keys and values of rows begin .. end - 1, which stand at the same level: += keys^T values. */
 LANE_PART void add_keys_to_level(const loglin_panel p, const place *at, __global float *values, int level, operand keys,
                                  operand of_values, uint begin, uint end, matrix scratch) {
     product(at, PAD_K, PAD_V, end - begin, keys + begin * PAD_K, 1, PAD_K, of_values + begin * PAD_V, PAD_V, scratch,
             PAD_V, 0, 0, 0.0f);
     add_to_level(p, at, values, level, scratch, 1.0f);
+}
+
+/* Those of the last chunk. */
+LANE_PART void add_own_keys(const loglin_panel p, const place *at, __global float *values, matrix scratch) {
+    const uint last = (uint)at->slot[SLOT_HI] - 1;
+    for (uint begin = (uint)at->slot[SLOT_LO], end; begin <= last; begin = end) {
+        const int level = level_of(last, begin);
+        for (end = begin + 1; end <= last && level_of(last, end) == level; end++) {
+        }
+        add_keys_to_level(p, at, values, level, IS_DELTA ? ARRAY(WRITE) : ARRAY(KEY), IS_DELTA ? ARRAY(V) : ARRAY(V_END),
+                          begin, end, scratch);
+    }
 }
 
 #if IS_NEAR
@@ -245,31 +285,14 @@ void near_keys(const place *at) {
 /* The states after the last token, from the last chunk of a sequence.  scratch: a place that no column has. */
 LANE_PART void end_states(const loglin_panel p, const place *at, const int *where, matrix scratch,
                           __global float *values) {
-    for (uint level = 0; level < p.levels; level++) {
-        for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
-            for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
-                values[state_row(p, at, k) + (ulong)level * DIM_K * DIM_V + i] = 0.0f;
-            }
-        }
+    clear_levels(p, at, values);
+    ROLLED for (uint j = 0; j < COLUMNS; j++) {
+        end_column(p, at, where[j], at->slot[SLOT_MAP + j], values);
     }
-    SYNC();
-    for (uint j = 0; j < COLUMNS; j++) {
-        const int level = at->slot[SLOT_MAP + j];
-        if (where[j] != NOWHERE && level >= 0) {
-            pass_state(at, where[j], where[j]);
-            add_to_level(p, at, values, level, STATE(where[j]), exp(HEAD_ARRAY(DECAY)[where[j]]));
-        }
-    }
-    const uint last = (uint)at->slot[SLOT_HI] - 1;
-    operand keys = IS_DELTA ? ARRAY(WRITE) : ARRAY(KEY), of_values = IS_DELTA ? ARRAY(V) : ARRAY(V_END);
-    for (uint begin = (uint)at->slot[SLOT_LO], end; begin <= last; begin = end) {
-        const int level = level_of(last, begin);
-        for (end = begin + 1; end <= last && level_of(last, end) == level; end++) {
-        }
-        add_keys_to_level(p, at, values, level, keys, of_values, begin, end, scratch);
-    }
+    add_own_keys(p, at, values, scratch);
 #if IS_NEAR
     if (reads_near(at->slot)) {
+        const uint last = (uint)at->slot[SLOT_HI] - 1;
         near_keys(at);
         for (uint begin = 0, end; begin < CHUNK; begin = end) {
             const int level = level_of(CHUNK + last, begin);

@@ -27,6 +27,7 @@ static const instruction instructions[] = {
     {"MFMA_32X32X8", "mma_amd.cl", 64, 1, false, false},   {"WMMA_GFX11", "mma_amd.cl", 128, 2, false, true},
     {"WMMA_GFX12", "mma_amd.cl", 128, 2, false, false},    {"DPAS_8X8X16", "mma_intel.cl", 64, 2, false, false},
     {"DPAS_8X16X16", "mma_intel.cl", 64, 2, false, false}, {"FMA_8X16X16", "mma_intel.cl", 64, 2, true, false},
+    {"FMA_8X8X8", "mma_intel.cl", 64, 2, true, false},
 };
 
 enum { INSTRUCTIONS = sizeof instructions / sizeof instructions[0] };
@@ -238,6 +239,28 @@ FUSED(WMMA_GFX12, LOGLIN_F16, LOGLIN_BF16)
 FUSED(DPAS_8X8X16, LOGLIN_BF16, LOGLIN_F16)
 FUSED(DPAS_8X16X16, LOGLIN_F16, LOGLIN_BF16)
 FUSED(FMA_8X16X16, LOGLIN_F32, LOGLIN_F32)
+
+/* GPUs with few registers: all types, but the scalar-gated operator in the weak partition alone. */
+Test(mma, scalar_FMA_8X8X8) {
+    skip_on_gpu();
+    expect_fused("FMA_8X8X8", LOGLIN_MAMBA2, LOGLIN_BF16);
+    for (int kind = 1; kind < 4; kind++) {
+        const loglin_problem problem = {.op = kind & 1 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2,
+                                        .partition = kind & 2 ? LOGLIN_STRONG : LOGLIN_WEAK,
+                                        .batch = 1,
+                                        .length = 20,
+                                        .heads = 1,
+                                        .groups = 1,
+                                        .dim_k = 16,
+                                        .dim_v = 16,
+                                        .levels = loglin_num_levels(20),
+                                        .engine = LOGLIN_ENGINE_FUSED,
+                                        .phases = LOGLIN_FORWARD};
+        loglin_plan *plan = NULL;
+        cr_expect_eq(loglin_plan_create(support_open()->device, &problem, &plan), LOGLIN_UNSUPPORTED);
+        cr_expect_not_null(strstr(loglin_last_error(), "too few registers"), "%s", loglin_last_error());
+    }
+}
 
 /* In what is built from now on. */
 static const planted_error *fused_error;

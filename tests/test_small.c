@@ -107,12 +107,14 @@ static void check_emulated(const char *instruction) {
     if (!schedule.forward_only) {
         count_result(support_check_backward(&c));
     }
-    c.partition = LOGLIN_STRONG;
-    count_result(support_check_forward(&c));
-    c.op = LOGLIN_GATED_DELTA;
-    count_result(support_check_forward(&c));
-    c.partition = LOGLIN_WEAK;
-    count_result(support_check_forward(&c));
+    if (!schedule.few_registers) {
+        c.partition = LOGLIN_STRONG;
+        count_result(support_check_forward(&c));
+        c.op = LOGLIN_GATED_DELTA;
+        count_result(support_check_forward(&c));
+        c.partition = LOGLIN_WEAK;
+        count_result(support_check_forward(&c));
+    }
     if (support_launches("portable_forward", 256) == 0 ||
         (!schedule.forward_only && support_launches("portable_backward", 256) == 0)) {
         count_result("the kernels of matrix units were not launched");

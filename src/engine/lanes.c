@@ -17,8 +17,8 @@ typedef struct row {
 } row;
 
 /*
- * What scripts/vendorcheck prints decides here: no spills, and two waves or more in flight (docs/implementations.md).  Floats
- * on Intel's dg2, and everything on its GPUs without matrix units, spill with every slab that was tried: the blas engine's.
+ * What scripts/vendorcheck prints decides here: no spills, and two waves or more in flight (docs/implementations.md).  What
+ * spills on Intel's GPUs with every slab that was tried is the blas engine's.
  */
 static const row table[LOGLIN_LANE_ROWS] = {
     {"Advanced Micro Devices",
@@ -62,6 +62,19 @@ static const row table[LOGLIN_LANE_ROWS] = {
       .teams_rows = 4,
       .options = LOGLIN_INTEL_REGISTERS,
       .forward_only = true}},
+    {"Intel",
+     false,
+     8192,
+     {.mma = "mma_intel.cl",
+      .instruction = "FMA_8X8X8",
+      .items = 256,
+      .slab_depth = 16,
+      .teams_rows = 4,
+      .slab_rows = 32,
+      .slab_columns = 64,
+      .options = LOGLIN_INTEL_REGISTERS,
+      .forward_only = true,
+      .few_registers = true}},
     {"Intel", false, 0, {.mma = NULL}},
     {NULL, false, 20480, {.mma = "mma_portable.cl", .items = 256, .slab_depth = 32, .teams_rows = 4}},
     {NULL, false, 20480, {.mma = "mma_portable.cl", .items = 128, .slab_depth = 32, .teams_rows = 2}},

@@ -16,6 +16,7 @@ typedef struct loglin_lane_schedule {
     unsigned slab_rows, slab_columns; /* 0: those of cl/portable_items.cl */
     const char *options;              /* of the vendor's compiler, or NULL */
     bool forward_only;                /* the backward pass's registers would be spilled */
+    bool few_registers;               /* so would the delta rule's, the strong partition's and those of small tiles */
 } loglin_lane_schedule;
 
 /* Intel: twice the registers for half the threads, for GPUs with matrix units and kernels that spill with fewer. */

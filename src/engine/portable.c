@@ -424,8 +424,14 @@ static bool is_small(const loglin_problem *problem, const lane_shape *shape) {
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     RETURN_IF_ERROR(loglin_lanes_choose(device, problem->dtype, &state->schedule));
+    if (state->schedule.few_registers && (problem->op == LOGLIN_GATED_DELTA || problem->partition == LOGLIN_STRONG)) {
+        return loglin_fail(LOGLIN_UNSUPPORTED, "%s: it has too few registers for the fused kernels of %s",
+                           device->info.name,
+                           problem->op == LOGLIN_GATED_DELTA ? "the delta rule" : "the strong partition");
+    }
     RETURN_IF_ERROR(lay_out(device, problem, configuration->values, state));
-    if (state->schedule.items > loglin_small_lanes.items && is_small(problem, &state->shape)) {
+    if (state->schedule.items > loglin_small_lanes.items && !state->schedule.few_registers &&
+        is_small(problem, &state->shape)) {
         const loglin_lane_schedule of_device = state->schedule;
         state->schedule = loglin_small_lanes;
         state->schedule.options = of_device.options;

@@ -16,7 +16,7 @@ struct loglin_nvidia_probe {
 };
 
 /* Whether matrix units have given right products, for each row of engine/lanes.c's table and each storage type. */
-enum { LOGLIN_LANE_ROWS = 10 };
+enum { LOGLIN_LANE_ROWS = 11 };
 enum loglin_probe_outcome { LOGLIN_PROBE_UNKNOWN, LOGLIN_PROBE_PASSED, LOGLIN_PROBE_FAILED };
 
 struct loglin_device {
