@@ -80,6 +80,7 @@ LANE_PART void leave_head(const loglin_panel p, const place *at, const outputs *
     }
 }
 
+#if !GRADIENTS
 LANE_KERNEL void
 portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __global int *cu_seqlens, ulong cu_offset,
                  const __global storage *q, ulong q_offset, const __global storage *k, ulong k_offset,
@@ -114,3 +115,4 @@ portable_forward(const loglin_panel p, __global float *ws, ulong lanes, const __
         }
     }
 }
+#endif
