@@ -183,7 +183,8 @@ static size_t items_of_work_group(size_t items, size_t times, size_t units) {
             best = count;
         }
     }
-    return ceil_div(items, ceil_div(items, best)); /* alike for all of them */
+    const size_t work_groups = ceil_div(items, best);
+    return work_groups > 0 ? ceil_div(items, work_groups) : 1; /* alike for all of them */
 }
 
 static nvidia_schedule choose_schedule(const loglin_device *device, const loglin_problem *problem) {

@@ -218,10 +218,11 @@ static size_t rows_bytes(const backward_shape *shape) {
 
 /* And of the tiles. */
 static size_t tiles_bytes(const backward_shape *shape) {
-    const size_t row = NB_COLUMNS * 2, tile = NB_TILE * row, level = (NB_CHUNK + 4) * sizeof(float);
-    const size_t head = shape->tiles_v * (2 * NB_CHUNK + shape->padded_k) * row + NB_CHUNK * sizeof(float[6]);
+    const size_t chunk = NB_CHUNK, row = (size_t)NB_COLUMNS * 2, tile = NB_TILE * row,
+                 level = (chunk + 4) * sizeof(float);
+    const size_t head = shape->tiles_v * (2 * chunk + shape->padded_k) * row + chunk * sizeof(float[6]);
     const size_t dots = 12 * level + sizeof(float[3][NB_TILE]), others = 1024; /* places and arrivals */
-    return shape->tile_stages * head + NB_CHUNK * shape->padded_k * 2 + 4 * tile + 3 * 8 * level + 2 * dots + others;
+    return shape->tile_stages * head + chunk * shape->padded_k * 2 + 4 * tile + 24 * level + 2 * dots + others;
 }
 
 /* The most that a work-group takes. */
