@@ -142,6 +142,18 @@ static void open_kernels(loglin_nvidia_product_kernels *kernels) {
     support_require(status, "loglin_nvidia_product_create");
 }
 
+/* Each case in every mode. */
+static void check_all(const product_case *cases, size_t count) {
+    loglin_nvidia_product_kernels kernels;
+    open_kernels(&kernels);
+    for (size_t i = 0; i < count; i++) {
+        for (int mode = PRODUCT_SET; mode <= PRODUCT_SWIGLU; mode++) {
+            check(&kernels, &cases[i], mode);
+        }
+    }
+    loglin_nvidia_product_destroy(&kernels);
+}
+
 Test(nvidia_product, few_tokens) {
     loglin_nvidia_product_kernels kernels;
     open_kernels(&kernels);
@@ -160,14 +172,7 @@ Test(nvidia_product, across_the_tiles) {
         {.tokens = 129, .columns = 255, .blocks = 6},  {.tokens = 200, .columns = 257, .blocks = 26},
         {.tokens = 31, .columns = 1000, .blocks = 12}, {.tokens = 300, .columns = 77, .blocks = 34},
     };
-    loglin_nvidia_product_kernels kernels;
-    open_kernels(&kernels);
-    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        for (int mode = PRODUCT_SET; mode <= PRODUCT_SWIGLU; mode++) {
-            check(&kernels, &cases[i], mode);
-        }
-    }
-    loglin_nvidia_product_destroy(&kernels);
+    check_all(cases, sizeof cases / sizeof cases[0]);
 }
 
 /* Sums in parts, and long ones. */
@@ -178,12 +183,5 @@ Test(nvidia_product, long_sums) {
         {.tokens = 3, .columns = 777, .blocks = 10, .parts = true},
         {.tokens = 150, .columns = 1540, .blocks = 6, .parts = true},
     };
-    loglin_nvidia_product_kernels kernels;
-    open_kernels(&kernels);
-    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        for (int mode = PRODUCT_SET; mode <= PRODUCT_SWIGLU; mode++) {
-            check(&kernels, &cases[i], mode);
-        }
-    }
-    loglin_nvidia_product_destroy(&kernels);
+    check_all(cases, sizeof cases / sizeof cases[0]);
 }
