@@ -169,6 +169,26 @@ Test(tuner, finds_the_planted_optimum_among_candidates_that_fail) {
     loglin_tuning_free(&tuning);
 }
 
+/* A default whose first compilation takes too long is not beaten unopposed; one that hangs twice is. */
+Test(tuner, a_default_that_was_late_is_tried_again) {
+    char cases[400];
+    snprintf(cases, sizeof cases, "*'\"values\":[64'*'\"gemm\":[0,0'*) mkdir '%s/compiled' && sleep 100; answer 5;;",
+             support_cache);
+    set_worker(cases);
+    run at = tune(&BLAS, (run){0});
+    cr_expect(at.complete && at.finished == 2, "%zu finished", at.finished);
+    cr_expect(strstr(at.best, "chunk=64 gemm=own") != NULL && at.default_ms == 5, "%s: %g", at.best, at.default_ms);
+    loglin_tuning tuning = stored();
+    cr_expect_eq(count_failures(&tuning, "hung"), 0u);
+    loglin_tuning_free(&tuning);
+    set_worker("*'\"values\":[64'*'\"gemm\":[0,0'*) sleep 100;;");
+    at = tune(&(loglin_tune_options){.engine = LOGLIN_ENGINE_BLAS, .quick = 1, .candidate_limit = 0.1}, (run){0});
+    cr_expect(at.complete && strstr(at.best, "chunk=128") != NULL && at.default_ms == 0, "%s", at.best);
+    tuning = stored();
+    cr_expect_eq(count_failures(&tuning, "hung"), 1u);
+    loglin_tuning_free(&tuning);
+}
+
 /* An engine that takes nothing, or all of whose candidates fail, does not end the run. */
 Test(tuner, goes_on_where_an_engine_has_no_candidate) {
     set_worker("*'\"engine\":1'*) wrong;;\n*'\"engine\":2'*) refused;;");

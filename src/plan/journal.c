@@ -165,7 +165,7 @@ bool loglin_journal_find(const loglin_journal *journal, const char *key, loglin_
         return true;
     }
     if (json_integer_value(json_object_get(journal->begins, key)) >= most_begins) {
-        *reply = (loglin_reply){.outcome = LOGLIN_OUTCOME_FAILED, .reason = "hung", .detail = "it ended the tuner"};
+        *reply = (loglin_reply){.outcome = LOGLIN_OUTCOME_FAILED, .reason = "crashed", .detail = "it ended the tuner"};
         return true;
     }
     return false;

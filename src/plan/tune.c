@@ -41,6 +41,7 @@ typedef struct tuner {
     unsigned stage; /* of the subject's searches */
     loglin_problem problem;
     loglin_candidates candidates;
+    size_t last_default; /* the candidates up to this one are defaults */
     double share_before, share_of;
     loglin_tune_event event;
     char best[LOGLIN_CANDIDATE_TEXT_SIZE], failure[240]; /* failure: of the last candidate that failed */
@@ -101,7 +102,7 @@ static void remember_failure(tuner *at, const char *candidate, const loglin_repl
 }
 
 /* Asks a child, with the journal told before and after. */
-static loglin_reply ask(tuner *at, const char *key, const loglin_request *request) {
+static loglin_reply ask(tuner *at, const char *key, const loglin_request *request, double limit) {
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_STOPPED};
     if (loglin_journal_find(at->journal, key, &reply)) {
         return reply;
@@ -117,7 +118,7 @@ static loglin_reply ask(tuner *at, const char *key, const loglin_request *reques
         at->live_share = at->event.share;
     }
     if (at->status == LOGLIN_OK) {
-        reply = loglin_worker_ask(at->options.worker, text, at->options.candidate_limit, wait_patiently, at);
+        reply = loglin_worker_ask(at->options.worker, text, limit, wait_patiently, at);
         at->status = reply.outcome != LOGLIN_OUTCOME_STOPPED ? loglin_journal_end(at->journal, key, &reply)
                      : reply.detail[0] != '\0'               ? loglin_fail(LOGLIN_IO, "tuner: %s", reply.detail)
                                                              : loglin_journal_withdraw(at->journal, key);
@@ -127,6 +128,21 @@ static loglin_reply ask(tuner *at, const char *key, const loglin_request *reques
         reply.outcome = LOGLIN_OUTCOME_STOPPED;
     }
     return reply;
+}
+
+/*
+ * A default that runs out of time gets twice as much, once: of a busy machine's slow compilation, much of which is cached
+ * by then, no challenger is to win unopposed.
+ */
+static loglin_reply try_candidate(tuner *at, size_t candidate, const char *key, const loglin_request *request) {
+    const double limit = at->options.candidate_limit;
+    const loglin_reply reply = ask(at, key, request, limit);
+    if (candidate > at->last_default || reply.outcome != LOGLIN_OUTCOME_FAILED || strcmp(reply.reason, "hung") != 0) {
+        return reply;
+    }
+    char again[400];
+    (void)snprintf(again, sizeof again, "%s again", key);
+    return ask(at, again, request, 2 * limit);
 }
 
 static loglin_request request_for(const tuner *at, loglin_request_kind kind) {
@@ -150,7 +166,7 @@ static loglin_outcome measure(void *context, size_t candidate, unsigned round, u
     if (failure != NULL) {
         (void)snprintf(reply.reason, sizeof reply.reason, "%.15s", failure->reason);
     } else {
-        reply = ask(at, key, &request);
+        reply = try_candidate(at, candidate, key, &request);
         if (reply.outcome == LOGLIN_OUTCOME_FAILED && strcmp(reply.reason, "refused") != 0) {
             remember_failure(at, subject, &reply);
         }
@@ -240,18 +256,20 @@ static loglin_status finish(tuner *at, loglin_entry_kind kind, const loglin_sear
 static loglin_search_result search_stage(tuner *at, unsigned stage, unsigned runs, bool sift) {
     const loglin_configuration *first = &at->candidates.items[0], *second = &at->candidates.items[1];
     const bool is_class = strcmp(at->subject, gemm_subject) != 0;
+    /* CLBlast is set for a whole device: its own parameters are no choice for a class */
+    const bool yardstick =
+        is_class && at->candidates.count > 1 && memcmp(&first->gemm, &second->gemm, sizeof first->gemm) != 0;
     const loglin_search search = {.count = at->candidates.count,
                                   .seed = at->options.seed,
                                   .runs = runs,
                                   .one_round = at->options.quick != 0,
                                   .sift = sift,
-                                  /* CLBlast is set for a whole device: its own parameters are no choice for a class */
-                                  .yardstick = is_class && at->candidates.count > 1 &&
-                                               memcmp(&first->gemm, &second->gemm, sizeof first->gemm) != 0,
+                                  .yardstick = yardstick,
                                   .measure = measure,
                                   .advance = advance,
                                   .context = at};
     at->stage = stage;
+    at->last_default = yardstick ? 1 : 0;
     at->event = (loglin_tune_event){.share = at->share_before};
     return loglin_search_run(&search);
 }
@@ -280,7 +298,7 @@ static void tune_peak(tuner *at) {
     (void)snprintf(at->subject, sizeof at->subject, "peak");
     at->event = (loglin_tune_event){.share = 0};
     const loglin_request request = request_for(at, LOGLIN_REQUEST_PEAK);
-    const loglin_reply reply = ask(at, "peak", &request);
+    const loglin_reply reply = ask(at, "peak", &request, at->options.candidate_limit);
     if (reply.outcome == LOGLIN_OUTCOME_OK) {
         at->event.gflops = reply.gflops;
         at->event.gbytes = reply.gbytes;
