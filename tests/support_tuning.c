@@ -111,6 +111,12 @@ void support_empty_disk(void) {
     }
 }
 
+void support_freeze_disk(void) {
+    if (mount(NULL, support_disk, NULL, MS_REMOUNT | MS_RDONLY, NULL) != 0) {
+        support_die("%s cannot be mounted read-only", support_disk);
+    }
+}
+
 loglin_device_info support_device_info(void) {
     loglin_device_info infos[64];
     size_t count = 0;

@@ -25,6 +25,9 @@ int support_on_small_disk(const char *(*work)(void));
 void support_fill_disk(size_t pages_left);
 void support_empty_disk(void);
 
+/* From now on nothing can be written there. */
+void support_freeze_disk(void);
+
 /* Of the device of support_open(). */
 loglin_device_info support_device_info(void);
 

@@ -442,37 +442,76 @@ Test(tuning, an_engine_is_preferred_where_both_are_known) {
     loglin_tuning_free(&own);
 }
 
-/* A plan finds what was written for its device, says so, and what is asked for goes first. */
-Test(tuning, plans_follow_results) {
-    const support_device *device = support_open();
+/* A problem, and the result for its class that a plan for it is to find. */
+static const loglin_problem FOUND = {.engine = LOGLIN_ENGINE_BLAS,
+                                     .batch = 1,
+                                     .length = 64,
+                                     .heads = 2,
+                                     .groups = 1,
+                                     .dim_k = 8,
+                                     .dim_v = 8,
+                                     .levels = 7};
+
+static loglin_status merge_found(const char *cache) {
     const loglin_device_info info = support_device_info();
-    loglin_problem problem = {.engine = LOGLIN_ENGINE_BLAS,
-                              .batch = 1,
-                              .length = 64,
-                              .heads = 2,
-                              .groups = 1,
-                              .dim_k = 8,
-                              .dim_v = 8,
-                              .levels = 7};
     loglin_tuning tuning = {.identity = loglin_identity_of(&info)};
     loglin_entry entry = class_entry(64, 32, 1, 1);
     entry.stamp = loglin_stamp_of(&info);
     entry.class.dim_k = entry.class.dim_v = 8;
-    cr_assert_eq(loglin_tuning_add(&tuning, &entry), LOGLIN_OK);
-    cr_assert_eq(loglin_tuning_merge(support_cache, &tuning), LOGLIN_OK);
-    loglin_device *fresh;
-    support_require(loglin_device_create(device->context, device->id, &fresh), "loglin_device_create");
-    for (size_t asked = 0; asked <= 16; asked += 16) {
-        loglin_plan *plan;
-        char text[1024];
-        problem.chunk = asked;
-        support_require(loglin_plan_create(fresh, &problem, &plan), "loglin_plan_create");
-        (void)loglin_plan_describe(plan, text, sizeof text);
-        cr_expect(strstr(text, asked == 0 ? "chunk 32 (tuned)" : "chunk 16 (as asked)") != NULL, "%s", text);
-        loglin_plan_destroy(plan);
-    }
-    loglin_device_destroy(fresh);
+    loglin_status status = loglin_tuning_add(&tuning, &entry);
+    status = status == LOGLIN_OK ? loglin_tuning_merge(cache, &tuning) : status;
     loglin_tuning_free(&tuning);
+    return status;
+}
+
+/* Does a new plan say so of its chunk size? */
+static bool plan_says(size_t chunk, const char *expected) {
+    const support_device *device = support_open();
+    loglin_problem problem = FOUND;
+    loglin_device *fresh;
+    loglin_plan *plan;
+    char text[1024];
+    problem.chunk = chunk;
+    support_require(loglin_device_create(device->context, device->id, &fresh), "loglin_device_create");
+    support_require(loglin_plan_create(fresh, &problem, &plan), "loglin_plan_create");
+    (void)loglin_plan_describe(plan, text, sizeof text);
+    loglin_plan_destroy(plan);
+    loglin_device_destroy(fresh);
+    return strstr(text, expected) != NULL;
+}
+
+/* A plan finds what was written for its device, says so, and what is asked for goes first. */
+Test(tuning, plans_follow_results) {
+    cr_assert_eq(merge_found(support_cache), LOGLIN_OK);
+    cr_expect(plan_says(0, "chunk 32 (tuned)"));
+    cr_expect(plan_says(16, "chunk 16 (as asked)"));
+}
+
+/* Plans are made with what a home holds that cannot be written; a tuner says at once that it cannot keep anything. */
+static const char *freeze_and_plan(void) {
+    if (merge_found(support_disk) != LOGLIN_OK) {
+        return "a disk that is not full takes no results";
+    }
+    support_freeze_disk();
+    if (!plan_says(0, "chunk 32 (tuned)")) {
+        return "a plan does not find the results";
+    }
+    const loglin_status status = loglin_tune(support_open()->id, NULL);
+    if (status != LOGLIN_IO || strstr(loglin_last_error(), support_disk) == NULL ||
+        strstr(loglin_last_error(), "Read-only file system") == NULL) {
+        return "the tuner does not say what cannot be written";
+    }
+    char path[120];
+    snprintf(path, sizeof path, "%s/export", support_cache);
+    return loglin_tuning_export(support_open()->id, path) != LOGLIN_OK ? "the results cannot be exported" : NULL;
+}
+
+Test(tuning, a_home_may_be_read_only) {
+    const int status = support_on_small_disk(freeze_and_plan);
+    if (status == SUPPORT_NO_DISK) {
+        cr_skip_test("no file system may be mounted here");
+    }
+    cr_expect_eq(status, 0);
 }
 
 Test(tuning, built_in_tables_are_good) {
