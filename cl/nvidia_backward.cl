@@ -20,7 +20,8 @@
  *
  * dg_t sums dO . o's shares over all pairs of a query at or behind t and a key before t.  In a span of chunks that is a
  * running sum of dO . o - v . dv, inside a chunk both from the same products; pairs that cross a span's end are counted anew
- * there, from products of states and adjoints, so that rounding errors do not add up along the sequence.
+ * there, from products of states and adjoints, so that rounding errors do not add up along the sequence.  What the running
+ * sum misses of the count at the span's other end is spread over its tokens.
  *
  * States and adjoints lie as rows of K, 64 columns of V each, rounded to storage, decayed to the block's end.  Their rows
  * and those of local tiles are pieces of 8 columns, piece c of row r at place c ^ r % 8.

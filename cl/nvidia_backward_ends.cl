@@ -88,6 +88,15 @@ nb_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         }
     }
     float behind = end < call.chunks ? crossings[end * CHUNK_LEVELS] : 0.0f;
+    /* What crosses the span's start is known as well; what the running sum differs from it by, rounding, is spread evenly. */
+    float sums = 0.0f;
+#pragma unroll
+    for (uint i = 0; i < NB_SPAN; i++) {
+        sums += sum_warp(running[i][3]);
+    }
+    const uint end_token = min(end * NB_CHUNK, call.length);
+    const float error = behind + sums - (first > 0 ? crossings[first * CHUNK_LEVELS] : 0.0f);
+    const float slope = error / (float)(end_token - first * NB_CHUNK);
     dg += dg_offset + (ulong)b * call.length * HEADS + first_head;
 #pragma unroll
     for (int i = NB_SPAN - 1; i >= 0; i--) {
@@ -102,7 +111,8 @@ nb_gates(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         barrier(CLK_LOCAL_MEM_FENCE);
 #pragma unroll
         for (uint e = 0; e < 4; e++) {
-            gradients[last - e][warp] = start + running[i][e];
+            const int to_end = (int)end_token - (int)(first_token + last - e);
+            gradients[last - e][warp] = start + running[i][e] - slope * (float)to_end;
         }
         barrier(CLK_LOCAL_MEM_FENCE);
         for (uint at = get_local_id(0); at < NB_CHUNK * GATE_HEADS; at += NB_ITEMS) {
