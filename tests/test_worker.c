@@ -111,6 +111,42 @@ Test(worker, the_worker_measures) {
     }
 }
 
+/* Kernels that compute something else, or write behind an array, are noticed before they are timed. */
+Test(worker, wrong_kernels_are_noticed) {
+    static const struct {
+        const char *options; /* of the build, behind the engine's own */
+        loglin_dtype dtype;
+        size_t length;
+        unsigned phases;
+        const char *detail;
+    } cases[] = {{"-DSTRONG=1", LOGLIN_F32, 70, LOGLIN_FORWARD, "outputs: error"},
+                 {"-DSTRONG=1", LOGLIN_F32, 70, LOGLIN_BACKWARD, "outputs: error"},
+                 {"-DSTORAGE=0", LOGLIN_F16, 4, LOGLIN_FORWARD, "it writes outside its arrays"}};
+    const loglin_device_info info = support_device_info();
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        loglin_request request = {.problem = {.dtype = cases[i].dtype,
+                                              .batch = 1,
+                                              .length = cases[i].length,
+                                              .heads = 1,
+                                              .groups = 1,
+                                              .dim_k = 8,
+                                              .dim_v = 8,
+                                              .levels = 8,
+                                              .phases = cases[i].phases},
+                                  .configuration = loglin_configuration_default(LOGLIN_ENGINE_BLAS),
+                                  .runs = 2};
+        snprintf(request.name, sizeof request.name, "%s", info.name);
+        setenv("LOGLIN_BUILD_OPTIONS", cases[i].options, 1);
+        char *text = loglin_request_print(&request);
+        const loglin_reply reply = loglin_worker_ask(LOGLIN_COMMAND, text, 300, NULL, NULL);
+        cr_expect(reply.outcome == LOGLIN_OUTCOME_FAILED && strcmp(reply.reason, "wrong") == 0 &&
+                      strstr(reply.detail, cases[i].detail) != NULL,
+                  "%s: %s: %s", cases[i].options, reply.reason, reply.detail);
+        cr_expect_eq(reply.sample.runs, 0u);
+        free(text);
+    }
+}
+
 /* Whatever the fused engine of a CPU is tuned to, its results are right; the odd shape meets the ends of segments. */
 Test(worker, all_values_of_the_fused_engine_are_right) {
     const loglin_device_info info = support_device_info();

@@ -248,7 +248,7 @@ static bool all_finite(const array *values) {
 }
 
 static double allowed_error(const measurement *at) {
-    static const double outputs[] = {1e-5, 2e-3, 1e-2}, gradients[] = {5e-5, 5e-3, 2e-2};
+    static const double outputs[] = {1e-5, 2e-3, 1e-2}, gradients[] = {5e-5, 2e-3, 1e-2};
     return (at->problem.phases == LOGLIN_FORWARD ? outputs : gradients)[at->problem.dtype];
 }
 
