@@ -82,9 +82,13 @@ typedef union {
  * What FMA holds lies in its slabs at a place of the lane plus one of the element, so that one address serves for all of an
  * item's: a block read of the sub-group takes the first lane's.
  */
-#if !defined(MMA_EMULATED) && defined(cl_intel_subgroup_local_block_io)
+#if defined(cl_intel_subgroup_local_block_io)
 #define LANE_READ 0
+#ifdef MMA_EMULATED
+#define READ_LANES(p) ((p)[lane])
+#else
 #define READ_LANES(p) as_float(intel_sub_group_block_read((const __local uint *)(p)))
+#endif
 #else
 #define LANE_READ lane
 #define READ_LANES(p) (*(p))

@@ -17,8 +17,11 @@ LANE_KERNEL void portable_maps(const loglin_panel p, __global float *ws, ulong l
                                ulong q_offset, const __global storage *k, ulong k_offset, const __global float *g,
                                ulong g_offset, const __global weight *level_scales, ulong weights_offset,
                                const __global weight *beta, ulong beta_offset) {
-    const inputs in = {q + q_offset, k + k_offset, 0, g ? g + g_offset : 0, level_scales + weights_offset,
-                       beta + beta_offset};
+    const inputs in = {.q = q + q_offset,
+                       .k = k + k_offset,
+                       .g = g ? g + g_offset : 0,
+                       .level_scales = level_scales + weights_offset,
+                       .beta = beta + beta_offset};
     const uint lane = (uint)get_group_id(0), value_parts = (DIM_V + PAD_V - 1) / PAD_V;
     place at = find_lane(p, ws, lanes, lane / count * value_parts);
     at.memory = ws + lanes + (ulong)lane * POOL_BEGIN;

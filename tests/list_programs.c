@@ -13,6 +13,7 @@
 #include "engine/gemm.h"
 #include "engine/lanes.h"
 #include "engine/nvidia.h"
+#include "engine/nvidia_product.h"
 #include "loglin_model.h"
 #include "support.h"
 
@@ -263,9 +264,10 @@ static void plan(loglin_device *device, loglin_problem problem, loglin_engine en
     static const char *const phases[] = {
         [LOGLIN_FORWARD] = "forward", [LOGLIN_FORWARD | LOGLIN_BACKWARD] = "backward", [LOGLIN_STEP] = "step"};
     char text[128];
-    (void)snprintf(text, sizeof text, "%s %s %s %s K%zu V%zu%s", problem.op == LOGLIN_MAMBA2 ? "mamba2" : "delta",
+    (void)snprintf(text, sizeof text, "%s %s %s %s K%zu V%zu H%zu%s", problem.op == LOGLIN_MAMBA2 ? "mamba2" : "delta",
                    problem.partition == LOGLIN_STRONG ? "strong" : "weak", dtypes[problem.dtype],
-                   phases[problem.phases], problem.dim_k, problem.dim_v, problem.normalize_qk ? " normalised" : "");
+                   phases[problem.phases], problem.dim_k, problem.dim_v, problem.heads,
+                   problem.normalize_qk ? " normalised" : "");
     purpose = text;
     problem.engine = engine;
     loglin_plan *made = NULL;
@@ -276,13 +278,20 @@ static void plan(loglin_device *device, loglin_problem problem, loglin_engine en
     loglin_plan_destroy(made);
 }
 
-/* Every phase of a problem on every engine. */
+/* Fewer lanes than the device has compute units, whose chunks or values are spread over more, and lanes enough. */
+enum { FEW_HEADS = 8, MANY_HEADS = 64 };
+
+/* Every phase of a problem on every engine; a step's and the blas engine's programs do not depend on the heads. */
 static void plan_phases(loglin_device *device, loglin_problem problem) {
     static const unsigned phases[] = {LOGLIN_FORWARD, LOGLIN_FORWARD | LOGLIN_BACKWARD, LOGLIN_STEP};
     for (size_t i = 0; i < sizeof phases / sizeof phases[0]; i++) {
         problem.phases = phases[i];
-        plan(device, problem, LOGLIN_ENGINE_FUSED);
-        plan(device, problem, LOGLIN_ENGINE_BLAS);
+        if (problem.heads == FEW_HEADS || phases[i] != LOGLIN_STEP) {
+            plan(device, problem, LOGLIN_ENGINE_FUSED);
+        }
+        if (problem.heads == FEW_HEADS) {
+            plan(device, problem, LOGLIN_ENGINE_BLAS);
+        }
     }
 }
 
@@ -290,33 +299,43 @@ typedef struct dimensions {
     size_t k, v;
 } dimensions;
 
-/* The paper's shape in every type for both operators; with `all`, every combination. */
+/*
+ * The paper's shape, with few heads and with many; with `all`, every shape class.  Every operator, partition and type, of which
+ * one partition is normalised, with weights in f32, and in the next shape the other.
+ */
 static void plan_classes(loglin_device *device, bool all) {
     static const dimensions shapes[] = {{128, 64}, {128, 128}, {64, 64}, {256, 256}, {20, 24}};
     for (size_t shape = 0; shape < (all ? sizeof shapes / sizeof shapes[0] : 1); shape++) {
-        for (int kind = 0; kind < 24; kind++) {
+        for (int kind = 0; kind < (shape == 0 ? 24 : 12); kind++) {
             loglin_problem problem = {.op = kind % 2 == 0 ? LOGLIN_MAMBA2 : LOGLIN_GATED_DELTA,
                                       .partition = kind / 2 % 2 == 0 ? LOGLIN_WEAK : LOGLIN_STRONG,
                                       .dtype = (loglin_dtype)(kind / 4 % 3),
                                       .batch = 2,
                                       .length = 8192,
-                                      .heads = 8,
+                                      .heads = kind / 12 == 0 ? FEW_HEADS : MANY_HEADS,
                                       .groups = 1,
                                       .dim_k = shapes[shape].k,
                                       .dim_v = shapes[shape].v,
-                                      .levels = loglin_num_levels(8192),
-                                      .normalize_qk = kind / 12 % 2};
-            problem.weight_dtype = problem.dtype;
-            if (all || (problem.partition == LOGLIN_WEAK && !problem.normalize_qk) ||
-                (problem.partition == LOGLIN_STRONG && problem.normalize_qk && problem.dtype == LOGLIN_BF16)) {
+                                      .levels = loglin_num_levels(8192)};
+            problem.normalize_qk = (problem.partition == LOGLIN_STRONG) == (shape % 2 == 0);
+            problem.weight_dtype = problem.normalize_qk ? LOGLIN_F32 : problem.dtype;
+            if (all || problem.partition == LOGLIN_WEAK || problem.dtype == LOGLIN_BF16) {
                 plan_phases(device, problem);
             }
         }
     }
 }
 
+/* What a model's first pass builds beside its plans is CLBlast's, but for NVIDIA's products. */
 static void open_models(loglin_device *device, cl_command_queue queue) {
     static const char *const models[] = {TEST_DATA_DIR "/kjv-loglin-mamba2", TEST_DATA_DIR "/kjv-loglin-gdn"};
+    loglin_nvidia_product_kernels products;
+    purpose = "model products";
+    const loglin_status status = loglin_nvidia_product_create(device, &products);
+    if (status != LOGLIN_OK && status != LOGLIN_UNSUPPORTED) {
+        support_die("%s: %s", purpose, loglin_last_error());
+    }
+    loglin_nvidia_product_destroy(&products);
     for (size_t i = 0; i < sizeof models / sizeof models[0]; i++) {
         loglin_model *model = NULL;
         loglin_session *session = NULL;

@@ -73,6 +73,9 @@ void support_limit_device(const char *text) {
     free(copy);
 }
 
+/* The one that the device emulates, or "". */
+static char emulated[32];
+
 void support_emulate(const char *instruction, const char *options) {
     const bool intel = strncmp(instruction, "DPAS", 4) == 0 || strncmp(instruction, "FMA", 3) == 0;
     /* With more memory the library adds an option that Intel's compiler alone knows. */
@@ -83,6 +86,17 @@ void support_emulate(const char *instruction, const char *options) {
     support_limit_device(text);
     (void)snprintf(text, sizeof text, "-DMMA_EMULATED=%s %s", instruction, options);
     (void)setenv("LOGLIN_BUILD_OPTIONS", text, 1);
+    (void)snprintf(emulated, sizeof emulated, "%s", instruction);
+}
+
+/* Would its compiler know the instruction that these options name?  cl/mma_layouts.cl asks too, but to Oclgrind a build that
+ * fails is a fault. */
+static bool has_instruction(const char *options) {
+    static const char wanted[] = "-DMMA_INSTRUCTION=";
+    const char *at = options != NULL ? strstr(options, wanted) : NULL;
+    const size_t length = strlen(emulated);
+    return at == NULL || length == 0 ||
+           (strncmp(at + strlen(wanted), emulated, length) == 0 && strcspn(at + strlen(wanted), " ") == length);
 }
 
 static const device_limits *get_limits(void) {
@@ -361,6 +375,9 @@ CL_API_ENTRY cl_int CL_API_CALL clBuildProgram(cl_program program, cl_uint count
                                                void *data) {
     NEXT(clBuildProgram)
     char known[2048];
+    if (!has_instruction(options)) {
+        return CL_BUILD_PROGRAM_FAILURE;
+    }
     if (options != NULL && (get_limits()->gpu || get_limits()->vendor[0] != '\0')) {
         copy_known(options, known, sizeof known);
         options = known;

@@ -3,6 +3,7 @@
  * Smaller devices than the one that is there (support_limits.h): the answers are right there too, or what does not fit is
  * refused when it is planned, in words; never by a driver's error in the middle.
  */
+#define _GNU_SOURCE /* setenv */
 #include "loglin_model.h"
 #include "support_criterion.h"
 #include "support_limits.h"
@@ -108,6 +109,17 @@ Test(limits, all_at_once) {
     expect_operator(SMALLEST);
 }
 
+/* The smallest of the GPU's schedules; the delta rule's kernel, as large again: scripts/implementations. */
+Test(limits, all_at_once_on_a_gpu) {
+    setenv("LOGLIN_BUILD_OPTIONS", "-cl-opt-disable", 1); /* compiles faster */
+    support_limit_device("gpu," SMALLEST);
+    const support_case c = {
+        .length = 50, .heads = 1, .dim_k = 40, .dim_v = 24, .chunk = 16, .only = LOGLIN_ENGINE_FUSED};
+    expect_pass(support_check_forward(&c));
+    cr_expect_gt(support_launches("portable_forward", 64), 0, "the kernels with groups of 64 have not run");
+    cr_expect_eq(support_refusals(), 0u);
+}
+
 Test(limits, models) {
     expect_models("gpu," SMALLEST);
 }
@@ -176,12 +188,15 @@ static loglin_status plan_long(size_t length, unsigned phases, loglin_engine eng
     return status;
 }
 
-/* A workspace is one buffer: it stays below the largest one, or the plan tells both numbers. */
-static void expect_bounded_workspaces(const char *limits) {
+/*
+ * A workspace is one buffer: it stays below the largest one, or the plan tells both numbers.  Of a GPU by the blas engine
+ * alone, as for models.
+ */
+static void expect_bounded_workspaces(const char *limits, int first, int last) {
     support_limit_device(limits);
     size_t refused = 0;
     for (size_t length = (size_t)1 << 14; length <= (size_t)1 << 22; length <<= 4) {
-        for (int engine = LOGLIN_ENGINE_AUTO; engine <= LOGLIN_ENGINE_FUSED; engine++) {
+        for (int engine = first; engine <= last; engine++) {
             const loglin_status status = plan_long(length, LOGLIN_FORWARD | LOGLIN_BACKWARD, (loglin_engine)engine);
             if (status != LOGLIN_OK) {
                 refused++;
@@ -195,11 +210,11 @@ static void expect_bounded_workspaces(const char *limits) {
 }
 
 Test(limits, largest_allocation) {
-    expect_bounded_workspaces("allocation=1073741824");
+    expect_bounded_workspaces("allocation=1073741824", LOGLIN_ENGINE_AUTO, LOGLIN_ENGINE_FUSED);
 }
 
 Test(limits, largest_allocation_of_a_gpu) {
-    expect_bounded_workspaces("allocation=1073741824");
+    expect_bounded_workspaces("gpu,allocation=1073741824", LOGLIN_ENGINE_BLAS, LOGLIN_ENGINE_BLAS);
 }
 
 /* The limits themselves: without them the tests above show nothing. */

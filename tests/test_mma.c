@@ -68,7 +68,7 @@ static char *plant(const char *text, const planted_error *error) {
     return changed;
 }
 
-static cl_program build(const instruction *of, loglin_dtype dtype, const planted_error *error) {
+static cl_program build(const instruction *of, loglin_dtype dtype, const planted_error *error, const char *extension) {
     const char *const files[] = {"common.cl",        "portable_items.cl",   "mma_layouts.cl", of->file,
                                  "mma_fragments.cl", "portable_product.cl", "mma_probe.cl"};
     enum { FILES = sizeof files / sizeof files[0] };
@@ -86,8 +86,8 @@ static cl_program build(const instruction *of, loglin_dtype dtype, const planted
     char options[256];
     (void)snprintf(options, sizeof options,
                    "-cl-std=CL1.2 -DSTORAGE=%d -DMMA_INSTRUCTION=%s -DMMA_EMULATED=%s -DLANE_ITEMS=%u -DTEAMS_ROWS=%u "
-                   "-DSLAB_ROWS=32 -DSLAB_COLUMNS=32 -DSLAB_DEPTH=16" /* compiles faster */,
-                   (int)dtype, of->name, of->name, of->items, of->teams_rows);
+                   "-DSLAB_ROWS=32 -DSLAB_COLUMNS=32 -DSLAB_DEPTH=16 " /* compiles faster */ "%s",
+                   (int)dtype, of->name, of->name, of->items, of->teams_rows, extension);
     cl_program program = clCreateProgramWithSource(device->context, FILES, texts, NULL, NULL);
     const cl_int code = clBuildProgram(program, 1, &device->id, options, NULL, NULL);
     if (code != CL_SUCCESS) {
@@ -99,8 +99,12 @@ static cl_program build(const instruction *of, loglin_dtype dtype, const planted
     return program;
 }
 
-/* The error of A B by the emulated instruction, with an error planted in the table or not (NULL). */
-static double product_error(const instruction *of, loglin_dtype dtype, const planted_error *planted) {
+/*
+ * The error of A B by the emulated instruction, with an error planted in the table or not (NULL), on a device with an extension
+ * (an option that defines its name) or without ("").
+ */
+static double product_error(const instruction *of, loglin_dtype dtype, const planted_error *planted,
+                            const char *extension) {
     static double a[ROWS * DEPTH], b[DEPTH * COLUMNS], expected[ROWS * COLUMNS], got[ROWS * COLUMNS];
     support_random random = {.state = 7};
     for (size_t i = 0; i < ROWS * DEPTH; i++) {
@@ -115,7 +119,7 @@ static double product_error(const instruction *of, loglin_dtype dtype, const pla
             expected[i] += a[i / COLUMNS * DEPTH + k] * b[k * COLUMNS + i % COLUMNS];
         }
     }
-    cl_program program = build(of, dtype, planted);
+    cl_program program = build(of, dtype, planted, extension);
     cl_kernel kernel = clCreateKernel(program, "mma_probe", NULL);
     const int32_t waves[2] = {0};
     support_array arrays[] = {support_input(LOGLIN_F32, a, ROWS * DEPTH, 0),
@@ -142,15 +146,27 @@ Test(mma, products) {
     skip_on_gpu();
     for (size_t i = 0; i < INSTRUCTIONS; i++) {
         for (int dtype = instructions[i].is_float ? LOGLIN_F32 : LOGLIN_F16; dtype <= LOGLIN_BF16; dtype++) {
-            const double error = product_error(&instructions[i], (loglin_dtype)dtype, NULL);
+            const double error = product_error(&instructions[i], (loglin_dtype)dtype, NULL, "");
             cr_expect_leq(error, 1e-6, "%s, %s: %g", instructions[i].name, support_dtype_name((loglin_dtype)dtype),
                           error);
         }
     }
 }
 
+/* Intel's GPUs without matrix units, where a sub-group reads local memory in blocks. */
+Test(mma, products_of_block_reads) {
+    skip_on_gpu();
+    for (size_t i = 0; i < INSTRUCTIONS; i++) {
+        if (instructions[i].is_float) {
+            const double error =
+                product_error(&instructions[i], LOGLIN_F32, NULL, "-Dcl_intel_subgroup_local_block_io=1");
+            cr_expect_leq(error, 1e-6, "%s: %g", instructions[i].name, error);
+        }
+    }
+}
+
 static void expect_noticed(const instruction *of, const planted_error *planted) {
-    const double error = product_error(of, LOGLIN_BF16, planted);
+    const double error = product_error(of, LOGLIN_BF16, planted, "");
     cr_expect_gt(error, 1e-2, "%s: %s %s is not noticed: %g", of->name, planted->entry, planted->change, error);
 }
 
@@ -299,6 +315,27 @@ Test(mma, planted_error_in_trial) {
     loglin_lane_schedule schedule;
     support_require(loglin_lanes_choose(support_open()->device, LOGLIN_BF16, &schedule), "loglin_lanes_choose");
     cr_expect_null(schedule.instruction);
+}
+
+static char *double_waves(const char *source) {
+    static const char wave[] = "waves[0] = MMA_WAVE;";
+    const char *at = strstr(source, wave);
+    if (at == NULL) {
+        return NULL;
+    }
+    char *changed = support_alloc(strlen(source) + 8, 1);
+    (void)sprintf(changed, "%.*swaves[0] = 2 * MMA_WAVE;%s", (int)(at - source), source, at + strlen(wave));
+    return changed;
+}
+
+/* Nor is it where the compiler has chosen other sub-groups, though the product is right. */
+Test(mma, other_sub_groups) {
+    skip_on_gpu();
+    support_edit_sources(double_waves);
+    support_emulate("DPAS_8X16X16", "-cl-opt-disable");
+    loglin_lane_schedule schedule;
+    cr_expect_eq(loglin_lanes_choose(support_open()->device, LOGLIN_BF16, &schedule), LOGLIN_UNSUPPORTED);
+    cr_expect_not_null(strstr(loglin_last_error(), "too few registers"), "%s", loglin_last_error());
 }
 
 /* Small tiles take the place of pvc's instruction, but not of what its compiler cannot do: the backward pass stays blas'. */

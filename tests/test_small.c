@@ -99,8 +99,12 @@ static void check_everything(void) {
 static void check_emulated(const char *instruction) {
     const loglin_dtype dtype = strncmp(instruction, "FMA", 3) == 0 ? LOGLIN_F32 : LOGLIN_BF16;
     loglin_lane_schedule schedule;
-    support_emulate(instruction, "");
+    support_emulate(instruction, "-fno-inline"); /* which leaves calls that Oclgrind does not know */
     support_require(loglin_lanes_choose(support_open()->device, dtype, &schedule), "loglin_lanes_choose");
+    if (schedule.instruction == NULL || strcmp(schedule.instruction, instruction) != 0) {
+        count_result("the instruction was not taken");
+        return;
+    }
     support_case c = {
         .length = 17, .heads = 1, .dim_k = 33, .dim_v = 17, .chunk = 16, .dtype = dtype, .only = LOGLIN_ENGINE_FUSED};
     count_result(support_check_forward(&c));
