@@ -156,7 +156,7 @@ nb_reduce(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offse
         for (uint j = 0; !is_key && j < ROW_BLOCKS; j++) {
             sums[i] += level_parts[j * (rows * NV_K) + column];
         }
-        values[i] = NORMALIZE && column < DIM_K ? unpack(x[column]).x : 0.0f;
+        values[i] = NORMALIZE != 0 && column < DIM_K ? unpack(x[column]).x : 0.0f;
         square = fma(values[i], values[i], square);
         product = fma(values[i], sums[i], product);
     }

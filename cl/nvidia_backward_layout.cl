@@ -13,7 +13,7 @@
 #define NB_COLUMNS 64
 
 /* Chunks of a span, inside which dg is a running sum. */
-#define NB_SPAN_BITS 1
+#define NB_SPAN_BITS 2
 #define NB_SPAN (1 << NB_SPAN_BITS)
 
 /* Rows of q or k that a warp prepares. */

@@ -342,6 +342,15 @@ state_piece add_piece(state_piece to, float weight, uint4 x) {
     return to;
 }
 
+float dot_pieces(uint4 state, uint4 adjoint) {
+    const state_piece x = unpack_piece(state), y = unpack_piece(adjoint);
+    return (dot(x.low, y.low) + dot(x.high, y.high)) * (STATE_UNIT * STATE_UNIT);
+}
+
+/* Chunks of the blocks below which all adjoints are a warp's at once, so that none of them is read again; at least a span. */
+#define TREE_BITS 3
+#define TREE_CHUNKS (1 << TREE_BITS)
+
 /* A work-group has 32 uint4 of all blocks of a sequence, head and tile of V; a warp works on one block at a time. */
 __kernel __attribute__((reqd_work_group_size(NB_ITEMS, 1, 1))) void
 nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset) {
@@ -388,27 +397,55 @@ nb_tree(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset)
         }
         barrier(CLK_GLOBAL_MEM_FENCE);
     }
-    for (int j = CHUNK_LEVELS - 1; j >= 0; j--) {
+    for (int j = CHUNK_LEVELS - 1; j >= TREE_BITS; j--) {
         for (uint start = (1u << j) + (warp << (j + 1)); start < call.chunks; start += warps << (j + 1)) {
             const uint e = start - 1, parent = e + (1u << j);
             float crossing = 0.0f;
             if (parent + 1 < call.chunks) {
                 const float kept = decay_between(since[parent + 1], since[start]);
                 const uint4 above = adjoints[(ulong)parent * STATE];
-                if (j >= NB_SPAN_BITS) {
-                    const state_piece state = unpack_piece(states[(ulong)e * STATE]), x = unpack_piece(above);
-                    crossing = kept * (dot(state.low, x.low) + dot(state.high, x.high)) * (STATE_UNIT * STATE_UNIT);
-                }
+                crossing = kept * dot_pieces(states[(ulong)e * STATE], above);
                 adjoints[(ulong)e * STATE] =
                     pack_piece(add_piece(unpack_piece(adjoints[(ulong)e * STATE]), kept, above));
             }
-            if (j >= NB_SPAN_BITS) {
-                crossing = sum_warp(crossing);
-                if (lane == 0) {
-                    crossings[e] = crossing;
-                }
+            crossing = sum_warp(crossing);
+            if (lane == 0) {
+                crossings[e] = crossing;
             }
         }
         barrier(CLK_GLOBAL_MEM_FENCE);
+    }
+    for (uint first = warp * TREE_CHUNKS; first + 1 < call.chunks; first += warps * TREE_CHUNKS) {
+        uint4 own[TREE_CHUNKS], state[TREE_CHUNKS];
+#pragma unroll
+        for (uint i = 0; i < TREE_CHUNKS; i++) {
+            const uint e = min(first + i, call.chunks - 2);
+            own[i] = adjoints[(ulong)e * STATE];
+            if (i % NB_SPAN == NB_SPAN - 1 && i + 1 < TREE_CHUNKS) {
+                state[i] = states[(ulong)e * STATE];
+            }
+        }
+#pragma unroll
+        for (int j = TREE_BITS - 1; j >= 0; j--) {
+#pragma unroll
+            for (uint i = (1u << j) - 1; i + 1 < TREE_CHUNKS; i += 2u << j) {
+                const uint e = first + i, from = i + (1u << j);
+                float crossing = 0.0f;
+                if (first + from + 1 < call.chunks) {
+                    const float kept = decay_between(since[first + from + 1], since[e + 1]);
+                    if (j >= NB_SPAN_BITS) {
+                        crossing = kept * dot_pieces(state[i], own[from]);
+                    }
+                    own[i] = pack_piece(add_piece(unpack_piece(own[i]), kept, own[from]));
+                    adjoints[(ulong)e * STATE] = own[i];
+                }
+                if (j >= NB_SPAN_BITS) {
+                    crossing = sum_warp(crossing);
+                    if (lane == 0 && e + 1 < call.chunks) {
+                        crossings[e] = crossing;
+                    }
+                }
+            }
+        }
     }
 }
