@@ -33,7 +33,11 @@
 #define READ_TOGETHER MMA_ELEMENTS
 #endif
 #ifndef ROLLED
+#ifdef __AMDGCN__
+#define ROLLED _Pragma("unroll 1") /* what is kept for all of them would be spilled */
+#else
 #define ROLLED
+#endif
 #endif
 #ifndef ALIKE
 #define ALIKE(x) (x)

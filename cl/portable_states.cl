@@ -206,6 +206,7 @@ void note_states(const place *at, const int *where, uint moment) {
 LANE_PART void clear_levels(const loglin_panel p, const place *at, __global float *values) {
     for (uint level = 0; level < p.levels; level++) {
         for (uint k = FIRST_STATE_ROW; k < DIM_K; k += STATE_ROW_STEP) {
+#pragma unroll 1 /* the addresses of wide states would be spilled */
             for (uint i = FIRST_VALUE; i < at->values; i += VALUE_STEP) {
                 values[state_row(p, at, k) + (ulong)level * DIM_K * DIM_V + i] = 0.0f;
             }
