@@ -110,6 +110,14 @@ void copy_4(__local void *to, const __global void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(local_address(to)), "l"(from) : "memory");
 }
 
+/* Starts copying a float, or clears it. */
+void copy_wanted_4(__local void *to, const __global void *from, int wanted) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :
+                 : "r"(local_address(to)), "l"(from), "r"(wanted ? 4 : 0)
+                 : "memory");
+}
+
 /* Waits for the copies that this item has started. */
 void wait_for_copies(void) { asm volatile("cp.async.wait_all;" : : : "memory"); }
 

@@ -106,11 +106,7 @@ uint4 load_piece(const __global ushort *x) {
 /* A level scale to local memory; zero where it is not wanted. */
 void fetch_scale(__local float *to, const __global weight *from, ulong at, int wanted) {
 #if WEIGHT_STORAGE == 0
-    if (wanted) {
-        copy_4(to, from + at);
-    } else {
-        *to = 0.0f;
-    }
+    copy_wanted_4(to, from + at, wanted);
 #else
     *to = wanted ? load_weight(from, at) : 0.0f;
 #endif

@@ -319,30 +319,45 @@ typedef struct tile_place {
     int rows;                     /* tokens of the chunk */
 } tile_place;
 
-/* The gradients of a token's level scales, and what is summed up for its dg. */
+/*
+ * The gradients of the level scales, and what is summed up for dg.  An item of 128 has a level of eight tokens, so that neighbours
+ * write next to each other; then it has the sum of one of these tokens.
+ */
 void finish_head(const __local tile_dots *dots, const __local float *scales, const __local tile_place *at, uint h,
-                 uint row) {
-    const __local float *x = dots->queries + row;
-    const float far[4] = {x[8 * CHUNK_ROW], x[9 * CHUNK_ROW], x[10 * CHUNK_ROW], x[11 * CHUNK_ROW]};
-    const float gradients[8] = {x[0],
-                                x[CHUNK_ROW],
-                                x[2 * CHUNK_ROW],
-                                x[3 * CHUNK_ROW],
-                                x[4 * CHUNK_ROW],
-                                row & 16 ? x[5 * CHUNK_ROW] : 0.0f,
-                                row & 32 ? x[6 * CHUNK_ROW] + x[7 * CHUNK_ROW] : 0.0f,
-                                row & 64 ? (far[0] + far[1]) + (far[2] + far[3]) : 0.0f};
-    const int wanted = at->dlevel_scales && (int)row < at->rows;
-    __global weight *to = at->dlevel_scales + (wanted ? row * (HEADS * LEVELS) + h * LEVELS : 0);
-    float sum = -dots->keys[row < NB_TILE ? 0 : 1][row % NB_TILE] - (row < NB_TILE ? dots->keys[2][row] : 0.0f);
+                 uint item) {
+    const uint level = item % 8, first = item / 8, slot = level < 7 ? level : 8;
+    const __local float *x = dots->queries + slot * CHUNK_ROW + first;
+    const __local float *scale = scales + level * CHUNK_ROW + first;
+    const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
+    __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
+    float shares[8];
 #pragma unroll
-    for (uint level = 0; level < 8; level++) {
-        sum = fma(gradients[level], scales[level * CHUNK_ROW + row], sum);
-        if (level < LEVELS && wanted) {
-            store_weight(to, level, gradients[level]);
+    for (uint i = 0; i < 8; i++) {
+        float gradient = x[16 * i];
+        if (level >= 6) {
+            gradient += x[16 * i + CHUNK_ROW];
+        }
+        if (i >= 4 && level == 7) {
+            gradient += x[16 * i + 2 * CHUNK_ROW] + x[16 * i + 3 * CHUNK_ROW];
+        }
+        gradient = level < 4 || ((first + 16 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
+        shares[i] = gradient * scale[16 * i];
+        if ((int)(16 * i) < rows) {
+            store_weight(to + i * (16 * HEADS * LEVELS), 0, gradient);
         }
     }
-    at->dots[h * at->padded + row] = sum;
+#pragma unroll
+    for (uint width = 4; width > 0; width /= 2) {
+        const int high = (level & width) != 0;
+#pragma unroll
+        for (uint i = 0; i < width; i++) {
+            const float left = shares[i], right = shares[i + width];
+            shares[i] = (high ? right : left) + as_float(shuffle_xor(as_uint(high ? left : right), width));
+        }
+    }
+    const uint row = first + 16 * level;
+    at->dots[h * at->padded + row] =
+        shares[0] - dots->keys[row / NB_TILE][row % NB_TILE] - (row < NB_TILE ? dots->keys[2][row] : 0.0f);
 }
 
 __kernel __attribute__((reqd_work_group_size(NB_TILE_ITEMS, 1, 1))) void
