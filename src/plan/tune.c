@@ -281,12 +281,13 @@ static loglin_status conclude(tuner *at, loglin_entry_kind kind, const loglin_se
     return result->complete ? finish(at, kind, result, over) : keep(at); /* keep: failures, which are remembered */
 }
 
+/* With as many heads as keep the device busy. */
 static loglin_problem standard_problem(const tuner *at, loglin_op op, loglin_phase phase, size_t length) {
-    const size_t heads = at->info.type == CL_DEVICE_TYPE_CPU ? 4 : 32;
+    const bool is_cpu = at->info.type == CL_DEVICE_TYPE_CPU;
     return (loglin_problem){.op = op,
-                            .batch = 1,
+                            .batch = is_cpu ? 1 : 4,
                             .length = length,
-                            .heads = heads,
+                            .heads = is_cpu ? 4 : 32,
                             .groups = 1,
                             .dim_k = 128,
                             .dim_v = 64,
