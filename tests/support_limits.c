@@ -134,6 +134,12 @@ bool support_is_gpu(void) {
     return (type & CL_DEVICE_TYPE_GPU) != 0;
 }
 
+void support_build_fast(void) {
+    if (!support_is_gpu()) {
+        (void)setenv("LOGLIN_BUILD_OPTIONS", "-cl-opt-disable", 1);
+    }
+}
+
 static void cap_size(void *value, size_t most) {
     size_t size;
     memcpy(&size, value, sizeof size);

@@ -33,6 +33,12 @@ bool support_is_limited(void);
 bool support_is_gpu(void);
 
 /*
+ * On a CPU, programs are built without optimisation, which takes PoCL a third of the time: for a test that needs many of them,
+ * all of code that other tests run optimised, with other constants.  Before the first OpenCL call.
+ */
+void support_build_fast(void);
+
+/*
  * A GPU of the vendor of that instruction (a name of cl/mma_layouts.cl), which emulates it and has no other; options:
  * what else programs are built with.  Before the first OpenCL call.
  */

@@ -2,6 +2,7 @@
 /* loglin_backward against the oracle's reverse mode: every gradient of every input. */
 #include "support_criterion.h"
 #include "support_golden.h"
+#include "support_limits.h"
 
 #include <string.h>
 
@@ -27,6 +28,7 @@ Test(backward, every_length_mod_16) {
 }
 
 Test(backward, chunk_sizes) {
+    support_build_fast();
     for (size_t chunk = 16; chunk <= 256; chunk *= 2) {
         expect_everywhere(support_check_backward, (support_case){.length = 200, .chunk = chunk, .final_states = true});
     }
@@ -41,6 +43,7 @@ Test(backward, groups) {
 }
 
 Test(backward, dimensions) {
+    support_build_fast();
     static const struct {
         size_t k, v, length;
     } shapes[] = {{1, 1, 70}, {3, 5, 70}, {48, 72, 70}, {5, 128, 40}, {128, 1, 40}, {192, 384, 5}, {512, 512, 2}};
@@ -51,6 +54,7 @@ Test(backward, dimensions) {
 }
 
 Test(backward, dtypes) {
+    support_build_fast();
     expect_dtypes(support_check_backward,
                   (support_case){.length = 100, .dim_k = 16, .dim_v = 24, .final_states = true, .chunk = 32});
 }

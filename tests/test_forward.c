@@ -2,6 +2,7 @@
 /* loglin_forward against the oracle, over shapes that cross every boundary. */
 #include "support_criterion.h"
 #include "support_golden.h"
+#include "support_limits.h"
 
 Test(forward, lengths) {
     static const size_t lengths[] = {1, 2, 3, 63, 64, 65, 127, 200};
@@ -26,6 +27,7 @@ Test(forward, every_length_mod_64) {
 }
 
 Test(forward, chunk_sizes) {
+    support_build_fast();
     for (size_t chunk = 16; chunk <= 256; chunk *= 2) {
         expect_everywhere(support_check_forward, (support_case){.length = 200, .chunk = chunk, .final_states = true});
     }
@@ -41,6 +43,7 @@ Test(forward, groups) {
 }
 
 Test(forward, dimensions) {
+    support_build_fast();
     static const struct {
         size_t k, v, length;
     } shapes[] = {{1, 1, 70},   {3, 5, 70},   {48, 72, 130},  {5, 128, 70},
@@ -54,6 +57,7 @@ Test(forward, dimensions) {
 }
 
 Test(forward, dtypes) {
+    support_build_fast();
     /* Rows of 16-bit elements that begin at no whole word. */
     for (size_t offset = 0; offset < 2; offset++) {
         expect_dtypes(

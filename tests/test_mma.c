@@ -40,13 +40,13 @@ static void skip_on_gpu(void) {
 
 /* ---- One product ------------------------------------------------------------------------------------------------- */
 
-/* An entry of the table, and what is done to its value: "^ 1" exchanges neighbours. */
+/* An entry of the table, and what its value is combined with by exclusive or: "1" exchanges neighbours. */
 typedef struct planted_error {
     const char *entry, *change;
 } planted_error;
 
-/* The file's text with the entry's lines "#define ENTRY(...) VALUE" changed to "((VALUE) CHANGE)", for free(). */
-static char *plant(const char *text, const planted_error *error) {
+/* The file's text with the entry's lines "#define ENTRY(...) VALUE" changed to "((VALUE) ^ (CHANGE) * WHEN)", for free(). */
+static char *plant(const char *text, const planted_error *error, const char *when) {
     char *changed = support_alloc(2 * strlen(text) + 1, 1), *to = changed;
     char head[32];
     const size_t length = (size_t)snprintf(head, sizeof head, "#define %s(", error->entry);
@@ -55,8 +55,8 @@ static char *plant(const char *text, const planted_error *error) {
         const size_t whole = strcspn(line, "\n") + 1;
         if (strncmp(line, head, length) == 0) {
             const size_t name = strcspn(line, ")") + 1;
-            to +=
-                sprintf(to, "%.*s ((%.*s) %s)\n", (int)name, line, (int)(whole - 1 - name), line + name, error->change);
+            to += sprintf(to, "%.*s ((%.*s) ^ (%s) * %s)\n", (int)name, line, (int)(whole - 1 - name), line + name,
+                          error->change, when);
             planted++;
         } else {
             memcpy(to, line, whole);
@@ -68,7 +68,22 @@ static char *plant(const char *text, const planted_error *error) {
     return changed;
 }
 
-static cl_program build(const instruction *of, loglin_dtype dtype, const planted_error *error, const char *extension) {
+/* One program for all errors: the place in the range of work-items says which of them is there, the first at work-group 1. */
+static char *plant_by_offset(const char *text, const planted_error *errors, size_t count, unsigned items) {
+    char *changed = strdup(text);
+    for (size_t i = 0; i < count; i++) {
+        char when[64];
+        (void)snprintf(when, sizeof when, "(get_global_offset(0) == %zu)", (i + 1) * items);
+        char *more = plant(changed, &errors[i], when);
+        free(changed);
+        changed = more;
+    }
+    return changed;
+}
+
+/* For a device with an extension (an option that defines its name) or without (""). */
+static cl_program build(const instruction *of, loglin_dtype dtype, const planted_error *errors, size_t count,
+                        const char *extension) {
     const char *const files[] = {"common.cl",        "portable_items.cl",   "mma_layouts.cl", of->file,
                                  "mma_fragments.cl", "portable_product.cl", "mma_probe.cl"};
     enum { FILES = sizeof files / sizeof files[0] };
@@ -79,8 +94,8 @@ static cl_program build(const instruction *of, loglin_dtype dtype, const planted
         size_t length = 0;
         texts[i] = loglin_kernel_source(files[i], &length);
         cr_assert_not_null(texts[i], "%s", files[i]);
-        if (error != NULL && strcmp(files[i], "mma_layouts.cl") == 0) {
-            texts[i] = changed = plant(texts[i], error);
+        if (strcmp(files[i], "mma_layouts.cl") == 0) {
+            texts[i] = changed = plant_by_offset(texts[i], errors, count, of->items);
         }
     }
     char options[256];
@@ -99,12 +114,8 @@ static cl_program build(const instruction *of, loglin_dtype dtype, const planted
     return program;
 }
 
-/*
- * The error of A B by the emulated instruction, with an error planted in the table or not (NULL), on a device with an extension
- * (an option that defines its name) or without ("").
- */
-static double product_error(const instruction *of, loglin_dtype dtype, const planted_error *planted,
-                            const char *extension) {
+/* The error of A B by the emulated instruction, from the program with all planted errors, at a place in its range. */
+static double product_error(const instruction *of, loglin_dtype dtype, cl_program program, size_t place) {
     static double a[ROWS * DEPTH], b[DEPTH * COLUMNS], expected[ROWS * COLUMNS], got[ROWS * COLUMNS];
     support_random random = {.state = 7};
     for (size_t i = 0; i < ROWS * DEPTH; i++) {
@@ -119,7 +130,6 @@ static double product_error(const instruction *of, loglin_dtype dtype, const pla
             expected[i] += a[i / COLUMNS * DEPTH + k] * b[k * COLUMNS + i % COLUMNS];
         }
     }
-    cl_program program = build(of, dtype, planted, extension);
     cl_kernel kernel = clCreateKernel(program, "mma_probe", NULL);
     const int32_t waves[2] = {0};
     support_array arrays[] = {support_input(LOGLIN_F32, a, ROWS * DEPTH, 0),
@@ -128,25 +138,31 @@ static double product_error(const instruction *of, loglin_dtype dtype, const pla
     for (cl_uint i = 0; i < 4; i++) {
         support_require(clSetKernelArg(kernel, i, sizeof(cl_mem), &arrays[i].mem), "clSetKernelArg");
     }
-    const size_t items = of->items;
-    support_require(clEnqueueNDRangeKernel(support_open()->queue, kernel, 1, NULL, &items, &items, 0, NULL, NULL),
+    const size_t items = of->items, offset = place * items;
+    support_require(clEnqueueNDRangeKernel(support_open()->queue, kernel, 1, &offset, &items, &items, 0, NULL, NULL),
                     "mma_probe");
     cr_expect(support_read(&arrays[2], got), "%s writes out of bounds", of->name);
     for (size_t i = 0; i < 4; i++) {
         support_array_free(&arrays[i]);
     }
     clReleaseKernel(kernel);
-    clReleaseProgram(program);
     return support_error(got, expected, (size_t)ROWS * COLUMNS);
 }
 
 /* ---- Tests ------------------------------------------------------------------------------------------------------- */
 
+static double right_error(const instruction *of, loglin_dtype dtype, const char *extension) {
+    cl_program program = build(of, dtype, NULL, 0, extension);
+    const double error = product_error(of, dtype, program, 0);
+    clReleaseProgram(program);
+    return error;
+}
+
 Test(mma, products) {
     skip_on_gpu();
     for (size_t i = 0; i < INSTRUCTIONS; i++) {
         for (int dtype = instructions[i].is_float ? LOGLIN_F32 : LOGLIN_F16; dtype <= LOGLIN_BF16; dtype++) {
-            const double error = product_error(&instructions[i], (loglin_dtype)dtype, NULL, "");
+            const double error = right_error(&instructions[i], (loglin_dtype)dtype, "");
             cr_expect_leq(error, 1e-6, "%s, %s: %g", instructions[i].name, support_dtype_name((loglin_dtype)dtype),
                           error);
         }
@@ -158,47 +174,43 @@ Test(mma, products_of_block_reads) {
     skip_on_gpu();
     for (size_t i = 0; i < INSTRUCTIONS; i++) {
         if (instructions[i].is_float) {
-            const double error =
-                product_error(&instructions[i], LOGLIN_F32, NULL, "-Dcl_intel_subgroup_local_block_io=1");
+            const double error = right_error(&instructions[i], LOGLIN_F32, "-Dcl_intel_subgroup_local_block_io=1");
             cr_expect_leq(error, 1e-6, "%s: %g", instructions[i].name, error);
         }
     }
 }
 
-static void expect_noticed(const instruction *of, const planted_error *planted) {
-    const double error = product_error(of, LOGLIN_BF16, planted, "");
-    cr_expect_gt(error, 1e-2, "%s: %s %s is not noticed: %g", of->name, planted->entry, planted->change, error);
+/* Without its errors the program is right, with any of them it is wrong. */
+static void expect_noticed(const instruction *of, const planted_error *errors, size_t count) {
+    cl_program program = build(of, LOGLIN_BF16, errors, count, "");
+    const double right = product_error(of, LOGLIN_BF16, program, count + 1);
+    cr_expect_leq(right, 1e-6, "%s: %g", of->name, right);
+    for (size_t i = 0; i < count; i++) {
+        const double error = product_error(of, LOGLIN_BF16, program, i + 1);
+        cr_expect_gt(error, 1e-2, "%s: %s ^ %s is not noticed: %g", of->name, errors[i].entry, errors[i].change, error);
+    }
+    clReleaseProgram(program);
 }
 
 /* Every entry that the kernels use, and every one of the documents, wrong: numbers are exchanged. */
 Test(mma, planted_errors) {
     skip_on_gpu();
-    static const planted_error errors[] = {{"A_ROW", "^ 1"},
-                                           {"A_K", "^ (MMA_DEPTH / 2)"},
-                                           {"B_K", "^ (MMA_DEPTH / 2)"},
-                                           {"B_COLUMN", "^ 1"},
-                                           {"C_ROW", "^ 1"},
-                                           {"C_COLUMN", "^ 1"},
-                                           {"A_LANE", "^ 1"},
-                                           {"A_INDEX", "^ 1"},
-                                           {"B_LANE", "^ 1"},
-                                           {"B_INDEX", "^ 1"},
-                                           {"C_LANE", "^ 1"},
-                                           {"C_INDEX", "^ 1"}};
+    static const planted_error errors[] = {{"A_ROW", "1"},    {"A_K", "MMA_DEPTH / 2"}, {"B_K", "MMA_DEPTH / 2"},
+                                           {"B_COLUMN", "1"}, {"C_ROW", "1"},           {"C_COLUMN", "1"},
+                                           {"A_LANE", "1"},   {"A_INDEX", "1"},         {"B_LANE", "1"},
+                                           {"B_INDEX", "1"},  {"C_LANE", "1"},          {"C_INDEX", "1"}};
     for (size_t i = 0; i < INSTRUCTIONS; i++) {
-        for (size_t j = 0; j < sizeof errors / sizeof errors[0]; j++) {
-            expect_noticed(&instructions[i], &errors[j]);
-        }
+        expect_noticed(&instructions[i], errors, sizeof errors / sizeof errors[0]);
     }
 }
 
 /* Lanes 16 apart must hold the same. */
 Test(mma, planted_errors_in_copies) {
     skip_on_gpu();
-    static const planted_error errors[] = {{"A_ROW", "^ ((lane) / 16)"}, {"B_COLUMN", "^ ((lane) / 16)"}};
+    static const planted_error errors[] = {{"A_ROW", "(lane) / 16"}, {"B_COLUMN", "(lane) / 16"}};
     for (size_t i = 0; i < INSTRUCTIONS; i++) {
-        for (size_t j = 0; instructions[i].has_copies && j < 2; j++) {
-            expect_noticed(&instructions[i], &errors[j]);
+        if (instructions[i].has_copies) {
+            expect_noticed(&instructions[i], errors, 2);
         }
     }
 }
@@ -282,7 +294,7 @@ Test(mma, scalar_FMA_8X8X8) {
 static const planted_error *fused_error;
 
 static char *plant_fused(const char *source) {
-    return strstr(source, "#define A_ROW(") != NULL ? plant(source, fused_error) : NULL;
+    return strstr(source, "#define A_ROW(") != NULL ? plant(source, fused_error, "1") : NULL;
 }
 
 /* The library's trial of the instruction has passed when the table goes wrong, so only the answers can tell. */
@@ -293,22 +305,22 @@ static void expect_fused_error(const char *name, planted_error error) {
     const support_case c = fused_case(LOGLIN_MAMBA2, LOGLIN_BF16);
     const char *failure = support_check_forward(&c);
     cr_expect_gt(support_launches("portable_forward", 256), 0, "%s: the fused kernel has not run", name);
-    cr_assert_not_null(failure, "%s: %s %s is not noticed", name, error.entry, error.change);
+    cr_assert_not_null(failure, "%s: %s ^ %s is not noticed", name, error.entry, error.change);
     cr_expect_not_null(strstr(failure, "o: error"), "%s", failure);
 }
 
 Test(mma, planted_error_in_fused_WMMA_GFX12) {
-    expect_fused_error("WMMA_GFX12", (planted_error){"A_K", "^ 8"});
+    expect_fused_error("WMMA_GFX12", (planted_error){"A_K", "8"});
 }
 
 Test(mma, planted_error_in_fused_DPAS_8X16X16) {
-    expect_fused_error("DPAS_8X16X16", (planted_error){"C_ROW", "^ 1"});
+    expect_fused_error("DPAS_8X16X16", (planted_error){"C_ROW", "1"});
 }
 
 /* And one that the trial sees: the instruction is not used. */
 Test(mma, planted_error_in_trial) {
     skip_on_gpu();
-    static const planted_error error = {"B_COLUMN", "^ 1"};
+    static const planted_error error = {"B_COLUMN", "1"};
     fused_error = &error;
     support_edit_sources(plant_fused);
     support_emulate("MFMA_32X32X8", "-cl-opt-disable");

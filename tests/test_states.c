@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A sequence cut into pieces, each by a forward call or by steps, is the sequence in one pass; so are its gradients. */
 #include "support_criterion.h"
+#include "support_limits.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -232,6 +233,7 @@ Test(states, gradients_of_pieces) {
 /* ---- One call --------------------------------------------------------------------------------------------------- */
 
 Test(states, initial_positions) {
+    support_build_fast();
     static const int32_t positions[][3] = {{1, 2, 3}, {0, 0, 0}, {15, 16, 17}, {63, 100, 64}, {1000, 7, 129}};
     for (size_t i = 0; i < sizeof positions / sizeof positions[0]; i++) {
         for (size_t chunk = 16; chunk <= 64; chunk *= 4) {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Packed sequences of any lengths, through cu_seqlens. */
 #include "support_criterion.h"
+#include "support_limits.h"
 
 static const size_t MIXED[] = {0, 1, 0, 63, 64, 65, 1, 2, 0, 130, 0};
 static const int32_t MIXED_POSITIONS[] = {0, 3, 17, 0, 64, 1, 200, 15, 5, 100, 31};
@@ -18,6 +19,7 @@ Test(varlen, mixed_lengths) {
 }
 
 Test(varlen, single_tokens_and_empty_sequences) {
+    support_build_fast();
     static const size_t ones[] = {1, 1, 1, 1, 1, 1, 1};
     static const size_t mostly_empty[] = {0, 0, 0, 0, 0, 1, 0, 0};
     static const size_t one_sequence[] = {100};
@@ -29,6 +31,7 @@ Test(varlen, single_tokens_and_empty_sequences) {
 }
 
 Test(varlen, states_at_positions) {
+    support_build_fast();
     for (size_t chunk = 16; chunk <= 64; chunk *= 4) {
         const support_case c = {.lengths = MIXED,
                                 .sequences = MIXED_COUNT,
