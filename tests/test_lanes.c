@@ -2,7 +2,8 @@
 /*
  * The fused engine as a GPU runs it, on whatever device is there: it says that it is a GPU, so a lane is a work-group with
  * barriers.  The kernels are compiled without optimisation: with it this takes minutes where barriers become loops.  The
- * backward pass, and data races, are test_small's under Oclgrind.
+ * backward pass, and data races, are test_small's under Oclgrind.  The states' shapes have the constants of packed sequences,
+ * so each operator is compiled once for both.
  */
 #define _GNU_SOURCE /* setenv */
 #include "support_criterion.h"
@@ -16,7 +17,7 @@ static void be_gpu(const char *limits) {
     support_limit_device(limits);
 }
 
-static const int32_t POSITIONS[] = {5, 3};
+static const int32_t POSITIONS[] = {5, 30};
 static const size_t LENGTHS[] = {0, 1, 20, 0, 33};
 static const int32_t PACKED_POSITIONS[] = {0, 3, 16, 7, 1};
 
@@ -49,29 +50,37 @@ Test(lanes, states) {
                                                            .dim_v = 3,
                                                            .chunk = 16,
                                                            .positions = POSITIONS,
-                                                           .final_states = true});
+                                                           .final_states = true,
+                                                           .only = LOGLIN_ENGINE_FUSED});
 }
 
 Test(lanes, packed) {
     be_gpu("gpu");
     expect_operators(support_check_forward, (support_case){.lengths = LENGTHS,
                                                            .sequences = 5,
+                                                           .heads = 4,
+                                                           .groups = 2,
                                                            .dim_k = 4,
                                                            .dim_v = 3,
                                                            .chunk = 16,
                                                            .positions = PACKED_POSITIONS,
-                                                           .final_states = true});
+                                                           .final_states = true,
+                                                           .only = LOGLIN_ENGINE_FUSED});
 }
 
+/* The other operator of each type is test_mma's. */
 Test(lanes, dtypes) {
     be_gpu("gpu");
     for (int dtype = LOGLIN_F16; dtype <= LOGLIN_BF16; dtype++) {
-        expect_operators(support_check_forward, (support_case){.dtype = (loglin_dtype)dtype,
-                                                               .weight_dtype = (loglin_dtype)dtype,
-                                                               .length = 20,
-                                                               .dim_k = 16,
-                                                               .dim_v = 8,
-                                                               .chunk = 16,
-                                                               .normalize_qk = 1});
+        const support_case c = {.op = dtype == LOGLIN_F16 ? LOGLIN_MAMBA2 : LOGLIN_GATED_DELTA,
+                                .dtype = (loglin_dtype)dtype,
+                                .weight_dtype = (loglin_dtype)dtype,
+                                .length = 20,
+                                .dim_k = 16,
+                                .dim_v = 8,
+                                .chunk = 16,
+                                .normalize_qk = 1,
+                                .only = LOGLIN_ENGINE_FUSED};
+        expect_pass(support_check_forward(&c));
     }
 }
