@@ -24,6 +24,7 @@ static void expect_operator(const char *limits) {
         {.op = LOGLIN_MAMBA2, .partition = LOGLIN_WEAK, .dtype = LOGLIN_F16},
         {.op = LOGLIN_GATED_DELTA, .partition = LOGLIN_WEAK, .dtype = LOGLIN_BF16},
     };
+    support_build_fast();
     support_limit_device(limits);
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         support_case c = cases[i];

@@ -23,7 +23,8 @@ static void gates_of_minus_50_now_and_then(support_data *data) {
     }
 }
 
-enum { DEEP = 150 }; /* tokens of -50 in front of tokens that forget hardly anything */
+enum { LENGTH = 300 }; /* of most tests: they share their programs */
+enum { DEEP = 150 };   /* tokens of -50 in front of tokens that forget hardly anything */
 
 static void gates_deep_then_flat(support_data *data) {
     for (size_t i = 0; i < data->n_gates; i++) {
@@ -33,7 +34,7 @@ static void gates_deep_then_flat(support_data *data) {
 
 static void expect_gates(void (*adjust)(support_data *)) {
     for (size_t chunk = 16; chunk <= 256; chunk *= 4) {
-        const support_case c = {.length = 300, .chunk = chunk, .final_states = true, .adjust = adjust};
+        const support_case c = {.length = LENGTH, .chunk = chunk, .final_states = true, .adjust = adjust};
         expect_everywhere(support_check_forward, c);
         expect_everywhere(support_check_backward, c);
     }
@@ -106,7 +107,7 @@ static void weights_to_1000(support_data *data) {
 }
 
 Test(numerics, level_weights_to_1000) {
-    const support_case c = {.length = 200, .adjust = weights_to_1000, .final_states = true};
+    const support_case c = {.length = LENGTH, .chunk = 64, .adjust = weights_to_1000, .final_states = true};
     expect_everywhere(support_check_forward, c);
     expect_everywhere(support_check_backward, c);
     expect_everywhere(support_check_decode, c);
@@ -139,7 +140,7 @@ static void betas_of_0(support_data *data) {
 
 Test(numerics, equal_keys) {
     for (size_t chunk = 16; chunk <= 256; chunk *= 4) {
-        support_case c = {.length = 200, .chunk = chunk, .adjust = equal_keys, .final_states = true};
+        support_case c = {.length = LENGTH, .chunk = chunk, .adjust = equal_keys, .final_states = true};
         expect_everywhere(support_check_forward, c);
         expect_everywhere(support_check_backward, c);
         c.adjust = equal_keys_full_betas; /* every token erases the past: dg is a difference of equal terms */
@@ -153,8 +154,11 @@ Test(numerics, equal_keys) {
 
 Test(numerics, betas_of_exactly_0_and_1) {
     for (size_t chunk = 16; chunk <= 256; chunk *= 4) {
-        support_case c = {
-            .op = LOGLIN_GATED_DELTA, .length = 200, .chunk = chunk, .adjust = betas_of_0_and_1, .final_states = true};
+        support_case c = {.op = LOGLIN_GATED_DELTA,
+                          .length = LENGTH,
+                          .chunk = chunk,
+                          .adjust = betas_of_0_and_1,
+                          .final_states = true};
         expect_pass(support_check_forward(&c));
         expect_pass(support_check_backward(&c));
         c.adjust = betas_of_0;

@@ -299,7 +299,7 @@ Test(tuning, too_many_results_are_refused_and_lose_nothing) {
     cr_assert_eq(loglin_tuning_merge(support_cache, &tuning), LOGLIN_OK);
     loglin_entry failed = {.kind = LOGLIN_ENTRY_FAILED, .stamp = NOW, .reason = "hung"};
     for (int i = 0; i < 12000; i++) {
-        snprintf(failed.candidate, sizeof failed.candidate, "%0200d", i);
+        snprintf(failed.candidate, sizeof failed.candidate, "%-200d", i);
         cr_assert_eq(loglin_tuning_add(&tuning, &failed), LOGLIN_OK);
     }
     cr_expect_eq(loglin_tuning_merge(support_cache, &tuning), LOGLIN_IO);

@@ -142,11 +142,14 @@ loglin_status loglin_tuning_add(loglin_tuning *tuning, const loglin_entry *entry
             return LOGLIN_OK;
         }
     }
-    loglin_entry *grown = realloc(tuning->entries, (tuning->count + 1) * sizeof *grown);
-    if (grown == NULL) {
-        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "tuning: out of host memory");
+    if ((tuning->count & (tuning->count - 1)) == 0) { /* room for a power of two, all of it taken */
+        const size_t room = tuning->count > 0 ? 2 * tuning->count : 1;
+        loglin_entry *grown = realloc(tuning->entries, room * sizeof *grown);
+        if (grown == NULL) {
+            return loglin_fail(LOGLIN_OUT_OF_MEMORY, "tuning: out of host memory");
+        }
+        tuning->entries = grown;
     }
-    tuning->entries = grown;
     const loglin_entry added = *entry;
     tuning->entries[tuning->count++] = added;
     drop_oldest(tuning, &added);
