@@ -276,14 +276,15 @@ void fetch_both(__local uint4 *to_v, __local uint4 *to_d_o, const __global ushor
     const ulong first = (ulong)first_row * (HEADS * DIM_V) + 8 * piece;
     const int has_columns = 8 * piece < DIM_V;
     if (aligned) {
+        v += first;
+        d_o += first;
 #pragma unroll
         for (uint i = 0; i < (NB_CHUNK + ROW_STEP - 1) / ROW_STEP; i++) {
             const uint row = first_row + i * ROW_STEP, to = piece / 8 * CHUNK_TILE + swizzled(row, 8, piece % 8);
             const int wanted = has_columns && (int)row < rows;
-            const ulong from = wanted ? first + i * (ROW_STEP * HEADS * DIM_V) : 0;
             if (row < NB_CHUNK) {
-                copy_16(&to_v[to], v + from, wanted);
-                copy_16(&to_d_o[to], d_o + from, wanted);
+                copy_16(&to_v[to], v + i * (ROW_STEP * HEADS * DIM_V), wanted);
+                copy_16(&to_d_o[to], d_o + i * (ROW_STEP * HEADS * DIM_V), wanted);
             }
         }
         return;
@@ -461,15 +462,18 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         barrier(CLK_LOCAL_MEM_FENCE);
         if (wanted < BLOCK_HEADS) {
             __local tile_inputs *to = &inputs[wanted % TILE_STAGES];
-            const __global weight *scales_from = at->level_scales + wanted * LEVELS;
+            const uint level = item % 8, first_row = item / 8;
+            const __global weight *scales_from = at->level_scales + (first_row * (HEADS * LEVELS) + wanted * LEVELS + level);
             const int rows = at->rows;
             fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows, item,
                        aligned & 1);
 #pragma unroll
-            for (uint i = item; i < NB_CHUNK * 8; i += NB_TILE_ITEMS) {
-                const uint level = i % 8, row = i / 8;
-                fetch_scale(&scales_at[wanted % 3][level * CHUNK_ROW + row], scales_from,
-                            row * (HEADS * LEVELS) + level, (int)row < rows && level < LEVELS);
+            for (uint i = 0; i < NB_CHUNK; i += NB_TILE_ITEMS / 8) {
+                const uint row = first_row + i;
+                if (row < NB_CHUNK) {
+                    fetch_scale(&scales_at[wanted % 3][level * CHUNK_ROW + row], scales_from, i * (HEADS * LEVELS),
+                                (int)row < rows && level < LEVELS);
+                }
             }
 #if WGMMA
             if (item == NB_TILE_ITEMS - 1) {
