@@ -306,6 +306,13 @@ void tile_wait_before_last(float4 c[8]) {
     asm volatile("//WG wgmma.wait_group.sync.aligned 1;" : TILE_ALL_C : : "memory");
 }
 void tile_wait(float4 c[8]) { asm volatile("//WG wgmma.wait_group.sync.aligned 0;" : TILE_ALL_C : : "memory"); }
+/* The same where A is not used any more: it stays where it is till then. */
+void tile_wait_for(float4 c[8], uint4 a[4]) {
+    asm volatile("//WG wgmma.wait_group.sync.aligned 0;"
+                 : TILE_ALL_C, TILE_A(0), TILE_A(1), TILE_A(2), TILE_A(3)
+                 :
+                 : "memory");
+}
 
 /* What this item has written to local memory becomes visible to tile_multiply, behind a barrier. */
 void tile_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
@@ -428,6 +435,7 @@ void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) { tile_multiply_t
 void tile_wait_but_one(void) {}
 void tile_wait_before_last(float4 c[8]) { (void)c; }
 void tile_wait(float4 c[8]) { (void)c; }
+void tile_wait_for(float4 c[8], uint4 a[4]) { (void)c, (void)a; }
 void tile_publish(void) {}
 #endif
 

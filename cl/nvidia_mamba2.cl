@@ -601,6 +601,13 @@ void weigh_tiles(uint4 tiles[4], uint2 weights, const __local uint *to) {
     decay_chunk(tiles, to);
 }
 
+void load_queries(uint4 q[BLOCK_STEPS], const __global uint4 *tiles, uint block) {
+#pragma unroll
+    for (uint step = 0; step < BLOCK_STEPS; step++) {
+        q[step] = tiles[(block * BLOCK_STEPS + step) * 32 + warp_lane()];
+    }
+}
+
 #if NV_CROSS_LOCAL
 #define CROSS_SPACE __local
 #else
@@ -609,10 +616,10 @@ void weigh_tiles(uint4 tiles[4], uint2 weights, const __local uint *to) {
 
 /*
  * c = weighed q k^T of 16 rows, tile i of half `part`, times the segment's values.  inside, cross: q k^T of the half, and
- * between the halves; gates: of both.
+ * between the halves; gates: of both.  Beside the last product q is loaded, the first columns of the rows' queries.
  */
 void make_near(float4 c[8], const __local uint4 *inside, const CROSS_SPACE uint4 *cross, const __local half_gates *gates,
-               warp_rows rows, uint part, uint i, tile_rows values) {
+               warp_rows rows, uint part, uint i, tile_rows values, uint4 q[BLOCK_STEPS], const __global uint4 *queries) {
     const uint lane = warp_lane(), odd = i / 4, own = i % 4;
     const __local uint4 *tiles = inside + i * (i + 1) / 2 * 32 + lane;
     const __local half_gates *of_half = &gates[part];
@@ -620,17 +627,21 @@ void make_near(float4 c[8], const __local uint4 *inside, const CROSS_SPACE uint4
     tile_clear(c);
     if (part != 0) {
         const uint2 weights = row_pairs(rows, 8, before.x);
-#pragma unroll 1
-        for (uint chunk = 0; chunk < 2; chunk++) {
-            uint4 before_half[4];
+        uint4 first[4], second[4];
 #pragma unroll
-            for (uint j = 0; j < 4; j++) {
-                before_half[j] = cross[(8 * i + 4 * chunk + j) * 32 + lane];
-            }
-            weigh_tiles(before_half, weights, gates[0].to_half + 32 * chunk);
-            tile_multiply(c, before_half, tile_step(values, 4 * chunk));
-            tile_wait(c);
+        for (uint j = 0; j < 4; j++) {
+            first[j] = cross[(8 * i + j) * 32 + lane];
         }
+#pragma unroll
+        for (uint j = 0; j < 4; j++) {
+            second[j] = cross[(8 * i + 4 + j) * 32 + lane];
+        }
+        weigh_tiles(first, weights, gates[0].to_half);
+        tile_multiply(c, first, values);
+        weigh_tiles(second, weights, gates[0].to_half + 32);
+        tile_multiply(c, second, tile_step(values, 4));
+        tile_wait_for(c, first);
+        tile_wait_for(c, second);
     }
     if (odd) {
         uint4 far[4];
@@ -660,7 +671,8 @@ void make_near(float4 c[8], const __local uint4 *inside, const CROSS_SPACE uint4
         near[j] = j == own ? diagonal : near[j];
     }
     tile_multiply(c, near, tile_step(values, 8 * part + 4 * odd));
-    tile_wait(c);
+    load_queries(q, queries, 0);
+    tile_wait_for(c, near);
 }
 
 void store_piece(__global ushort *o, uint4 x, int wanted, int aligned) {
@@ -701,13 +713,6 @@ void store_rows(__global ushort *o, __local uint *space, const float4 c[8], int 
     }
 }
 
-void load_queries(uint4 q[BLOCK_STEPS], const __global uint4 *tiles, uint block) {
-#pragma unroll
-    for (uint step = 0; step < BLOCK_STEPS; step++) {
-        q[step] = tiles[(block * BLOCK_STEPS + step) * 32 + warp_lane()];
-    }
-}
-
 /* The first half's work-items copy what an item of work has of its own: they have less to do otherwise. */
 #define FETCH_ITEMS 256
 
@@ -722,18 +727,32 @@ typedef struct outputs_place {
     int tokens;    /* of the segment */
 } outputs_place;
 
-/* FETCH_ITEMS work-items, of number id, start to copy what an item of work has of its own: values, level weights, gates. */
+/*
+ * FETCH_ITEMS work-items, of number id, start to copy what an item of work has of its own: values, level weights, gates.
+ * With wgmma the gates come in bulk, and all of them arrive at `here`.
+ */
 void fetch_item(__local uint4 *values, __local half_gates *gates, __local float *scales,
+#if WGMMA
+                __local arrivals *here,
+#endif
                 const __local outputs_place *at, uint item, uint id, int aligned) {
     const uint head = item / TILES_V, tile = item % TILES_V;
+    const __global half_gates *gates_from = at->gates + (ulong)head * at->segments * 2;
     if (id < 128) {
         fetch_rows(values, at->v + head * DIM_V + tile * NV_TILE_V, HEADS * DIM_V, NV_SEGMENT, 8, at->tokens,
                    DIM_V - (int)tile * NV_TILE_V, id, 128, aligned);
     } else {
         fetch_scales(scales, at->level_scales + head * LEVELS, at->tokens, id - 128);
-        fetch((__local uint4 *)gates, (const __global uint4 *)(at->gates + (ulong)head * at->segments * 2),
-              2 * NV_GATES / 16, id - 128, 128);
+#if !WGMMA
+        fetch((__local uint4 *)gates, (const __global uint4 *)gates_from, 2 * NV_GATES / 16, id - 128, 128);
+#endif
     }
+#if WGMMA
+    if (id == FETCH_ITEMS - 128) {
+        copy_bulk(gates, gates_from, 2 * NV_GATES, here);
+    }
+    arrive_with_copies(here);
+#endif
 }
 
 /*
@@ -784,7 +803,7 @@ void fetch_stage(stage_ring ring, uint n, uint item, uint index, const __local o
 /* Starts the first copies. */
 void start_stages(stage_ring ring, const __local outputs_place *at) {
 #pragma unroll 1
-    for (uint n = 0; n < (WGMMA ? NV_STAGES : NV_STAGES - 1) && (!WGMMA || get_local_id(0) == 0); n++) {
+    for (uint n = 0; n < (WGMMA ? NV_STAGES : NV_STAGES - 1); n++) {
         fetch_stage(ring, n, 0, n, at);
     }
 }
@@ -831,13 +850,14 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
 #if WGMMA
     __local arrivals full[NV_STAGES], empty[NV_STAGES];
     __local arrivals item_here[2], item_free[2]; /* what an item has of its own is here, or used up, in one of two places */
+    __local arrivals record_here;                /* q k^T */
 #endif
     const uint item = get_local_id(0);
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
     const ulong id = get_group_id(0);
-    const uint first_item = id % bundles * NV_OUTPUT_COUNT, count = min((uint)NV_OUTPUT_COUNT, ITEMS - first_item);
-    const uint group = id / bundles % GROUPS, b = id / (bundles * GROUPS) % call.batch;
-    const uint segment = call.segments - 1 - id / ((ulong)bundles * GROUPS) / call.batch, blocks = popcount(segment);
+    const uint bundle = id % bundles, rest = id / bundles, group = rest % GROUPS, b = rest / GROUPS % call.batch;
+    const uint segment = call.segments - 1 - rest / GROUPS / call.batch, blocks = popcount(segment);
+    const uint first_item = bundle * NV_OUTPUT_COUNT, count = min((uint)NV_OUTPUT_COUNT, ITEMS - first_item);
     const ulong bh = (ulong)b * HEADS + group * (HEADS / GROUPS); /* the group's first head */
     const ulong token = (ulong)b * call.length + (ulong)segment * NV_SEGMENT;
     const __global uint4 *record = (const __global uint4 *)place(ws, ws_offset, call.products) +
@@ -877,13 +897,29 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         arrivals_start(&empty[item], NV_OUTPUT_ITEMS / 32);
     }
     if (item < 2) {
-        arrivals_start(&item_here[item], FETCH_ITEMS);
+        arrivals_start(&item_here[item], FETCH_ITEMS + 1);
         arrivals_start(&item_free[item], NV_OUTPUT_ITEMS / 32);
+    }
+    if (item == 0) {
+        arrivals_start(&record_here, 2 + NV_CROSS_LOCAL);
     }
     tile_publish();
 #endif
     barrier(CLK_LOCAL_MEM_FENCE);
 
+#if WGMMA
+    if (item == NV_OUTPUT_ITEMS - 32) {
+        copy_bulk(inside[0], record + P_TILES, 36 * 32 * 16, &record_here);
+        copy_bulk(inside[1], record + RECORD + P_TILES, 36 * 32 * 16, &record_here);
+#if NV_CROSS_LOCAL
+        copy_bulk(cross, record + CROSS_TILES, 64 * 32 * 16, &record_here);
+#endif
+        start_stages(ring, at);
+    }
+    if (item < FETCH_ITEMS) {
+        fetch_item(values_at[0], gates_at[0], scales_at[0], &item_here[0], at, first_item, item, aligned);
+    }
+#else
     start_stages(ring, at);
     fetch(inside[0], record + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
     fetch(inside[1], record + RECORD + P_TILES, 36 * 32, item, NV_OUTPUT_ITEMS);
@@ -893,22 +929,28 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     if (item < FETCH_ITEMS) {
         fetch_item(values_at[0], gates_at[0], scales_at[0], at, first_item, item, aligned);
     }
-    for (uint i = item; i < count * NV_SEGMENTS_BITS; i += NV_OUTPUT_ITEMS) {
-        const uint n = i / NV_SEGMENTS_BITS, block = i % NV_SEGMENTS_BITS;
+#endif
+    /* Sixteen lanes have the blocks before an item of work; those behind the last item do that one again. */
+    for (uint of_lanes = item / 16; (of_lanes & ~1u) < count; of_lanes += NV_OUTPUT_ITEMS / 16) {
+        const uint n = min(of_lanes, count - 1), block = item % 16;
         const __global float *sums = (const __global float *)place(ws, ws_offset, call.blocks) +
                                      (bh + (first_item + n) / TILES_V) * call.segments;
-        float since = 0.0f;
-        for (uint nearer = 0; nearer < min(block, blocks); nearer++) {
-            since += sums[ends[nearer]];
+        float since = block < blocks ? sums[ends[block]] : 0.0f;
+#pragma unroll
+        for (uint distance = 1; distance < 16; distance *= 2) {
+            since += from_before(since, distance, 16);
         }
-        kept[n][block] = decay(since) * STATE_UNIT * call.scale;
+        since = from_before(since, 1, 16);
+        if (block < NV_SEGMENTS_BITS) {
+            kept[n][block] = decay(since) * STATE_UNIT * call.scale;
+        }
     }
+#if !WGMMA
     wait_for_copies();
+#endif
     barrier(CLK_LOCAL_MEM_FENCE);
 #if WGMMA
-    if (item < FETCH_ITEMS) {
-        arrive(&item_here[0]);
-    }
+    arrivals_wait(&record_here, 0);
 #endif
     uint stage = 0;
     for (uint number = 0; number < count; number++) {
@@ -917,18 +959,17 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         const uint part = warp / 8, tile_of_half = warp % 8; /* the warp's 16 rows */
         const uint row = 16 * warp + lane / 4;               /* in the segment */
         const __local half_gates *gates = gates_at[n % 2];
-        const uint head = (first_item + n) / TILES_V, tile = (first_item + n) % TILES_V;
-        const __global weight *scales_from = at->level_scales + head * LEVELS;
+        const __global weight *scales_from = at->level_scales + (first_item + n) / TILES_V * LEVELS;
 #if WGMMA
         arrivals_wait(&item_here[n % 2], n / 2 % 2);
         tile_publish();
-        if (part == 0 && n + 1 < count) {
+        if (id < FETCH_ITEMS && n + 1 < count) {
+            const uint next = (n + 1) % 2;
             if (n > 0) {
-                arrivals_wait(&item_free[(n + 1) % 2], (n - 1) / 2 % 2);
+                arrivals_wait(&item_free[next], (n - 1) / 2 % 2);
             }
-            fetch_item(values_at[(n + 1) % 2], gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1,
-                       id, aligned);
-            arrive_with_copies(&item_here[(n + 1) % 2]);
+            fetch_item(values_at[next], gates_at[next], scales_at[next], &item_here[next], at, first_item + n + 1, id,
+                       aligned);
         }
 #else
         wait_for_copies();
@@ -942,10 +983,12 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         const __global uint4 *cross = at->record + CROSS_TILES;
 #endif
         float4 c[8];
-        make_near(c, inside[part], cross, gates, rows, part, tile_of_half, tile_at(values_at[n % VALUES]));
+        uint4 q[BLOCK_STEPS];
+        make_near(c, inside[part], cross, gates, rows, part, tile_of_half, tile_at(values_at[n % VALUES]), q,
+                  at->record + part * RECORD + tile_of_half * K_STEPS * 32);
 #if !WGMMA
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (part == 0 && n + 1 < count) {
+        if (id < FETCH_ITEMS && n + 1 < count) {
             fetch_item(values_at[0], gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, id,
                        aligned);
         }
@@ -954,24 +997,24 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         /* The blocks of segments before this one. */
         const float half_kept = gates[part].tiles[tile_of_half].x;
         const float block_kept = part == 0 ? half_kept : half_kept * gates[0].whole.y;
-        const uint first_stage = stage;
         for (uint k_block = 0; k_block < NV_K / K_BLOCK; k_block++) {
-            uint4 q[BLOCK_STEPS];
-            load_queries(q, at->record + part * RECORD + tile_of_half * K_STEPS * 32, k_block);
+            if (k_block > 0) {
+                load_queries(q, at->record + part * RECORD + tile_of_half * K_STEPS * 32, k_block);
+            }
 #pragma unroll 1
             for (uint block = 0; block < blocks; block++) {
                 float4 level[8];
                 tile_clear(level);
 #pragma unroll
                 for (uint i = 0; i < STAGES_OF_BLOCK; i++) {
-                    wait_for_stage(ring, stage + i, n, stage + i - first_stage, at);
+                    wait_for_stage(ring, stage + i, n, (k_block * blocks + block) * STAGES_OF_BLOCK + i, at);
                     tile_multiply(level, q + 4 * i, tile_at(stages + (stage + i) % NV_STAGES * STAGE));
                 }
                 const float2 weights = row_weights(rows, levels[block], block_kept * kept[n][block]);
                 tile_wait(level);
 #pragma unroll
                 for (uint i = 0; i < STAGES_OF_BLOCK; i++) {
-                    release_stage(ring, stage + i, n, stage + i - first_stage, at);
+                    release_stage(ring, stage + i, n, (k_block * blocks + block) * STAGES_OF_BLOCK + i, at);
                 }
                 stage += STAGES_OF_BLOCK;
 #pragma unroll
@@ -980,6 +1023,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                 }
             }
         }
+        const uint of_group = first_item + anew(number), head = of_group / TILES_V, tile = of_group % TILES_V;
         store_rows(at->o + (ulong)(16 * warp) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V,
                    (__local uint *)&scales_at[n % 2][16 * warp * SCALES_ROW], c, at->tokens - (int)(16 * warp),
                    DIM_V - (int)tile * NV_TILE_V, aligned);

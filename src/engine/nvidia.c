@@ -172,19 +172,19 @@ static const size_t most_local_bytes = (size_t)226 << 10;
 
 /*
  * How many of a group's `items` a work-group of outputs takes, one after another, where there are `times` such groups of
- * work-groups: few enough that all units are busy to the end, and many, which share what a work-group starts with.
+ * work-groups: few enough that all units are busy to the end, and many, since a work-group's start takes as long as an item.
  */
 static size_t items_of_work_group(size_t items, size_t times, size_t units) {
     size_t best = 1, least = SIZE_MAX;
-    for (size_t count = 1; count <= 12 && count <= items; count++) {
-        const size_t cost = ceil_div(times * ceil_div(items, count), units) * (2 * count + 1) + count;
-        if (cost <= least) {
+    for (size_t work_groups = 1; work_groups <= items; work_groups *= 2) {
+        const size_t count = ceil_div(items, work_groups);
+        const size_t cost = ceil_div(times * work_groups, units) * (2 * count + 2) + count;
+        if (count <= 48 && cost < least) {
             least = cost;
             best = count;
         }
     }
-    const size_t work_groups = ceil_div(items, best);
-    return work_groups > 0 ? ceil_div(items, work_groups) : 1; /* alike for all of them */
+    return best;
 }
 
 static nvidia_schedule choose_schedule(const loglin_device *device, const loglin_problem *problem) {
