@@ -59,7 +59,8 @@ void start_ring(const row_ring *ring) {
 
 /* Starts to copy the next state: with wgmma an item of the last warp, else all. */
 void fetch_next_state(row_ring *ring) {
-    if (ring->turn < ring->turns && (!WGMMA || get_local_id(0) == NB_ITEMS - 32)) {
+    const uint item = get_local_id(0), fetcher = WGMMA ? NB_ITEMS - 32 : item;
+    if (ring->turn < ring->turns && item == fetcher) {
         const uint stage = ring->turn % NB_ROW_STAGES, end = block_end(ring->n, lowest_bit(ring->wanted.bits));
         const __global uint4 *from = ring->states + ((ulong)ring->wanted.part * ring->chunks + end) * STATE;
 #if WGMMA
@@ -68,7 +69,7 @@ void fetch_next_state(row_ring *ring) {
         }
         copy_bulk(ring->stages + stage * STATE, from, STATE * 16, &ring->full[stage]);
 #else
-        fetch_state(ring->stages + stage * STATE, from, get_local_id(0), NB_ITEMS);
+        fetch_state(ring->stages + stage * STATE, from, item, NB_ITEMS);
 #endif
         ring->turn++;
         ring->wanted = next_turn(ring->wanted, ring->n);

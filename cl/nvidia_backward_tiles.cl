@@ -14,6 +14,7 @@
 #define CHUNK_ROW (NB_CHUNK + 4) /* of arrays by level and token: neighbours in both directions lie in different banks */
 #define CHUNK_TILE (NB_CHUNK * 8) /* uint4 of 64 columns of a chunk's q or k */
 #define QUERY_DOTS 12
+#define SQUARE_GROUPS (NV_K > 64 ? 3 : 2) /* warpgroups that have squares of dk */
 #define ROW_STEP (NB_TILE_ITEMS / (8 * TILES_V)) /* rows of v that are fetched at once */
 
 /* Two neighbouring numbers. */
@@ -537,7 +538,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             tile_publish();
             announce(1, 256);
             *(__local float2 *)&dots->queries[(8 + own) * CHUNK_ROW + NB_TILE + 2 * lane] = sum_queries(lane, sums);
-            if (has_adjoint && NV_K > 64) {
+            if (NV_K > 64 && has_adjoint) {
                 for (uint i = 0; i < TILES_V; i++) {
                     const tile_rows adjoint = tile_at(in->adjoint[i] + COLUMN_TILE);
                     uint4 a[4], c[4];
@@ -656,7 +657,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     const __local uint4 *own_queries = queries + column / 64 * CHUNK_TILE, *own_keys = keys + column / 64 * CHUNK_TILE;
     __global float *to = (__global float *)place(ws, ws_offset, call.key_parts) +
                          (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K + column;
-    if (part != 1 && (part == 0 || NV_K > 64)) {
+    if (part != 1 && part < SQUARE_GROUPS) {
         add_keys(square, products[0], own_queries);
         add_keys(square, products[2], own_queries + COLUMN_TILE);
         store_rows(to, square);
@@ -665,18 +666,18 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         add_keys(square, products[1], own_queries + COLUMN_TILE);
         store_rows(to + NB_TILE * NV_K, square);
     }
-    if (part == 2 && NV_K > 64) {
+    if (NV_K > 64 && part == 2) {
         add_keys(rest, products[1], own_queries + COLUMN_TILE);
         store_rows(to + NB_TILE * NV_K, rest);
     }
     to = (__global float *)place(ws, ws_offset, call.query_parts) +
          (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K + column;
-    if (part != 1 && (part == 0 || NV_K > 64)) {
+    if (part != 1 && part < SQUARE_GROUPS) {
         tile_clear(square);
         add_queries(square, products[0], own_keys);
         store_rows(to, square);
     }
-    if (part == 1 || (part == 2 && NV_K > 64)) {
+    if (part > 0 && part < SQUARE_GROUPS) {
         tile_clear(square);
         add_queries(square, products[1], own_keys + COLUMN_TILE);
         add_queries(square, products[2], own_keys);
