@@ -6,6 +6,8 @@
  * device copy (bytes read and bytes written) of as many bytes in the same run, the two alternating.  A prefill of one
  * product a parameter stands beside it in GFLOP/s.
  *
+ * And the logits behind the same tokens are compared, taken one by one and at once.
+ *
  *     bench_model FOLDER [PREFILL [PIECE]]      the device that LOGLIN_DEVICE names, or the first
  */
 #include "loglin_model.h"
@@ -28,6 +30,8 @@ enum {
     DEFAULT_PREFILL = 2048,
     MAX_COPY = 256 << 20
 };
+
+static const double MOST_ERROR = 1e-4;
 
 typedef struct bench {
     cl_context context;
@@ -177,6 +181,30 @@ static double time_copy(const bench *b) {
     return (seconds() - start) / (2.0 * (double)times * (double)b->copy_bytes);
 }
 
+/* ||steps - prefill|| / ||prefill|| of the logits behind the same tokens, taken one by one and at once. */
+static double compare_logits(const bench *b) {
+    const size_t vocabulary = b->info.vocabulary;
+    const size_t count = b->prefill < MOST_STEPS ? b->prefill : MOST_STEPS;
+    double difference = 0, size = 0;
+    float *stepped = calloc(vocabulary, sizeof *stepped);
+    if (stepped == NULL) {
+        fprintf(stderr, "out of memory\n");
+        exit(EXIT_FAILURE);
+    }
+    check(loglin_session_reset(b->session, 0), "loglin_session_reset");
+    for (size_t i = 0; i < count; i++) {
+        check(loglin_session_step(b->session, &b->ids[i], stepped), "loglin_session_step");
+    }
+    check(loglin_session_reset(b->session, 0), "loglin_session_reset");
+    check(loglin_session_prefill(b->session, 0, b->ids, count, b->logits), "loglin_session_prefill");
+    for (size_t i = 0; i < vocabulary; i++) {
+        difference += ((double)stepped[i] - b->logits[i]) * ((double)stepped[i] - b->logits[i]);
+        size += (double)b->logits[i] * b->logits[i];
+    }
+    free(stepped);
+    return sqrt(difference / size);
+}
+
 static void measure(bench *b) {
     double prefill[RUNS], step[RUNS], copy[RUNS], floors[RUNS], gains[RUNS];
     b->steps = LEAST_STEPS;
@@ -201,8 +229,10 @@ static void measure(bench *b) {
     printf("step     %8.2f us; floor %.2f us for %.2f MB at a copy's %.1f GB/s; step / (floor + 30 us) = %.2f\n",
            1e6 * median(step, runs), 1e6 * bytes * rate, 1e-6 * bytes, 1e-9 / rate, median(floors, runs));
     printf("a token of the prefill is %.1f times faster than a step\n", median(gains, runs));
-    if (!isfinite(b->logits[0])) {
-        fprintf(stderr, "the logits are not finite\n");
+    const double error = compare_logits(b);
+    printf("the logits of steps and of a prefill differ by %.1e\n", error);
+    if (!(error < MOST_ERROR)) {
+        fprintf(stderr, "that is more than %.0e\n", MOST_ERROR);
         exit(EXIT_FAILURE);
     }
 }

@@ -317,51 +317,6 @@ void tile_wait_for(float4 c[8], uint4 a[4]) {
 /* What this item has written to local memory becomes visible to tile_multiply, behind a barrier. */
 void tile_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
-/*
- * Where wgmma is, so are bulk copies, which one item starts for all, and what counts arrivals in local memory: a phase ends
- * when `count` items and all expected bytes have arrived; phases have parity 0, 1, 0...
- */
-typedef ulong arrivals;
-void arrivals_start(__local arrivals *at, uint count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(local_address(at)), "r"(count) : "memory");
-}
-void arrive(__local arrivals *at) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(local_address(at)) : "memory");
-}
-/* Arrives; did that end the phase? */
-int arrive_last(__local arrivals *at) {
-    uint missing; /* before */
-    asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%1]; mbarrier.pending_count.b64 %0, s;}"
-                 : "=r"(missing)
-                 : "r"(local_address(at))
-                 : "memory");
-    return missing == 1;
-}
-/* Arrives when all copies that this item has started are done. */
-void arrive_with_copies(__local arrivals *at) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(local_address(at)) : "memory");
-}
-void arrivals_wait(__local arrivals *at, uint parity) {
-    uint done;
-    do {
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(local_address(at)), "r"(parity)
-                     : "memory");
-    } while (!done);
-}
-
-/* Arrives, and starts a copy of `bytes`, a multiple of 16, that arrives too. */
-void copy_bulk(__local void *to, const __global void *from, uint bytes, __local arrivals *at) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :
-                 : "r"(local_address(at)), "r"(bytes)
-                 : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :
-                 : "r"(local_address(to)), "l"(from), "r"(bytes), "r"(local_address(at))
-                 : "memory");
-}
 #else
 typedef uint tile_rows;
 tile_rows tile_at(const __local void *rows) { return local_address(rows); }
@@ -437,6 +392,57 @@ void tile_wait_before_last(float4 c[8]) { (void)c; }
 void tile_wait(float4 c[8]) { (void)c; }
 void tile_wait_for(float4 c[8], uint4 a[4]) { (void)c, (void)a; }
 void tile_publish(void) {}
+#endif
+
+#if WGMMA || defined(BULK_COPIES)
+/*
+ * Where wgmma is, and where BULK_COPIES says so, are bulk copies, which one item starts for all, and what counts arrivals in
+ * local memory: a phase ends when `count` items and all expected bytes have arrived; phases have parity 0, 1, 0...
+ */
+typedef ulong arrivals;
+void arrivals_start(__local arrivals *at, uint count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(local_address(at)), "r"(count) : "memory");
+}
+void arrive(__local arrivals *at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(local_address(at)) : "memory");
+}
+/* Arrives; did that end the phase? */
+int arrive_last(__local arrivals *at) {
+    uint missing; /* before */
+    asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%1]; mbarrier.pending_count.b64 %0, s;}"
+                 : "=r"(missing)
+                 : "r"(local_address(at))
+                 : "memory");
+    return missing == 1;
+}
+/* Arrives when all copies that this item has started are done. */
+void arrive_with_copies(__local arrivals *at) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(local_address(at)) : "memory");
+}
+void arrivals_wait(__local arrivals *at, uint parity) {
+    uint done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(local_address(at)), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
+
+/* Arrives, and starts a copy of `bytes`, a multiple of 16, that arrives too. */
+void copy_bulk(__local void *to, const __global void *from, uint bytes, __local arrivals *at) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :
+                 : "r"(local_address(at)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :
+                 : "r"(local_address(to)), "l"(from), "r"(bytes), "r"(local_address(at))
+                 : "memory");
+}
+
+/* What has been started is seen by bulk copies, behind a barrier. */
+void arrivals_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 #endif
 
 /* An 8 x 8 matrix, transposed: item i holds elements 2 (i % 4) and the next of row i / 4. */

@@ -8,7 +8,7 @@
  *
  * A token's product (step) is one launch: the work-group prepares the whole input vector in local memory (norm, or gate
  * and norm), computes blocks of rows, and finishes them (bias, residual, silu(gate) * up).  Many tokens' (prefill):
- * `prepare_*` writes the inputs, then `product_tiles` on a CPU, or `unpack`, CLBlast and `finish_*` elsewhere.
+ * `prepare_*` writes the inputs, then `product_tiles` on a CPU, or `unpack_rows`, CLBlast and `finish_*` elsewhere.
  *
  * A GPU works with LOCAL work-items on one block, of which each reads 16 bytes at a time: LANES of them share a column.
  * A CPU works with one, and vectors of 16.
@@ -32,9 +32,7 @@
 #define SHUFFLES 0
 #endif
 /* Loads of 16 bytes that a work-item of a GPU has on their way together; even. */
-#ifndef IN_FLIGHT
 #define IN_FLIGHT 8
-#endif
 /* The architecture; the defaults are those of a tiny model. */
 #ifndef HEADS
 #define HEADS 1
@@ -588,7 +586,7 @@ __kernel void swiglu_tiles(const __global float *x, ulong x_stride, uint tokens,
 }
 
 /* to[column][row], some rows of a matrix as CLBlast reads it.  Dimension 0 is the row, dimension 1 the column. */
-__kernel void unpack(const __global matrix *w, uint first_row, uint columns, __global float *to) {
+__kernel void unpack_rows(const __global matrix *w, uint first_row, uint columns, __global float *to) {
     const uint row = first_row + get_global_id(0);
     const uint column = get_global_id(1);
     const ulong from = ((ulong)(row / 16) * columns + column) * 16 + row % 16;

@@ -1,11 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One token of every sequence through the whole model in one launch: the kernels of model.cl and step.cl one behind the
- * other.
- *
- *     CPU      one work-item takes a sequence through a small model: nothing waits and no thread is woken, which
- *              costs more than the work.  Dimension 0 is 1, dimension 1 the sequence.
- *     NVIDIA   as many groups as are on the device together share the work; between two phases they meet.
+ * One token of every sequence through the whole model in one launch on a CPU: the kernels of model.cl and step.cl one
+ * behind the other.  One work-item takes a sequence through a small model: nothing waits and no thread is woken, which
+ * costs more than the work.  Dimension 0 is 1, dimension 1 the sequence.  On NVIDIA's GPUs see nvidia_token.cl.
  *
  * Each array holds all layers, *_NEXT elements from one to the next.  Offsets and strides are constants; the columns
  * are arguments, because PoCL makes a loop with a constant count several times slower.
@@ -45,82 +42,36 @@
 #define LOGITS_STRIDE 16
 #endif
 
-#if LOCAL == 1
-#define MEET(meeting) (void)(meeting)
-#else
-/*
- * Waits until every group has come here; what one wrote before, all read behind it.  meeting: arrivals, meetings held,
- * and whether a group has waited in vain, after which nobody waits any more.
- */
-#define MOST_POLLS (1u << 22)
-void meet(__global uint *meeting) {
-    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
-    if (get_local_id(0) == 0) {
-        uint failed, held, now, arrived;
-        asm volatile("fence.acq_rel.gpu;" : : : "memory");
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(failed) : "l"(meeting + 2) : "memory");
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(held) : "l"(meeting + 1) : "memory");
-        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(meeting) : "memory");
-        if (arrived == get_num_groups(0) - 1) {
-            asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(meeting), "r"(0) : "memory");
-            asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(meeting + 1), "r"(held + 1) : "memory");
-        } else if (!failed) {
-            uint polls = 0;
-            do {
-                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(meeting + 1) : "memory");
-            } while (now == held && ++polls < MOST_POLLS);
-            if (now == held) {
-                asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(meeting + 2), "r"(1) : "memory");
-            }
-        }
-        asm volatile("fence.acq_rel.gpu;" : : : "memory");
-    }
-    barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);
-}
-#define MEET(meeting) meet(meeting)
-
-#endif
-
-__kernel void token(const __global int *ids, const __global matrix *embedding, __global float *x, __global float *p,
-                    __global float *y, uint layers, const __global float *vectors, const __global matrix *in,
-                    const __global matrix *out, const __global matrix *gate_up, const __global matrix *down,
-                    const __global float *final_norm, const __global matrix *head, const __global float *zeros,
-                    __global float *logits, uint hidden, uint inner, uint intermediate, uint slice, float eps,
-                    float dt_min, float dt_max, __global float *tails, __global storage *q, __global storage *k,
-                    __global storage *v, __global float *conv_v, __global float *g, __global float *level_scales,
-                    __global float *beta, __global float *values, __global float *log_decay, __global int *position,
-                    __global storage *o, __global uint *meeting, __local float *prepared, __local float *scratch) {
-    __local step_scratch of_step;
+/* A token through the layers; see the kernel. */
+void take_token(const __global int *ids, const __global matrix *embedding, __global float *x, __global float *p,
+                __global float *y, uint layers, const __global float *vectors, const __global matrix *in,
+                const __global matrix *out, const __global matrix *gate_up, const __global matrix *down,
+                const __global float *final_norm, const __global matrix *head, const __global float *zeros,
+                __global float *logits, uint hidden, uint inner, uint intermediate, uint slice, float eps, float dt_min,
+                float dt_max, __global float *tails, __global storage *q, __global storage *k, __global storage *v,
+                __global float *conv_v, __global float *g, __global float *level_scales, __global float *beta,
+                __global float *values, __global float *log_decay, __global int *position, __global storage *o,
+                __local step_scratch *of_step, __local float *prepared, __local float *scratch) {
     const uint sequence = get_group_id(1);
     const uint id = (uint)ids[sequence];
-    for (uint column = get_global_id(0); column < hidden; column += get_global_size(0)) {
+    for (uint column = 0; column < hidden; column++) {
         x[sequence * X_STRIDE + column] = load1(embedding + ((ulong)(id / 16) * hidden + column) * 16 + id % 16);
     }
-    MEET(meeting);
     for (uint layer = 0; layer < layers; layer++) {
         norm_product(x, 0, X_STRIDE, vectors, NORM_AT, eps, in, P_STRIDE / 16, hidden, vectors, IN_BIAS_AT, p, P_STRIDE,
                      prepared, scratch);
-        MEET(meeting);
         attention_inputs(p, P_STRIDE, 1, tails, 0, vectors, CONV_WEIGHT_AT, CONV_BIAS_AT, DT_BIAS_AT, A_AT,
                          LEVEL_WEIGHT_AT, dt_min, dt_max, q, k, v, conv_v, g, level_scales, beta);
-        MEET(meeting);
-        for (uint block = get_group_id(0); block < STEP_HEADS * STEP_BLOCKS; block += get_num_groups(0)) {
-            GROUP_BARRIER();
+        for (uint block = 0; block < STEP_HEADS * STEP_BLOCKS; block++) {
             step_columns(sequence * STEP_HEADS * STEP_BLOCKS + block, q, 0, k, 0, v, 0, g, 0, level_scales, 0, beta, 0,
-                         values, 0, log_decay, 0, position, 0, o, 0, 1.0f, &of_step);
+                         values, 0, log_decay, 0, position, 0, o, 0, 1.0f, of_step);
         }
-        MEET(meeting);
-        if (get_group_id(0) == get_num_groups(0) - 1) {
-            step_advance_sequence(sequence, g, 0, log_decay, 0, position, 0);
-        }
+        step_advance_sequence(sequence, g, 0, log_decay, 0, position, 0);
         gated_product(o, p, P_STRIDE, conv_v, vectors, D_AT, OUT_NORM_AT, OUT_BIAS_AT, eps, out, X_STRIDE / 16, inner,
                       x, X_STRIDE, prepared, scratch);
-        MEET(meeting);
         norm_swiglu(x, X_STRIDE, vectors, MLP_NORM_AT, eps, gate_up, Y_STRIDE / 16, hidden, y, Y_STRIDE, prepared,
                     scratch);
-        MEET(meeting);
         add_product(y, Y_STRIDE, down, X_STRIDE / 16, intermediate, slice, x, X_STRIDE, prepared, scratch);
-        MEET(meeting);
         vectors += VECTORS_NEXT;
         in += IN_NEXT;
         out += OUT_NEXT;
@@ -133,10 +84,50 @@ __kernel void token(const __global int *ids, const __global matrix *embedding, _
     }
     norm_product(x, 0, X_STRIDE, final_norm, 0, eps, head, LOGITS_STRIDE / 16, hidden, zeros, 0, logits, LOGITS_STRIDE,
                  prepared, scratch);
-#if LOCAL == 1
-    if (meeting) { /* the host waits here, see src/model/shared_step.c */
-        mem_fence(CLK_GLOBAL_MEM_FENCE);
-        atomic_inc((volatile __global uint *)meeting);
+}
+
+/*
+ * What the host and a kernel whose memory it shares tell each other, see src/model/shared_step.c: sequences that are
+ * through; the number of the token that the host asks for; and how often a lone sequence's kernel looks for the next.
+ */
+typedef struct shared_step {
+    uint arrived, asked, looks;
+} shared_step;
+
+/* Has the host asked for the token behind `number`?  Else this kernel takes none any more. */
+int is_asked_again(volatile __global shared_step *shared, uint number) {
+    for (uint look = 0; look < shared->looks; look++) {
+        const uint asked = shared->asked;
+        if (asked != number) {
+            mem_fence(CLK_GLOBAL_MEM_FENCE);
+            return asked == number + 1;
+        }
     }
-#endif
+    return atomic_cmpxchg(&shared->asked, number, number - 1) == number + 1;
+}
+
+__kernel void token(const __global int *ids, const __global matrix *embedding, __global float *x, __global float *p,
+                    __global float *y, uint layers, const __global float *vectors, const __global matrix *in,
+                    const __global matrix *out, const __global matrix *gate_up, const __global matrix *down,
+                    const __global float *final_norm, const __global matrix *head, const __global float *zeros,
+                    __global float *logits, uint hidden, uint inner, uint intermediate, uint slice, float eps,
+                    float dt_min, float dt_max, __global float *tails, __global storage *q, __global storage *k,
+                    __global storage *v, __global float *conv_v, __global float *g, __global float *level_scales,
+                    __global float *beta, __global float *values, __global float *log_decay, __global int *position,
+                    __global storage *o, volatile __global shared_step *shared, __local float *prepared,
+                    __local float *scratch) {
+    __local step_scratch of_step;
+    uint number = shared ? shared->asked : 0;
+    bool goes_on;
+    do {
+        take_token(ids, embedding, x, p, y, layers, vectors, in, out, gate_up, down, final_norm, head, zeros, logits,
+                   hidden, inner, intermediate, slice, eps, dt_min, dt_max, tails, q, k, v, conv_v, g, level_scales,
+                   beta, values, log_decay, position, o, &of_step, prepared, scratch);
+        goes_on = false;
+        if (shared) {
+            mem_fence(CLK_GLOBAL_MEM_FENCE);
+            atomic_inc(&shared->arrived);
+            goes_on = get_num_groups(1) == 1 && is_asked_again(shared, number++);
+        }
+    } while (goes_on);
 }

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { MANY = 5, STEPS = 12 };
@@ -139,6 +140,44 @@ static void write_changed(const char *from, const char *to, const state_change *
     }
     loglin_safetensors_close(file);
     free(values);
+}
+
+/*
+ * Steps that follow each other closely, other calls between them, and pauses: on a CPU the kernel of a step may still wait
+ * for the next token then, which must not reach it before what the other calls have changed.
+ */
+Test(session, steps_in_quick_succession) {
+    enum { ROUNDS = 40, COUNT = 6 };
+    static const int32_t ids[COUNT] = {73, 110, 32, 116, 104, 101};
+    for (size_t i = 0; i < 2; i++) {
+        loglin_model *model = support_model_open(support_trained[i], NULL);
+        loglin_session *session = support_session_start(model, 1);
+        loglin_session *other = support_session_start(model, 1);
+        float expected[SUPPORT_VOCABULARY];
+        float logits[SUPPORT_VOCABULARY];
+        support_require(loglin_session_prefill(session, 0, ids, COUNT, expected), "loglin_session_prefill");
+        for (size_t round = 0; round < ROUNDS; round++) {
+            const size_t prompt = round % 3; /* 0: none */
+            support_require(loglin_session_reset(session, 0), "loglin_session_reset");
+            if (prompt > 0) {
+                support_require(loglin_session_prefill(session, 0, ids, prompt, NULL), "loglin_session_prefill");
+            }
+            for (size_t t = prompt; t < COUNT; t++) {
+                support_require(loglin_session_step(session, &ids[t], logits), "loglin_session_step");
+                if (round % 4 == 1) {
+                    (void)nanosleep(&(struct timespec){.tv_nsec = 100000 * (long)(round % 8)}, NULL);
+                } else if (round % 4 == 2) {
+                    support_require(loglin_session_reset(other, 0), "loglin_session_reset");
+                    support_require(loglin_session_step(other, ids, NULL), "loglin_session_step");
+                }
+            }
+            const double error = support_float_error(logits, expected, SUPPORT_VOCABULARY);
+            cr_assert_leq(error, 1e-5, "%s: round %zu: error %g", support_trained[i], round, error);
+        }
+        loglin_session_destroy(other);
+        loglin_session_destroy(session);
+        loglin_model_close(model);
+    }
 }
 
 Test(session, bad_session_files) {

@@ -70,19 +70,18 @@ static schedule cpu_schedule(const loglin_device *device, const loglin_problem *
 }
 
 /* One column a work-item, a cache line of columns beside each other; fewer where that leaves compute units idle. */
-static schedule gpu_schedule(const loglin_device *device, const loglin_problem *problem, size_t most_items,
-                             size_t least_groups) {
+static schedule gpu_schedule(const loglin_device *device, const loglin_problem *problem) {
     const size_t most_columns = 32, least_columns = 8;
     const size_t most_rows = 16, most_delta_rows = 32; /* registers */
     const bool is_delta = problem->op == LOGLIN_GATED_DELTA;
-    size_t items = most_items;
+    size_t items = 256;
     while (items > device->info.max_work_group_size) {
         items /= 2;
     }
     schedule tiling = {.width = 1, .vectors = 1, .advance_items = items};
     tiling.columns = min_size(min_size(most_columns, items), next_power_of_two(problem->dim_v));
     while (tiling.columns > least_columns &&
-           (num_groups(problem, &tiling) < least_groups ||
+           (num_groups(problem, &tiling) < device->info.compute_units ||
             (is_delta && tiling.columns * problem->dim_k > most_delta_rows * items))) {
         tiling.columns /= 2;
     }
@@ -94,9 +93,8 @@ static schedule gpu_schedule(const loglin_device *device, const loglin_problem *
     return tiling;
 }
 
-static schedule choose_schedule(const loglin_device *device, const loglin_problem *problem, size_t most_items,
-                                size_t least_groups) {
-    return device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem, most_items, least_groups);
+static schedule choose_schedule(const loglin_device *device, const loglin_problem *problem) {
+    return device->is_cpu ? cpu_schedule(device, problem) : gpu_schedule(device, problem);
 }
 
 static void write_options(const loglin_problem *problem, const schedule *tiling, char *options) {
@@ -110,17 +108,14 @@ static void write_options(const loglin_problem *problem, const schedule *tiling,
              tiling->lanes, tiling->rows, tiling->advance_items);
 }
 
-size_t loglin_stepper_options(const loglin_device *device, const loglin_problem *problem, size_t most_items,
-                              size_t least_groups, char *options) {
-    const schedule tiling = choose_schedule(device, problem, most_items, least_groups);
+void loglin_stepper_options(const loglin_device *device, const loglin_problem *problem, char *options) {
+    const schedule tiling = choose_schedule(device, problem);
     write_options(problem, &tiling, options);
-    return tiling.lanes * tiling.columns;
 }
 
 loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem *problem, loglin_stepper **stepper) {
     static const char *const names[] = {"common.cl", "step.cl", NULL};
-    enum { MOST_ITEMS = 256 };
-    const schedule tiling = choose_schedule(device, problem, MOST_ITEMS, device->info.compute_units);
+    const schedule tiling = choose_schedule(device, problem);
     char options[LOGLIN_STEP_OPTIONS];
     write_options(problem, &tiling, options);
     cl_program program;

@@ -9,12 +9,10 @@ typedef struct loglin_stepper loglin_stepper;
 
 /*
  * The options with which cl/step.cl takes a problem on a device; for kernels that hold its functions.  A text of at most
- * LOGLIN_STEP_OPTIONS bytes; gives the work-items of a group.  On a GPU a group has at most `most_items`, and there are
- * at least `least_groups` groups if the problem allows it.
+ * LOGLIN_STEP_OPTIONS bytes.
  */
 enum { LOGLIN_STEP_OPTIONS = 640 }; /* 16 numbers of at most 20 digits and their names */
-size_t loglin_stepper_options(const loglin_device *device, const loglin_problem *problem, size_t most_items,
-                              size_t least_groups, char *options);
+void loglin_stepper_options(const loglin_device *device, const loglin_problem *problem, char *options);
 
 /* problem has been validated and its defaults filled in (scale is not 0). */
 loglin_status loglin_stepper_create(loglin_device *device, const loglin_problem *problem, loglin_stepper **stepper);

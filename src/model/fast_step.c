@@ -4,7 +4,7 @@
  *
  * norm_product (all input projections), mix, the attention's step, gated_product, norm_swiglu, add_product: norms and
  * gates are part of the product that reads them, so that nothing but the weights costs time and launches are few.  On a
- * CPU with a small model, and on NVIDIA's GPUs, all of a step is one launch: cl/token.cl.
+ * CPU with a small model, and on NVIDIA's GPUs, all of a step is one launch: cl/token.cl and cl/nvidia_token.cl.
  */
 #include "model/session.h"
 
@@ -167,7 +167,7 @@ static loglin_status set_embed(const loglin_session *session, loglin_launch *lau
     return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
 }
 
-/* All layers in one launch. */
+/* All layers in one launch, on a CPU. */
 static loglin_status set_token(const loglin_session *session, loglin_launch *launch) {
     const loglin_activations *a = &session->step_activations;
     const loglin_model *model = session->model;
@@ -214,15 +214,63 @@ static loglin_status set_token(const loglin_session *session, loglin_launch *lau
         {sizeof log_decay, log_decay != NULL ? &log_decay : NULL},
         KERNEL_ARGUMENT(session->all_positions.all),
         KERNEL_ARGUMENT(a->o),
-        {sizeof session->meeting, session->meeting != NULL ? &session->meeting : NULL},
+        {sizeof(cl_mem), NULL}, /* see shared_step.c */
         KERNEL_LOCAL(loglin_prepared_bytes(loglin_widest_input(session))),
         KERNEL_LOCAL(loglin_scratch_bytes(program)),
     };
     RETURN_IF_ERROR(loglin_model_create_kernel(program, LOGLIN_KERNEL_token, &launch->kernel));
-    launch->global[0] = program->token_groups * program->local;
+    launch->global[0] = 1;
     launch->global[1] = session->sequences;
-    launch->local[0] = program->local;
+    launch->local[0] = 1;
     launch->local[1] = 1;
+    return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
+}
+
+/* Floats that the groups of cl/nvidia_token.cl tell each other. */
+static size_t told_words(const loglin_session *session) {
+    const loglin_activations *a = &session->step_activations;
+    const size_t inner = session->model->lm.inner;
+    return a->p_stride + a->y_stride + inner + inner / 8 + (size_t)(2 * LOGLIN_TOKEN_PARTS) * a->x_stride;
+}
+
+enum { NUMBER_ARGUMENT = 3 };
+
+/* The same on NVIDIA's GPUs. */
+static loglin_status set_nvidia_token(const loglin_session *session, loglin_launch *launch) {
+    const loglin_activations *a = &session->step_activations;
+    const loglin_model *model = session->model;
+    const loglin_lm *lm = &model->lm;
+    const loglin_model_program *program = &session->program;
+    const cl_mem log_decay = session->all_log_decays.all;
+    const cl_uint layers = (cl_uint)lm->layers;
+    const loglin_kernel_argument arguments[] = {
+        KERNEL_ARGUMENT(a->ids),
+        KERNEL_ARGUMENT(model->embedding),
+        KERNEL_ARGUMENT(session->told),
+        KERNEL_ARGUMENT(session->told_number),
+        KERNEL_ARGUMENT(layers),
+        KERNEL_ARGUMENT(model->vectors.all),
+        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_IN].all),
+        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_OUT].all),
+        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_GATE_UP].all),
+        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_DOWN].all),
+        KERNEL_ARGUMENT(model->final_norm),
+        KERNEL_ARGUMENT(model->head),
+        KERNEL_ARGUMENT(a->logits),
+        KERNEL_ARGUMENT(lm->norm_eps),
+        KERNEL_ARGUMENT(lm->dt_min),
+        KERNEL_ARGUMENT(lm->dt_max),
+        KERNEL_ARGUMENT(session->all_tails.all),
+        KERNEL_ARGUMENT(session->all_values.all),
+        {sizeof log_decay, log_decay != NULL ? &log_decay : NULL},
+        KERNEL_ARGUMENT(session->all_positions.all),
+        KERNEL_ARGUMENT(session->in_vain),
+    };
+    RETURN_IF_ERROR(loglin_model_create_kernel(program, LOGLIN_KERNEL_token, &launch->kernel));
+    launch->local[0] = program->local + LOGLIN_TOKEN_COPYING;
+    launch->local[1] = 1;
+    launch->global[0] = program->token_groups * launch->local[0];
+    launch->global[1] = 1;
     return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
 }
 
@@ -281,8 +329,11 @@ void loglin_fast_step_destroy(loglin_session *session) {
     }
     free(session->step_layers);
     loglin_shared_step_destroy(session);
-    if (session->meeting != NULL) {
-        (void)clReleaseMemObject(session->meeting);
+    if (session->in_vain != NULL) {
+        (void)clReleaseMemObject(session->in_vain);
+    }
+    if (session->told != NULL) {
+        (void)clReleaseMemObject(session->told);
     }
     release_kernel(session->step_embed.kernel);
     release_kernel(session->step_head.kernel);
@@ -315,7 +366,7 @@ static loglin_status enqueue_step(const loglin_session *session) {
     return loglin_launch_enqueue(&session->step_head, session->queue);
 }
 
-/* From the ids to the logits, and what became of the meeting. */
+/* From the ids to the logits, and whether groups have waited in vain. */
 static loglin_status enqueue_all(loglin_session *session, float *logits) {
     const size_t vocabulary = session->model->lm.vocabulary;
     const size_t n = session->sequences;
@@ -324,10 +375,16 @@ static loglin_status enqueue_all(loglin_session *session, float *logits) {
     const size_t region[3] = {vocabulary * sizeof(float), n, 1};
     RETURN_IF_CL_ERROR(
         clEnqueueWriteBuffer(session->queue, a->ids, CL_FALSE, 0, n * sizeof(cl_int), session->ids, 0, NULL, NULL));
+    if (session->in_vain != NULL) {
+        RETURN_IF_CL_ERROR(clSetKernelArg(session->step_token.kernel, NUMBER_ARGUMENT, sizeof session->told_number,
+                                          &session->told_number));
+        session->told_number += (cl_uint)session->model->lm.layers;
+    }
     RETURN_IF_ERROR(enqueue_step(session));
-    if (session->meeting != NULL) {
-        RETURN_IF_CL_ERROR(clEnqueueReadBuffer(session->queue, session->meeting, CL_FALSE, 2 * sizeof(cl_uint),
-                                               sizeof session->met_in_vain, &session->met_in_vain, 0, NULL, NULL));
+    if (session->in_vain != NULL) {
+        RETURN_IF_CL_ERROR(clEnqueueReadBuffer(session->queue, session->in_vain, CL_FALSE, 0,
+                                               sizeof session->waited_in_vain, &session->waited_in_vain, 0, NULL,
+                                               NULL));
     }
     if (logits != NULL) {
         RETURN_IF_CL_ERROR(clEnqueueReadBufferRect(session->queue, a->logits, CL_FALSE, origin, origin, region,
@@ -337,20 +394,23 @@ static loglin_status enqueue_all(loglin_session *session, float *logits) {
     return LOGLIN_OK;
 }
 
-/* Nobody has arrived yet. */
-static loglin_status clear_meeting(loglin_session *session) {
-    static const cl_uint nobody[3];
-    session->met_in_vain = 0;
+/* Nobody has told anything yet, nor waited in vain. */
+static loglin_status clear_told(loglin_session *session) {
+    static const cl_uint zero;
+    session->waited_in_vain = 0;
+    session->told_number = 1;
+    RETURN_IF_CL_ERROR(clEnqueueFillBuffer(session->queue, session->told, &zero, sizeof zero, 0,
+                                           told_words(session) * sizeof(cl_ulong), 0, NULL, NULL));
     RETURN_IF_CL_ERROR(
-        clEnqueueWriteBuffer(session->queue, session->meeting, CL_TRUE, 0, sizeof nobody, nobody, 0, NULL, NULL));
+        clEnqueueFillBuffer(session->queue, session->in_vain, &zero, sizeof zero, 0, sizeof zero, 0, NULL, NULL));
     return LOGLIN_OK;
 }
 
 loglin_status loglin_fast_step_run(loglin_session *session, float *logits) {
-    if (session->shared.arrived != NULL) {
+    if (session->shared.words != NULL) {
         return loglin_shared_step_run(session, logits);
     }
-    mtx_t *meetings = session->meeting != NULL ? &session->model->device->meetings : NULL;
+    mtx_t *meetings = session->in_vain != NULL ? &session->model->device->meetings : NULL;
     if (meetings != NULL) {
         mtx_lock(meetings);
     }
@@ -363,22 +423,22 @@ loglin_status loglin_fast_step_run(loglin_session *session, float *logits) {
     if (code != CL_SUCCESS) {
         return loglin_fail(code, "clFinish: %s", loglin_strerror(code));
     }
-    if (session->met_in_vain != 0) {
-        RETURN_IF_ERROR(clear_meeting(session));
+    if (session->waited_in_vain != 0) {
+        RETURN_IF_ERROR(clear_told(session));
         return loglin_fail(LOGLIN_INTERNAL, "the work-groups of a step waited for each other in vain");
     }
     return LOGLIN_OK;
 }
 
 /* Are all groups of step_token on the device together?  A trial step tells; else steps take many launches. */
-static loglin_status try_meeting(loglin_session *session) {
-    RETURN_IF_ERROR(clear_meeting(session));
+static loglin_status try_token(loglin_session *session) {
+    RETURN_IF_ERROR(clear_told(session));
     const loglin_status status = loglin_fast_step_run(session, NULL); /* session->ids are 0 */
     if (status == LOGLIN_INTERNAL) {
         release_kernel(session->step_token.kernel);
         session->step_token.kernel = NULL;
-        (void)clReleaseMemObject(session->meeting);
-        session->meeting = NULL;
+        (void)clReleaseMemObject(session->in_vain);
+        session->in_vain = NULL;
         return LOGLIN_OK;
     }
     return status;
@@ -388,16 +448,17 @@ loglin_status loglin_fast_step_create(loglin_session *session) {
     RETURN_IF_ERROR(
         loglin_activations_create(session, session->sequences, session->sequences, false, &session->step_activations));
     if (session->program.token_groups > 1) {
-        RETURN_IF_ERROR(loglin_session_buffer(session, "the meeting", 3, sizeof(cl_uint), &session->meeting));
-    }
-    if (session->program.token_groups > 0) {
-        RETURN_IF_ERROR(set_token(session, &session->step_token));
+        RETURN_IF_ERROR(loglin_session_buffer(session, "waiting in vain", 1, sizeof(cl_uint), &session->in_vain));
+        RETURN_IF_ERROR(
+            loglin_session_buffer(session, "a step", told_words(session), sizeof(cl_ulong), &session->told));
+        RETURN_IF_ERROR(set_nvidia_token(session, &session->step_token));
     }
     if (session->program.token_groups == 1) {
+        RETURN_IF_ERROR(set_token(session, &session->step_token));
         RETURN_IF_ERROR(loglin_shared_step_create(session));
     }
-    if (session->meeting != NULL) {
-        RETURN_IF_ERROR(try_meeting(session));
+    if (session->in_vain != NULL) {
+        RETURN_IF_ERROR(try_token(session));
     }
     return session->step_token.kernel != NULL ? LOGLIN_OK : create_launches(session);
 }

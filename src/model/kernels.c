@@ -3,6 +3,7 @@
 #include "model/session.h"
 
 #include "engine/lanes.h"
+#include "engine/nvidia.h"
 #include "engine/step.h"
 #include "runtime/device.h"
 #include "runtime/program.h"
@@ -13,9 +14,12 @@
 /* A CPU takes a token through layers of at most so many bytes in one launch: a core reads one in the time of a few. */
 enum { SMALL_LAYER_BYTES = 2 << 20 };
 
-/* Work-items of a group of cl/token.cl on a GPU, and groups on a compute unit. */
-enum { TOKEN_LOCAL = 512, TOKEN_GROUPS = 1 };
-#define TOKEN_OPTIONS " -cl-nv-maxrregcount=128 -DIN_FLIGHT=16" /* so many registers leave room for such a group */
+/* cl/nvidia_token.cl: work-items of a group that compute, so many registers leave room for it; parts of a product's columns. */
+enum { TOKEN_LOCAL = 512, TOKEN_PARTS = LOGLIN_TOKEN_PARTS, TOKEN_OCTETS = 4, TOKEN_MOST_K = 256 };
+#define TOKEN_OPTIONS " -cl-nv-maxrregcount=120"
+
+/* Local memory of such a group: at most so many bytes, and slots of so many in a ring. */
+enum { TOKEN_BYTES = 226 << 10, SLOT_BYTES = 32 * TOKEN_LOCAL, LEAST_SLOTS = 4, MOST_SLOTS = 8 };
 
 enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 16, GPU_TILE = 1 };
 
@@ -77,26 +81,72 @@ static bool has_whole_buffers(const loglin_session *session) {
            session->all_positions.all != NULL && (model->lm.op != LOGLIN_MAMBA2 || session->all_log_decays.all != NULL);
 }
 
-/* Groups that take a token through all layers in one launch; 0: many launches.  `items` make a group of cl/step.cl. */
-static size_t token_groups(const loglin_session *session, size_t items) {
-    const loglin_device *device = session->model->device;
-    if (!has_whole_buffers(session)) {
-        return 0;
-    }
-    if (device->is_cpu) {
-        return layer_bytes(session->model) <= SMALL_LAYER_BYTES ? 1 : 0;
-    }
-    const bool meets = is_nvidia(device) && session->sequences == 1 && items == TOKEN_LOCAL;
-    return meets ? TOKEN_GROUPS * (size_t)device->info.compute_units : 0;
+static size_t min_size(size_t a, size_t b) {
+    return a < b ? a : b;
 }
 
-/* The options of cl/token.cl. */
+/* Columns of a part in cl/nvidia_token.cl: whole tiles of 16. */
+static size_t part_width(size_t columns) {
+    return loglin_whole_blocks((columns + TOKEN_PARTS - 1) / TOKEN_PARTS);
+}
+
+static size_t count_parts(size_t columns) {
+    return (columns + part_width(columns) - 1) / part_width(columns);
+}
+
+/* Floats of a product's input that a group of it keeps: x, or two parts of another one's columns. */
+static size_t token_input(const loglin_lm *lm) {
+    const size_t widest = part_width(lm->inner > lm->intermediate ? lm->inner : lm->intermediate);
+    return lm->hidden > 2 * widest ? lm->hidden : 2 * widest;
+}
+
+/* Slots of its ring, beside a group's other local memory. */
+static size_t token_slots(const loglin_lm *lm) {
+    const size_t attention = TOKEN_OCTETS * (2 * (2 * lm->dim_k + 8) + 10 * lm->levels + 4);
+    const size_t partials = 8 * TOKEN_LOCAL / 2;
+    const size_t others = 6 * token_input(lm) + sizeof(float) * (partials + attention + lm->inner / lm->segment);
+    return others < TOKEN_BYTES ? min_size((TOKEN_BYTES - others) / SLOT_BYTES, MOST_SLOTS) : 0;
+}
+
+/* Its groups: all that the device takes at once, if there is something to tell for each of them in every phase. */
+static size_t streaming_groups(const loglin_model *model) {
+    const loglin_lm *lm = &model->lm;
+    const size_t rows = loglin_whole_blocks(lm->hidden) / LOGLIN_BLOCK;
+    size_t groups = model->device->info.compute_units;
+    groups = min_size(groups, loglin_whole_blocks(model->layout.columns) / LOGLIN_BLOCK);
+    groups = min_size(groups, lm->inner / 8);
+    groups = min_size(groups, rows * count_parts(lm->inner));
+    groups = min_size(groups, rows * count_parts(lm->intermediate));
+    return min_size(groups, lm->intermediate / LOGLIN_BLOCK);
+}
+
+/* Does cl/nvidia_token.cl take the session's steps? */
+static bool streams_weights(const loglin_session *session) {
+    const loglin_model *model = session->model;
+    const loglin_lm *lm = &model->lm;
+    return is_nvidia(model->device) && session->sequences == 1 && has_whole_buffers(session) &&
+           model->matrix_dtype == LOGLIN_BF16 && (lm->hidden | lm->inner | lm->intermediate | lm->dim_k) % 16 == 0 &&
+           (lm->dim_v | lm->segment) % 8 == 0 && lm->dim_k <= TOKEN_MOST_K && token_slots(lm) >= LEAST_SLOTS &&
+           streaming_groups(model) >= TOKEN_PARTS &&
+           loglin_nvidia_probe_wgmma(model->device, LOGLIN_BF16, TOKEN_BYTES) == LOGLIN_OK;
+}
+
+/* Groups that take a token through all layers in one launch; 0: many launches. */
+static size_t token_groups(const loglin_session *session) {
+    const loglin_model *model = session->model;
+    if (model->device->is_cpu) {
+        return has_whole_buffers(session) && layer_bytes(model) <= SMALL_LAYER_BYTES ? 1 : 0;
+    }
+    return streams_weights(session) ? streaming_groups(model) : 0;
+}
+
+/* The options of cl/token.cl, and what cl/nvidia_token.cl has beside them. */
 static void write_token_options(const loglin_session *session, char *options, size_t capacity) {
     const loglin_model *model = session->model;
     const loglin_lm *lm = &model->lm;
     const size_t *at = model->vector_at;
     const size_t element = model->matrix_dtype == LOGLIN_F32 ? 4 : 2;
-    (void)snprintf(
+    int size = snprintf(
         options, capacity,
         " -DNORM_AT=%zu -DIN_BIAS_AT=%zu -DCONV_WEIGHT_AT=%zu -DCONV_BIAS_AT=%zu -DDT_BIAS_AT=%zu -DA_AT=%zu "
         "-DLEVEL_WEIGHT_AT=%zu -DD_AT=%zu -DOUT_NORM_AT=%zu -DOUT_BIAS_AT=%zu -DMLP_NORM_AT=%zu -DVECTORS_NEXT=%zu "
@@ -112,6 +162,13 @@ static void write_token_options(const loglin_session *session, char *options, si
         session->all_positions.next / sizeof(cl_int), loglin_whole_blocks(lm->hidden),
         loglin_whole_blocks(model->layout.columns), loglin_whole_blocks(lm->intermediate),
         loglin_whole_blocks(lm->vocabulary));
+    if (session->program.token_groups > 1 && size > 0) {
+        (void)snprintf(options + size, capacity - (size_t)size,
+                       " -DHIDDEN=%zu -DINTERMEDIATE=%zu -DDIM_K=%zu -DOUT_WIDTH=%zu -DDOWN_WIDTH=%zu -DPREPARED=%zu "
+                       "-DSLOTS=%zu -DBULK_COPIES" TOKEN_OPTIONS,
+                       lm->hidden, lm->intermediate, lm->dim_k, part_width(lm->inner), part_width(lm->intermediate),
+                       token_input(lm), token_slots(lm));
+    }
 }
 
 /* Tokens of a tile of registers; a GPU has no use for the kernels that take one. */
@@ -122,22 +179,25 @@ static int tile_tokens(const loglin_device *device) {
 loglin_status loglin_session_build(loglin_session *session, const loglin_problem *step) {
     static const char *const files[] = {"common.cl", "model.cl", NULL};
     static const char *const token_files[] = {"common.cl", "step.cl", "model.cl", "token.cl", NULL};
+    static const char *const nvidia_files[] = {"common.cl", "mma_nvidia.cl", "model.cl", "nvidia_token.cl", NULL};
     const loglin_model *model = session->model;
     loglin_model_program *program = &session->program;
     const loglin_lm *lm = &model->lm;
     const loglin_lm_layout *in = &model->layout;
     const loglin_device *device = model->device;
-    char of_step[LOGLIN_STEP_OPTIONS];
-    char of_token[1536] = "";
-    char options[3072];
-    program->token_groups = token_groups(
-        session, loglin_stepper_options(device, step, TOKEN_LOCAL, device->info.compute_units / 2, of_step));
+    char of_step[LOGLIN_STEP_OPTIONS] = "";
+    char of_token[2048] = "";
+    char options[3584];
+    program->token_groups = token_groups(session);
     program->local = program->token_groups > 1 ? TOKEN_LOCAL : group_items(device);
     program->shuffles = !device->is_cpu && is_nvidia(device);
     program->mix = device->is_cpu && mixes_in_blocks(model) ? LOGLIN_BLOCK : 1;
     program->groups = device->is_cpu ? device->info.compute_units * (size_t)GROUPS_PER_CORE : 0;
     if (program->token_groups > 0) {
         write_token_options(session, of_token, sizeof of_token);
+    }
+    if (program->token_groups == 1) {
+        loglin_stepper_options(device, step, of_step);
     }
     (void)snprintf(
         options, sizeof options,
@@ -147,10 +207,12 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
         (int)model->options.dtype, (int)model->matrix_dtype, program->local, tile_tokens(device), lm->heads, lm->dim_v,
         lm->levels, lm->conv_kernel, lm->conv_channels, in->q, in->k, in->v, lm->groups * lm->dim_k, in->z, in->conv,
         in->dt, in->beta, in->level, lm->segment, lm->op == LOGLIN_GATED_DELTA, lm->gate_first, program->shuffles,
-        program->token_groups > 0 ? of_step : "", of_token,
-        program->token_groups > 1 ? TOKEN_OPTIONS : register_options(device));
-    return loglin_program_get(model->device, program->token_groups > 0 ? token_files : files, options,
-                              &program->program);
+        of_step, of_token, register_options(device));
+    return loglin_program_get(model->device,
+                              program->token_groups > 1   ? nvidia_files
+                              : program->token_groups > 0 ? token_files
+                                                          : files,
+                              options, &program->program);
 }
 
 loglin_status loglin_model_create_kernel(const loglin_model_program *program, loglin_model_kernel id,

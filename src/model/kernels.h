@@ -16,7 +16,7 @@
     X(add_product)                                                                                                     \
     X(product_tiles)                                                                                                   \
     X(swiglu_tiles)                                                                                                    \
-    X(unpack)                                                                                                          \
+    X(unpack_rows)                                                                                                     \
     X(begin_product)                                                                                                   \
     X(finish_swiglu)                                                                                                   \
     X(attention_inputs)                                                                                                \
@@ -25,8 +25,12 @@
 #define LOGLIN_MODEL_KERNEL_ENUM(name) LOGLIN_KERNEL_##name,
 typedef enum loglin_model_kernel {
     LOGLIN_MODEL_KERNELS(LOGLIN_MODEL_KERNEL_ENUM) LOGLIN_MODEL_KERNEL_COUNT,
-    LOGLIN_KERNEL_token = LOGLIN_MODEL_KERNEL_COUNT, /* of cl/token.cl, where the program has it */
+    LOGLIN_KERNEL_token =
+        LOGLIN_MODEL_KERNEL_COUNT, /* of cl/token.cl or cl/nvidia_token.cl, where the program has it */
 } loglin_model_kernel;
+
+/* cl/nvidia_token.cl: most parts of the columns of some matrices; items beside those that compute. */
+enum { LOGLIN_TOKEN_PARTS = 4, LOGLIN_TOKEN_COPYING = 32 };
 
 /* How the kernels were built. */
 typedef struct loglin_model_program {
@@ -35,7 +39,7 @@ typedef struct loglin_model_program {
     size_t mix;          /* MIX: channels of a work-item */
     size_t groups;       /* that share the blocks of a product with one vector; 0: a group for each block */
     bool shuffles;       /* SHUFFLES: a warp's work-items exchange values */
-    size_t token_groups; /* that share a step of one launch; 0: a step takes many launches */
+    size_t token_groups; /* that share a step of one launch, more than one on NVIDIA; 0: a step takes many launches */
 } loglin_model_program;
 
 /* For a session that has its states; `step` is the attention's problem in its steps, with the defaults in place. */

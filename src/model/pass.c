@@ -157,7 +157,7 @@ static loglin_status enqueue_unpack(loglin_session *session, const product *p, s
         KERNEL_ARGUMENT(columns),
         KERNEL_ARGUMENT(session->pass_activations.unpacked),
     };
-    return LAUNCH(session, LOGLIN_KERNEL_unpack, arguments, count, p->columns, 0);
+    return LAUNCH(session, LOGLIN_KERNEL_unpack_rows, arguments, count, p->columns, 0);
 }
 
 /* y += W in, so many rows of W at once as fit unpacked. */
@@ -511,6 +511,7 @@ static loglin_status enqueue_layers(loglin_session *session, const loglin_pass *
 }
 
 loglin_status loglin_pass_run(loglin_session *session, const loglin_pass *pass) {
+    loglin_shared_step_dismiss(session);
     RETURN_IF_ERROR(prepare(session, pass));
     const loglin_status status = enqueue_layers(session, pass);
     const cl_int code = clFinish(session->queue); /* also behind an error: the ids must stay until they are read */

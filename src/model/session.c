@@ -163,6 +163,7 @@ void loglin_session_destroy(loglin_session *session) {
     if (session == NULL) {
         return;
     }
+    loglin_shared_step_dismiss(session);
     (void)clFinish(session->queue);
     loglin_fast_step_destroy(session);
     loglin_pass_destroy(session);
@@ -209,6 +210,7 @@ size_t loglin_session_position(const loglin_session *session, size_t sequence) {
 
 loglin_status loglin_session_reset(loglin_session *session, size_t sequence) {
     RETURN_IF_ERROR(check_sequence(session, sequence));
+    loglin_shared_step_dismiss(session);
     const loglin_lm *lm = &session->model->lm;
     const size_t tail = (lm->conv_kernel - 1) * lm->conv_channels * sizeof(float);
     for (size_t layer = 0; layer < lm->layers; layer++) {

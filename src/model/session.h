@@ -57,10 +57,18 @@ typedef struct loglin_step_layer {
 } loglin_step_layer;
 
 /* Memory that the host and the device see at once: what a step of one launch takes and gives. */
+typedef struct loglin_shared_words { /* as in cl/token.cl */
+    atomic_uint arrived;             /* sequences that are through */
+    atomic_uint asked;               /* number of the token that is asked for */
+    atomic_uint looks;               /* of the kernel for the next token */
+} loglin_shared_words;
+
 typedef struct loglin_shared_step {
-    atomic_uint *arrived; /* sequences that are through */
+    loglin_shared_words *words;
     cl_int *ids;
-    float *logits; /* rows of logits_stride */
+    float *logits;    /* rows of logits_stride */
+    unsigned number;  /* of the last token */
+    int64_t answered; /* when, in nanoseconds */
 } loglin_shared_step;
 
 /* A plan for pieces of a shape. */
@@ -86,8 +94,9 @@ struct loglin_session {
     loglin_step_layer *step_layers;
     loglin_launch step_embed, step_head;
     loglin_launch step_token;  /* all of these in one, where the program has it */
-    cl_mem meeting;            /* of the groups of step_token: see cl/token.cl; NULL where it has only one */
-    cl_uint met_in_vain;       /* a group has waited in vain for the others */
+    cl_mem told, in_vain;      /* of a step_token of several groups, see cl/nvidia_token.cl; NULL elsewhere */
+    cl_uint told_number;       /* the next that no launch had */
+    cl_uint waited_in_vain;    /* a group has waited in vain for the others */
     loglin_shared_step shared; /* of a step_token that one group takes; NULL where the device shares no memory */
 
     loglin_activations pass_activations;        /* rows 0 until the first pass */
@@ -133,6 +142,8 @@ loglin_status loglin_fast_step_run(loglin_session *session, float *logits);
 loglin_status loglin_shared_step_create(loglin_session *session);
 void loglin_shared_step_destroy(loglin_session *session);
 loglin_status loglin_shared_step_run(loglin_session *session, float *logits);
+/* Behind a step, before other commands change what the next one reads: a kernel that looks for a token takes none. */
+void loglin_shared_step_dismiss(loglin_session *session);
 
 /* pass.c */
 loglin_status loglin_pass_create(loglin_session *session);

@@ -197,6 +197,7 @@ static loglin_status read_positions(const loglin_session *session, const char *p
 
 static loglin_status upload(loglin_session *session, const loglin_safetensors *file, const state_array *arrays,
                             size_t count, const int32_t *positions) {
+    loglin_shared_step_dismiss(session);
     for (size_t i = 0; i < count; i++) {
         const loglin_tensor *tensor = loglin_safetensors_find(file, arrays[i].name);
         if (tensor->size > 0) {
