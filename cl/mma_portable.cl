@@ -97,9 +97,12 @@ void narrow_tile(uint begin, uint end, operand a, uint a_row, uint a_column, ope
     }
 }
 
-/* Asks for the next rows of the next chunk; OpenCL C's own prefetch() is nothing on some CPUs. */
+/*
+ * Asks for the next rows of the next chunk, where the compiler makes a CPU's code and not SPIR-V, which has no more than
+ * OpenCL C's own prefetch(); that is nothing on some CPUs.
+ */
 void ask_ahead(rows_ahead *ahead) {
-#ifdef __clang__
+#if defined(__x86_64__) || defined(__aarch64__)
     for (uint i = 0; i < AHEAD_ROWS && ahead->next < ahead->end; i++, ahead->next++) {
         for (uint stream = 0; stream < AHEAD_STREAMS; stream++) {
             const __global char *row = ahead->rows[stream] + ahead->next * ahead->strides[stream];

@@ -110,15 +110,23 @@ Test(limits, all_at_once) {
     expect_operator(SMALLEST);
 }
 
-/* The smallest of the GPU's schedules; the delta rule's kernel, as large again: scripts/implementations. */
-Test(limits, all_at_once_on_a_gpu) {
+/* The smallest of the GPU's schedules. */
+static void expect_small_gpu(loglin_op op) {
     setenv("LOGLIN_BUILD_OPTIONS", "-cl-opt-disable", 1); /* compiles faster */
     support_limit_device("gpu," SMALLEST);
     const support_case c = {
-        .length = 50, .heads = 1, .dim_k = 40, .dim_v = 24, .chunk = 16, .only = LOGLIN_ENGINE_FUSED};
+        .op = op, .length = 50, .heads = 1, .dim_k = 40, .dim_v = 24, .chunk = 16, .only = LOGLIN_ENGINE_FUSED};
     expect_pass(support_check_forward(&c));
     cr_expect_gt(support_launches("portable_forward", 64), 0, "the kernels with groups of 64 have not run");
     cr_expect_eq(support_refusals(), 0u);
+}
+
+Test(limits, all_at_once_on_a_gpu) {
+    expect_small_gpu(LOGLIN_MAMBA2);
+}
+
+Test(limits, all_at_once_on_a_gpu_delta) {
+    expect_small_gpu(LOGLIN_GATED_DELTA);
 }
 
 Test(limits, models) {
