@@ -413,6 +413,22 @@ CL_API_ENTRY cl_program CL_API_CALL clCreateProgramWithBinary(cl_context context
     return next(context, count, devices, lengths, binaries, loaded, code);
 }
 
+/* Nor does it give one, only an empty one: PoCL would compile all of a program's kernels for it, and CLBlast always asks. */
+CL_API_ENTRY cl_int CL_API_CALL clGetProgramInfo(cl_program program, cl_program_info what, size_t capacity, void *value,
+                                                 size_t *size) {
+    NEXT(clGetProgramInfo)
+    if (!support_is_limited() || (what != CL_PROGRAM_BINARY_SIZES && what != CL_PROGRAM_BINARIES)) {
+        return next(program, what, capacity, value, size);
+    }
+    if (what == CL_PROGRAM_BINARY_SIZES && value != NULL) {
+        memset(value, 0, capacity);
+    }
+    if (size != NULL) {
+        *size = sizeof(void *);
+    }
+    return CL_SUCCESS;
+}
+
 static size_t local_memory_of(cl_command_queue queue, cl_kernel kernel) {
     cl_device_id device = NULL;
     cl_ulong bytes = 0;
