@@ -20,7 +20,7 @@
  * A product is made by matrix units: a vector's float is three bfloat16 parts, three columns of a matrix, as in
  * nvidia_product.cl.
  *
- * Each array holds all layers, *_NEXT elements from one to the next; see token.cl, which does this on a CPU.
+ * Where arrays hold what: token_layout.cl.  On a CPU token.cl does this.
  */
 
 /* The model; the defaults are those of a tiny one. */
@@ -32,39 +32,6 @@
 #define DOWN_WIDTH 16 /* and of down */
 #define PREPARED 16   /* floats of a product's input in local memory */
 #define SLOTS 2       /* of the ring */
-#endif
-/* In the vectors of a layer. */
-#ifndef NORM_AT
-#define NORM_AT 0
-#define IN_BIAS_AT 0
-#define CONV_WEIGHT_AT 0
-#define CONV_BIAS_AT 0
-#define DT_BIAS_AT 0
-#define A_AT 0
-#define LEVEL_WEIGHT_AT 0
-#define D_AT 0
-#define OUT_NORM_AT 0
-#define OUT_BIAS_AT 0
-#define MLP_NORM_AT 0
-#endif
-/* From a layer to the next. */
-#ifndef VECTORS_NEXT
-#define VECTORS_NEXT 0
-#define IN_NEXT 0
-#define OUT_NEXT 0
-#define GATE_UP_NEXT 0
-#define DOWN_NEXT 0
-#define TAILS_NEXT 0
-#define VALUES_NEXT 0
-#define LOG_DECAY_NEXT 0
-#define POSITION_NEXT 0
-#endif
-/* Whole blocks. */
-#ifndef X_STRIDE
-#define X_STRIDE 16
-#define P_STRIDE 16
-#define Y_STRIDE 16
-#define LOGITS_STRIDE 16
 #endif
 /* Slots that are being copied at once: more only make everybody else's reads wait. */
 #ifndef ON_THEIR_WAY

@@ -4,43 +4,9 @@
  * behind the other.  One work-item takes a sequence through a small model: nothing waits and no thread is woken, which
  * costs more than the work.  Dimension 0 is 1, dimension 1 the sequence.  On NVIDIA's GPUs see nvidia_token.cl.
  *
- * Each array holds all layers, *_NEXT elements from one to the next.  Offsets and strides are constants; the columns
- * are arguments, because PoCL makes a loop with a constant count several times slower.
+ * Offsets and strides are constants, see token_layout.cl; the columns are arguments, because PoCL makes a loop with a constant
+ * count several times slower.
  */
-
-/* In the vectors of a layer. */
-#ifndef NORM_AT
-#define NORM_AT 0
-#define IN_BIAS_AT 0
-#define CONV_WEIGHT_AT 0
-#define CONV_BIAS_AT 0
-#define DT_BIAS_AT 0
-#define A_AT 0
-#define LEVEL_WEIGHT_AT 0
-#define D_AT 0
-#define OUT_NORM_AT 0
-#define OUT_BIAS_AT 0
-#define MLP_NORM_AT 0
-#endif
-/* From a layer to the next. */
-#ifndef VECTORS_NEXT
-#define VECTORS_NEXT 0
-#define IN_NEXT 0
-#define OUT_NEXT 0
-#define GATE_UP_NEXT 0
-#define DOWN_NEXT 0
-#define TAILS_NEXT 0
-#define VALUES_NEXT 0
-#define LOG_DECAY_NEXT 0
-#define POSITION_NEXT 0
-#endif
-/* From a sequence to the next: whole blocks. */
-#ifndef X_STRIDE
-#define X_STRIDE 16
-#define P_STRIDE 16
-#define Y_STRIDE 16
-#define LOGITS_STRIDE 16
-#endif
 
 /* A token through the layers; see the kernel. */
 void take_token(const __global int *ids, const __global matrix *embedding, __global float *x, __global float *p,

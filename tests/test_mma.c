@@ -268,22 +268,31 @@ FUSED(DPAS_8X8X16, LOGLIN_BF16, LOGLIN_F16)
 FUSED(DPAS_8X16X16, LOGLIN_F16, LOGLIN_BF16)
 FUSED(FMA_8X16X16, LOGLIN_F32, LOGLIN_F32)
 
+/* Of the fused engine, for what a plan says. */
+static loglin_problem small_problem(loglin_op op, loglin_partition partition, loglin_dtype dtype, unsigned phases) {
+    return (loglin_problem){.op = op,
+                            .partition = partition,
+                            .batch = 1,
+                            .length = 20,
+                            .heads = 1,
+                            .groups = 1,
+                            .dim_k = 16,
+                            .dim_v = 16,
+                            .levels = loglin_num_levels(20),
+                            .chunk = 16,
+                            .dtype = dtype,
+                            .engine = LOGLIN_ENGINE_FUSED,
+                            .phases = phases};
+}
+
 /* GPUs with few registers: all types, but the scalar-gated operator in the weak partition alone. */
 Test(mma, scalar_FMA_8X8X8) {
     skip_on_gpu();
     expect_fused("FMA_8X8X8", LOGLIN_MAMBA2, LOGLIN_BF16);
     for (int kind = 1; kind < 4; kind++) {
-        const loglin_problem problem = {.op = kind & 1 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2,
-                                        .partition = kind & 2 ? LOGLIN_STRONG : LOGLIN_WEAK,
-                                        .batch = 1,
-                                        .length = 20,
-                                        .heads = 1,
-                                        .groups = 1,
-                                        .dim_k = 16,
-                                        .dim_v = 16,
-                                        .levels = loglin_num_levels(20),
-                                        .engine = LOGLIN_ENGINE_FUSED,
-                                        .phases = LOGLIN_FORWARD};
+        const loglin_problem problem =
+            small_problem(kind & 1 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2, kind & 2 ? LOGLIN_STRONG : LOGLIN_WEAK,
+                          LOGLIN_F32, LOGLIN_FORWARD);
         loglin_plan *plan = NULL;
         cr_expect_eq(loglin_plan_create(support_open()->device, &problem, &plan), LOGLIN_UNSUPPORTED);
         cr_expect_not_null(strstr(loglin_last_error(), "too few registers"), "%s", loglin_last_error());
@@ -360,19 +369,9 @@ Test(mma, backward_passes_of_blas) {
     static const char *const remarks[] = {"the fused one needs more registers", "takes minutes for the delta rule's",
                                           "the strong partition's fused one has not run on a GPU"};
     for (int kind = 0; kind < 3; kind++) {
-        const loglin_problem problem = {.op = kind == 1 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2,
-                                        .partition = kind == 2 ? LOGLIN_STRONG : LOGLIN_WEAK,
-                                        .batch = 1,
-                                        .length = 20,
-                                        .heads = 1,
-                                        .groups = 1,
-                                        .dim_k = 16,
-                                        .dim_v = 16,
-                                        .levels = loglin_num_levels(20),
-                                        .chunk = 16,
-                                        .dtype = LOGLIN_BF16,
-                                        .engine = LOGLIN_ENGINE_FUSED,
-                                        .phases = LOGLIN_BACKWARD};
+        const loglin_problem problem =
+            small_problem(kind == 1 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2, kind == 2 ? LOGLIN_STRONG : LOGLIN_WEAK,
+                          LOGLIN_BF16, LOGLIN_BACKWARD);
         loglin_plan *plan = NULL;
         support_require(loglin_plan_create(support_open()->device, &problem, &plan), "loglin_plan_create");
         char text[1024];
