@@ -71,188 +71,144 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 
 #define SUM_ITEMS (128 * SUM_GROUPS)
 #define GROUP_MATRICES (GROUP_HEADS * TILES_V) /* heads and tiles of V of a group */
-#define SUM_MATRICES (SUM_GROUPS * SUM_TURNS)
-#define SUM_BLOCKS ((GROUP_MATRICES + SUM_MATRICES - 1) / SUM_MATRICES)
+#define SUM_BLOCKS ((GROUP_MATRICES + SUM_TURNS - 1) / SUM_TURNS)
+#define CHUNK_COLUMNS (NB_CHUNK * 8) /* uint4 of 64 columns of a chunk */
 
-/* A chunk's product in a sum: which chunk, and its level; whether the sum goes on, decayed by the chunk; whether it is stored. */
-typedef uchar4 sum_product;
+/* What goes with the values of a unit: of each level, or for states at its place 0, its tokens' weights; and decays. */
+typedef struct sum_factors {
+    uint4 weights[SLOTS][UNIT][NB_CHUNK / 8];
+    float decays[UNIT];
+} sum_factors;
 
-/*
- * Lists the products of a unit's chunks, `chunks` from `first`.  An adjoint of level j takes all chunks of a block of 2^j with
- * bit j set that the unit has.  A state goes on from the one of the left part of its block; the third chunk is multiplied
- * twice, by itself and on the way to the fourth.
- */
-uint list_products(__local sum_product *to, uint first, uint chunks, int is_state) {
-    uint count = 0;
-    if (is_state) {
-        if (chunks > 2) {
-            to[count++] = (sum_product)(2, 0, 0, 1);
-        }
-        for (uint i = 0; i < (chunks == 3 ? 2 : chunks); i++) {
-            to[count++] = (sum_product)(i, 0, i > 0, i != 2);
-        }
-        return count;
+/* What a work-group reads: from its group's first head, its unit's first chunk. */
+typedef struct sum_source {
+    const __global ushort *values; /* from this item's piece */
+    const __global uint4 *weights;
+    const __global float *decays;
+    uint first, chunks; /* the unit's first chunk, and the sequence's chunks */
+    int rows;           /* from the item's own one to the end */
+    int is_state, aligned;
+} sum_source;
+
+/* Starts copying a unit's rows of q or k, 64 columns after the other; a chunk that is not there becomes the last one. */
+void fetch_unit(__local uint4 *to, const __global uint4 *from, uint first, uint chunks) {
+    for (uint i = get_local_id(0); i < UNIT * NB_CHUNK * K_PIECES; i += SUM_ITEMS) {
+        const uint chunk = i / (NB_CHUNK * K_PIECES), row = i / K_PIECES % NB_CHUNK, piece = i % K_PIECES;
+        copy_16(&to[(chunk * SUM_GROUPS + piece / 8) * CHUNK_COLUMNS + swizzled(row, 8, piece % 8)],
+                &from[(min(first + chunk, chunks - 1) * NB_CHUNK + row) * K_PIECES + piece], 1);
     }
-    for (uint level = 0; level < CHUNK_LEVELS; level++) {
-        for (uint i = 0; i < chunks; i++) {
-            const uint n = first + i, others = (1u << level) - 1;
-            if (((n >> level) & 1) != 0) {
-                to[count++] = (sum_product)(i, level, 0, i + 1 == chunks || (n & others) == others);
-            }
-        }
-    }
-    return count;
 }
 
-/* Where a warpgroup is: a head and tile of V of its group, and a product. */
-typedef struct sum_position {
-    uint matrix, product;
-} sum_position;
-
-sum_position next_position(sum_position now, uint products) {
-    if (++now.product == products) {
-        now.product = 0;
-        now.matrix += SUM_GROUPS;
-    }
-    return now;
-}
-
-/* An item's first pair of columns of 16 rows of a state, in uint; piece j of row r stands at place j ^ r % 8. */
-uint first_pair(uint warp) { return (16 * warp + warp_lane() / 4) * 32 + warp_lane() % 4; }
-
-/* Neighbouring items exchange pairs of two pieces, so that one has four columns of the left piece, the other of the right. */
-void store_sum(__global uint4 *to, const float4 sum[NV_K / 64][8], uint warp) {
-    const float unit = 1.0f / STATE_UNIT;
-    const uint odd = warp_lane() & 1;
-    __global uint *words = (__global uint *)to + (first_pair(warp) - odd);
-#pragma unroll
-    for (uint j = 0; j < 8; j += 2) {
-        __global uint *fours = words + 4 * ((j + odd) ^ warp_lane() / 4);
-#pragma unroll
-        for (uint m = 0; m < NV_K / 64; m++) {
-            const float4 left = sum[m][j] * unit, right = sum[m][j + 1] * unit;
-#pragma unroll
-            for (uint lower = 0; lower < 2; lower++) {
-                const uint x = lower ? pack(left.z, left.w) : pack(left.x, left.y);
-                const uint y = lower ? pack(right.z, right.w) : pack(right.x, right.y);
-                const uint other = shuffle_xor(odd ? x : y, 1);
-                *(__global uint2 *)(fours + m * 2048 + lower * 256) = odd ? (uint2)(other, y) : (uint2)(x, other);
-            }
+/* Starts copying a unit's rows of v or dO, from this item's piece; missing rows and columns become zeros. */
+void fetch_values(__local uint4 *to, const __global ushort *x, int rows, int aligned) {
+    const uint item = get_local_id(0), step = SUM_ITEMS / 8;
+    to += swizzled(item / 8, 8, item % 8);
+    if (aligned) {
+#pragma unroll 2
+        for (uint i = 0; i < UNIT * NB_CHUNK / step; i++) {
+            copy_16(to + i * SUM_ITEMS, x + i * (step * HEADS * DIM_V), (int)(i * step) < rows);
+        }
+    } else {
+#pragma unroll 1
+        for (uint i = 0; i < UNIT * NB_CHUNK / step; i++) {
+            to[i * SUM_ITEMS] = (int)(i * step) < rows ? load_piece(x + i * (step * HEADS * DIM_V)) : (uint4)(0);
         }
     }
 }
 
-void clear_sum(float4 sum[NV_K / 64][8]) {
-#pragma unroll
-    for (uint m = 0; m < NV_K / 64; m++) {
-        tile_clear(sum[m]);
+/* Starts copying what a head and tile of V takes. */
+void fetch_matrix(__local uint4 *values, __local sum_factors *factors, sum_source from, uint matrix) {
+    const uint item = get_local_id(0), head = matrix / TILES_V, tile = matrix % TILES_V;
+    const int has_columns = tile * NB_COLUMNS + item % 8 * 8 < DIM_V;
+    fetch_values(values, from.values + (head * DIM_V + tile * NB_COLUMNS), has_columns ? from.rows : 0, from.aligned);
+    const __global uint4 *weights = from.weights + (ulong)head * from.chunks * (WEIGHT_SLOTS * NB_CHUNK / 8);
+#pragma unroll 1
+    for (uint i = item; i < (from.is_state ? 1 : CHUNK_LEVELS) * (UNIT * NB_CHUNK / 8); i += SUM_ITEMS) {
+        const uint piece = i % (NB_CHUNK / 8), chunk = i / (NB_CHUNK / 8) % UNIT, level = i / (UNIT * NB_CHUNK / 8);
+        if (from.is_state || ((from.first + chunk) >> level & 1) != 0) {
+            copy_16(&factors->weights[level][chunk][piece],
+                    weights + (chunk * WEIGHT_SLOTS + (from.is_state ? 0 : 1 + level)) * (NB_CHUNK / 8) + piece,
+                    from.first + chunk < from.chunks);
+        }
+    }
+    if (from.is_state && item < UNIT && from.first + item < from.chunks) {
+        copy_4(&factors->decays[item], from.decays + (ulong)head * from.chunks + item);
     }
 }
 
-void scale_sum(float4 sum[NV_K / 64][8], float weight) {
+/* A chunk's values, transposed, as A: a warp has 16 columns of them. */
+void load_values(uint4 to[2][4], const __local uint4 *values, uint chunk, uint warp) {
+    values += chunk * CHUNK_COLUMNS + swizzled(far_row(), 8, 2 * warp + far_piece());
 #pragma unroll
-    for (uint m = 0; m < NV_K / 64; m++) {
+    for (uint tile = 0; tile < 2; tile++) {
 #pragma unroll
-        for (uint i = 0; i < 8; i++) {
-            sum[m][i] *= weight;
+        for (uint step = 0; step < 4; step++) {
+            to[tile][step] = load_transposed(values + (64 * tile + 16 * step) * 8);
         }
     }
 }
 
-/* Adds (weights rows)^T values over a chunk; the weights are at weight_place. */
-void add_chunk(float4 sum[NV_K / 64][8], const __local uint4 *rows, const __local uint4 *values,
-               const __local uint4 *weights, uint warp) {
-    rows += swizzled(far_row(), K_PIECES, 2 * warp + far_piece());
+/* Adds (weights values)^T rows over a chunk, 64 columns of the rows; the weights are at weight_place. */
+void add_chunk(float4 sum[8], uint4 values[2][4], const __local uint4 *weights, const __local uint4 *rows) {
     weights += warp_lane() % 4 * 2;
 #pragma unroll
     for (uint tile = 0; tile < 2; tile++) {
         const uint4 left = weights[tile * 8], right = weights[tile * 8 + 1];
         const uint pairs[8] = {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
+        uint4 a[4];
+        tile_wait_but_one();
 #pragma unroll
-        for (uint m = 0; m < NV_K / 64; m++) {
-            uint4 a[4];
-#pragma unroll
-            for (uint step = 0; step < 4; step++) {
-                a[step] = load_transposed(rows + (64 * tile + 16 * step) * K_PIECES + 8 * m);
-            }
-            tile_wait_but_one();
-#pragma unroll
-            for (uint step = 0; step < 4; step++) {
-                a[step] = (uint4)(multiply_pairs(a[step].x, pairs[2 * step]), multiply_pairs(a[step].y, pairs[2 * step]),
-                                  multiply_pairs(a[step].z, pairs[2 * step + 1]),
-                                  multiply_pairs(a[step].w, pairs[2 * step + 1]));
-            }
-            tile_multiply(sum[m], a, tile_step(tile_at(values), 4 * tile));
+        for (uint step = 0; step < 4; step++) {
+            const uint4 x = values[tile][step];
+            a[step] = (uint4)(multiply_pairs(x.x, pairs[2 * step]), multiply_pairs(x.y, pairs[2 * step]),
+                              multiply_pairs(x.z, pairs[2 * step + 1]), multiply_pairs(x.w, pairs[2 * step + 1]));
         }
-    }
-#pragma unroll
-    for (uint m = 0; m < NV_K / 64; m++) {
-        tile_wait(sum[m]);
+        tile_multiply(sum, a, tile_step(tile_at(rows), 4 * tile));
     }
 }
 
-/* A warpgroup starts copying a chunk's rows of v or dO, from this item's piece; missing rows and columns become zeros. */
-void fetch_values(__local uint4 *to, const __global ushort *x, int rows, int aligned, uint item) {
-    to += swizzled(item / 8, 8, item % 8);
-    if (aligned) {
+void scale_sum(float4 sum[8], float weight) {
 #pragma unroll
-        for (uint i = 0; i < NB_CHUNK / 16; i++) {
-            copy_16(to + 128 * i, x + i * (16 * HEADS * DIM_V), (int)(16 * i) < rows);
-        }
-    } else {
-#pragma unroll 1
-        for (uint i = 0; i < NB_CHUNK / 16; i++) {
-            to[128 * i] = (int)(16 * i) < rows ? load_piece(x + i * (16 * HEADS * DIM_V)) : (uint4)(0);
-        }
-    }
-}
-
-/* What goes with a chunk's values: its tokens' weights, and its decay. */
-typedef struct sum_factors {
-    uint4 weights[NB_CHUNK / 8];
-    float decay;
-} sum_factors;
-
-/* What a warpgroup reads: from its group's first head, its unit's first chunk; this item's share. */
-typedef struct sum_source {
-    const __global ushort *values;
-    const __global uint4 *weights;
-    const __global float *decays;
-    uint chunks; /* of the sequence */
-    int rows;    /* from the item's own one to the end */
-    int is_state, aligned;
-} sum_source;
-
-/* Starts copying what a product takes. */
-void fetch_product(__local uint4 *values, __local sum_factors *factors, sum_source from, sum_position at,
-                   sum_product product) {
-    const uint item = get_local_id(0) % 128, chunk = product.x, head = at.matrix / TILES_V, tile = at.matrix % TILES_V;
-    const int has_columns = tile * NB_COLUMNS + item % 8 * 8 < DIM_V;
-    fetch_values(values, from.values + (chunk * (NB_CHUNK * HEADS * DIM_V) + head * DIM_V + tile * NB_COLUMNS),
-                 has_columns ? from.rows - (int)(chunk * NB_CHUNK) : 0, from.aligned, item);
-    if (item < NB_CHUNK / 8) {
-        const uint slot = from.is_state ? 0 : 1 + product.y;
-        copy_16(&factors->weights[item],
-                from.weights + (((ulong)head * from.chunks + chunk) * WEIGHT_SLOTS + slot) * (NB_CHUNK / 8), 1);
-    } else if (item == NB_CHUNK / 8) {
-        copy_4(&factors->decay, from.decays + (ulong)head * from.chunks + chunk);
+    for (uint i = 0; i < 8; i++) {
+        sum[i] *= weight;
     }
 }
 
 /*
- * A work-group has a unit of chunks and a block of its group's heads and tiles of V: states, or adjoints of all levels.  The
- * unit's rows of k or q stay in local memory while each warpgroup goes by itself through its heads.
+ * Writes a warpgroup's 64 rows of a state, 16 columns of a warp.  Matrices of 8 x 8 are transposed; then neighbouring items
+ * exchange pairs of two pieces, so that one has four columns of the left piece, the other of the right.
+ */
+void store_sum(__global uint4 *to, const float4 sum[8], uint own, uint warp) {
+    const float unit = 1.0f / STATE_UNIT;
+    const uint r = warp_lane() / 4, p = warp_lane() % 4, odd = p & 1;
+    __global uint *words = (__global uint *)to + (own * (64 * 32) + r * 32 + 4 * ((2 * warp + odd) ^ r) + p - odd);
+#pragma unroll
+    for (uint i = 0; i < 8; i++) {
+        const float4 x = sum[i] * unit;
+        const uint left = transpose_matrix(pack(x.x, x.y)), right = transpose_matrix(pack(x.z, x.w));
+        const uint other = shuffle_xor(odd ? left : right, 1);
+        *(__global uint2 *)(words + i * (8 * 32)) = odd ? (uint2)(other, right) : (uint2)(left, other);
+    }
+}
+
+/* The same behind the products. */
+void finish_sum(__global uint4 *to, float4 sum[8], uint own, uint warp) {
+    tile_wait(sum);
+    store_sum(to, sum, own, warp);
+}
+
+/*
+ * A work-group has a unit of chunks and a block of its group's heads and tiles of V, which it takes one by one: states, or
+ * adjoints of all levels.  The unit's rows of k or q stay in local memory, a warpgroup works on 64 columns of them; v or dO
+ * of the unit stay in registers while all sums are made.  Chunks that are not there add zeros.
  */
 __kernel __attribute__((reqd_work_group_size(SUM_ITEMS, 1, 1))) void
 nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
         ulong v_offset, const __global ushort *d_o, ulong d_o_offset, uint aligned) {
-    __local uint4 values_at[SUM_GROUPS][2][2 * COLUMN_TILE] __attribute__((aligned(1024)));
-    __local uint4 rows[UNIT * 2 * ROW_TILE];
-    __local sum_factors factors_at[SUM_GROUPS][2];
-    __local sum_product products[UNIT * SLOTS];
-    __local uint num_products;
+    __local uint4 rows_at[UNIT * SUM_GROUPS * CHUNK_COLUMNS] __attribute__((aligned(1024)));
+    __local uint4 values_at[UNIT * CHUNK_COLUMNS] __attribute__((aligned(1024)));
+    __local sum_factors factors_at[2];
     const uint own = same_in_warp(get_local_id(0) / 128), warp = same_in_warp(get_local_id(0) % 128 / 32);
-    const uint item = get_local_id(0) % 128;
     /* Late units, which have most levels, go first, states last. */
     const uint units = (call.chunks + UNIT - 1) / UNIT;
     const ulong id = get_group_id(0);
@@ -260,63 +216,107 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch;
     const int is_state = turn >= units;
     const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT;
-    const uint chunks = min((uint)UNIT, call.chunks - (is_state ? 1 : 0) - first);
-    if (get_local_id(0) == 0) {
-        num_products = list_products(products, first, chunks, is_state);
-    }
-    fetch_tile(rows,
-               (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
-                   ((ulong)(b * GROUPS + group) * call.chunks + first) * (2 * ROW_TILE),
-               chunks * NB_CHUNK, K_PIECES, get_local_id(0), SUM_ITEMS);
-    wait_for_copies();
-    barrier(CLK_LOCAL_MEM_FENCE);
-
-    const uint first_head = group * GROUP_HEADS, last_matrix = min((block + 1) * SUM_MATRICES, (uint)GROUP_MATRICES);
-    sum_position now = {block * SUM_MATRICES + own, 0};
-    const uint count = num_products, row = first * NB_CHUNK + item / 8;
-    if (count == 0 || now.matrix >= last_matrix) {
-        return;
-    }
+    const uint first_head = group * GROUP_HEADS, last_matrix = min((block + 1) * SUM_TURNS, (uint)GROUP_MATRICES);
+    const uint row = first * NB_CHUNK + get_local_id(0) / 8;
     const ulong first_chunk = (ulong)(b * HEADS + first_head) * call.chunks + first;
     const sum_source from = {
         (is_state ? v + v_offset : d_o + d_o_offset) + (((ulong)b * call.length + row) * HEADS + first_head) * DIM_V +
-            item % 8 * 8,
-        (const __global uint4 *)place(ws, ws_offset, call.weights) + first_chunk * (WEIGHT_SLOTS * NB_CHUNK / 8) + item,
+            get_local_id(0) % 8 * 8,
+        (const __global uint4 *)place(ws, ws_offset, call.weights) + first_chunk * (WEIGHT_SLOTS * NB_CHUNK / 8),
         (const __global float *)place(ws, ws_offset, call.decays) + first_chunk,
-        call.chunks, (int)call.length - (int)row, is_state, (int)aligned,
+        first, call.chunks, (int)call.length - (int)row, is_state, (int)aligned,
     };
-    uint slot = 0;
-    float4 sum[NV_K / 64][8];
-    fetch_product(values_at[own][0], &factors_at[own][0], from, now, products[0]);
-    while (now.matrix < last_matrix) {
-        const uint matrix = (b * HEADS + first_head) * TILES_V + now.matrix;
-        sum_product product = products[now.product];
-        if (!product.z) {
-            clear_sum(sum);
+    fetch_unit(rows_at,
+               (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
+                   (ulong)(b * GROUPS + group) * call.chunks * (2 * ROW_TILE),
+               first, call.chunks);
+    fetch_matrix(values_at, &factors_at[0], from, block * SUM_TURNS);
+    const __local uint4 *rows = rows_at + own * CHUNK_COLUMNS;
+    __global uint4 *nodes = (__global uint4 *)place(ws, ws_offset, is_state ? call.states : call.adjoints);
+    __global uint4 *parts = (__global uint4 *)place(ws, ws_offset, call.parts);
+#pragma unroll 1
+    for (uint turns = 0; block * SUM_TURNS + turns < last_matrix; turns++) {
+        const uint now = block * SUM_TURNS + turns;
+        const ulong matrix = (ulong)(b * HEADS + first_head) * TILES_V + now;
+        const __local sum_factors *factors = &factors_at[turns % 2];
+        uint4 values[UNIT][2][4];
+        float4 sum[8];
+        wait_for_copies();
+        tile_publish();
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (is_state) {
+            /* A state goes on from the one of the left part of its block; the third chunk has one by itself, too. */
+#pragma unroll
+            for (uint i = 0; i < UNIT; i++) {
+                load_values(values[i], values_at, i, warp);
+            }
+            barrier(CLK_LOCAL_MEM_FENCE);
+            if (now + 1 < last_matrix) {
+                fetch_matrix(values_at, &factors_at[1 - turns % 2], from, now + 1);
+            }
+            if (UNIT > 2) {
+                tile_clear(sum);
+                add_chunk(sum, values[2], factors->weights[0][2], rows + 2 * (SUM_GROUPS * CHUNK_COLUMNS));
+                tile_wait(sum);
+                if (first + 3 < call.chunks) {
+                    store_sum(nodes + (matrix * call.chunks + first + 2) * STATE, sum, own, warp);
+                }
+            }
+            tile_clear(sum);
+#pragma unroll
+            for (uint i = 0; i < UNIT; i++) {
+                if (i > 0) {
+                    scale_sum(sum, factors->decays[i]);
+                }
+                add_chunk(sum, values[i], factors->weights[0][i], rows + i * (SUM_GROUPS * CHUNK_COLUMNS));
+                tile_wait(sum);
+                if (i != 2 && first + i + 1 < call.chunks) {
+                    store_sum(nodes + (matrix * call.chunks + first + i) * STATE, sum, own, warp);
+                }
+            }
+            continue;
         }
-        do {
-            product = products[now.product];
-            now = next_position(now, count);
-            wait_for_copies();
-            tile_publish();
-            warpgroup_barrier(own);
-            if (now.matrix < last_matrix) {
-                fetch_product(values_at[own][1 - slot], &factors_at[own][1 - slot], from, now, products[now.product]);
+        /* Levels whose blocks are parts of the unit. */
+#pragma unroll
+        for (uint level = 0; level < UNIT_BITS; level++) {
+#pragma unroll
+            for (uint start = 1u << level; start < UNIT; start += 2u << level) {
+                tile_clear(sum);
+#pragma unroll
+                for (uint i = start; i < start + (1u << level); i++) {
+                    if (i % (2u << level) == 1u << level) {
+                        load_values(values[i], values_at, i, warp);
+                    }
+                    add_chunk(sum, values[i], factors->weights[level][i], rows + i * (SUM_GROUPS * CHUNK_COLUMNS));
+                }
+                tile_wait(sum);
+                if (first + start < call.chunks) {
+                    store_sum(nodes + (matrix * call.chunks + first + start - 1) * STATE, sum, own, warp);
+                }
             }
-            if (product.z) {
-                scale_sum(sum, factors_at[own][slot].decay);
+        }
+        load_values(values[0], values_at, 0, warp);
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (now + 1 < last_matrix) {
+            fetch_matrix(values_at, &factors_at[1 - turns % 2], from, now + 1);
+        }
+#pragma unroll 1
+        for (uint bits = unit; bits != 0; bits &= bits - 1) {
+            const uint above = 31 - clz(bits & (0 - bits)), level = UNIT_BITS + above;
+            tile_clear(sum);
+#pragma unroll
+            for (uint i = 0; i < UNIT; i++) {
+                add_chunk(sum, values[i], factors->weights[level][i], rows + i * (SUM_GROUPS * CHUNK_COLUMNS));
             }
-            add_chunk(sum, rows + product.x * (2 * ROW_TILE), values_at[own][slot], factors_at[own][slot].weights, warp);
-            slot = 1 - slot;
-        } while (!product.w);
-        const uint n = first + product.x, level = product.y, above = level - UNIT_BITS;
-        const int is_part = !is_state && level > UNIT_BITS;
-        const ulong to = is_part ? ((ulong)matrix * CHUNK_LEVELS + level) * call.units +
-                                       ((unit >> (above + 1) << above) | (unit & ((1u << above) - 1)))
-                                 : (ulong)matrix * call.chunks + (is_state ? n : block_end(n, level));
-        store_sum((__global uint4 *)place(ws, ws_offset,
-                                          is_state ? call.states : is_part ? call.parts : call.adjoints) + to * STATE,
-                  sum, warp);
+            tile_wait(sum);
+            /* A block that is larger than a unit is added up later. */
+            __global uint4 *to =
+                above == 0 ? nodes + (matrix * call.chunks + first - 1) * STATE
+                           : parts + ((matrix * CHUNK_LEVELS + level) * call.units +
+                                      ((unit >> (above + 1) << above) | (unit & ((1u << above) - 1)))) *
+                                         STATE;
+            store_sum(to, sum, own, warp);
+        }
     }
 }
 

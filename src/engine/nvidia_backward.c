@@ -15,14 +15,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* As many work-groups as keep a large device busy for some turns; more blocks of heads only make more partial sums. */
-static const size_t enough_groups = 512;
-
-/* The same for the rows, whose work-groups last equally long, one on a multiprocessor. */
-static const size_t enough_row_groups = 120;
-
-/* Warpgroups of the sums, each with a head of its own, that share the rows of q or k. */
-static const size_t most_sum_groups = 3;
+/* Work-groups of the sums, which last differently long, and of the rows, which last equally long, one on a multiprocessor:
+ * as many as keep a large device busy; more read q and k more often, or make more partial sums. */
+static const size_t enough_sum_groups = 1500, enough_row_groups = 120;
 
 /* X(name): the kernels, in the order of their launches. */
 #define BACKWARD_KERNELS(X)                                                                                            \
@@ -71,7 +66,7 @@ static size_t blocks_of_heads(size_t group_heads, size_t groups, size_t least) {
 
 /* Work-groups of the sums that share the rows of a unit. */
 static size_t sum_blocks(const loglin_problem *problem, const backward_shape *shape) {
-    return ceil_div(problem->heads / problem->groups * shape->tiles_v, shape->sum_groups * shape->sum_turns);
+    return ceil_div(problem->heads / problem->groups * shape->tiles_v, shape->sum_turns);
 }
 
 /*
@@ -103,13 +98,13 @@ static backward_shape find_shape(const loglin_device *device, const loglin_probl
     }
     shape.unit_count = ceil_div(ceil_div(shape.chunks, 2), (size_t)1 << shape.unit_bits);
     const size_t groups = problem->batch * problem->groups, matrices = group_heads * shape.tiles_v;
-    shape.sum_groups = matrices < most_sum_groups ? matrices : most_sum_groups;
-    shape.sum_turns = ceil_div(matrices, shape.sum_groups);
+    shape.sum_groups = shape.padded_k / 64;
+    shape.sum_turns = matrices;
     const size_t sums = groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits);
-    while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) < enough_groups) {
+    while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) < enough_sum_groups) {
         shape.sum_turns--;
     }
-    shape.sum_turns = ceil_div(matrices, shape.sum_groups * sum_blocks(problem, &shape));
+    shape.sum_turns = ceil_div(matrices, sum_blocks(problem, &shape));
     shape.row_blocks = blocks_of_heads(group_heads, groups * ceil_div(shape.chunks, 2), enough_row_groups);
     shape.row_heads = group_heads / shape.row_blocks;
     shape.head_blocks = find_tile_blocks(groups * shape.chunks, group_heads, device->info.compute_units);
@@ -204,8 +199,8 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
 /* Local memory of the sums: a unit of q or k, and for each warpgroup two chunks of v or dO and their weights. */
 static size_t sums_bytes(const backward_shape *shape) {
     const size_t unit = (size_t)1 << shape->unit_bits, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
-    const size_t chunk = NB_CHUNK * (NB_COLUMNS * 2 + 2) + 16;
-    return shape->sum_groups * 2 * chunk + unit * (NB_CHUNK * shape->padded_k * 2 + 4 * slots) + 16;
+    const size_t chunk = NB_CHUNK * (shape->padded_k + NB_COLUMNS) * 2, factors = slots * NB_CHUNK * 2 + 16;
+    return unit * (chunk + 2 * factors);
 }
 
 /* Local memory of a work-group of the rows. */
