@@ -69,88 +69,88 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 
 /* ---- sums -------------------------------------------------------------------------------------------------------- */
 
-#define SUM_ITEMS (128 * SUM_GROUPS)
+#define SUM_ITEMS 256
 #define GROUP_MATRICES (GROUP_HEADS * TILES_V) /* heads and tiles of V of a group */
 #define SUM_BLOCKS ((GROUP_MATRICES + SUM_TURNS - 1) / SUM_TURNS)
+#define COLUMN_BLOCKS (NV_K / 64)
 #define CHUNK_COLUMNS (NB_CHUNK * 8) /* uint4 of 64 columns of a chunk */
+#define HALF (UNIT / 2)              /* chunks of a warpgroup */
+#define SUM_STAGES ((HALF + 1) / 2)  /* of these, the odd or the even ones */
+#define WEIGHT_STAGES (SLOTS > UNIT_BITS ? SLOTS : UNIT_BITS > 1 ? UNIT_BITS : 2)
 
-/* What goes with the values of a unit: of each level, or for states at its place 0, its tokens' weights; and decays. */
-typedef struct sum_factors {
-    uint4 weights[SLOTS][UNIT][NB_CHUNK / 8];
-    float decays[UNIT];
-} sum_factors;
-
-/* What a work-group reads: from its group's first head, its unit's first chunk. */
-typedef struct sum_source {
-    const __global ushort *values; /* from this item's piece */
+/* What a warpgroup works on: half of a unit, from its group's first head and its own first chunk; and this item's share. */
+typedef struct sum_work {
+    const __global ushort *values;
     const __global uint4 *weights;
-    const __global float *decays;
-    uint first, chunks; /* the unit's first chunk, and the sequence's chunks */
-    int rows;           /* from the item's own one to the end */
-    int is_state, aligned;
-} sum_source;
+    __local uint4 *values_at, *weights_at, *sent;
+    const __local uint4 *rows;
+    uint column;            /* of K */
+    uint own, warp;         /* which warpgroup, and which warp of it */
+    uint unit, first;       /* the unit, and the warpgroup's first chunk */
+    uint chunks;            /* of the sequence */
+    uint matrix, last;      /* heads and tiles of V of the group */
+    uint first_matrix;      /* of the group, of all */
+    int num_rows, aligned; /* from the item's own one to the end */
+} sum_work;
 
-/* Starts copying a unit's rows of q or k, 64 columns after the other; a chunk that is not there becomes the last one. */
+#define HALF_WEIGHTS (HALF * NB_CHUNK / 8) /* uint4 of a warpgroup's weights, for a level */
+
+/* Starts copying 64 columns of a unit's rows of q or k; a chunk that is not there becomes the last one. */
 void fetch_unit(__local uint4 *to, const __global uint4 *from, uint first, uint chunks) {
-    for (uint i = get_local_id(0); i < UNIT * NB_CHUNK * K_PIECES; i += SUM_ITEMS) {
-        const uint chunk = i / (NB_CHUNK * K_PIECES), row = i / K_PIECES % NB_CHUNK, piece = i % K_PIECES;
-        copy_16(&to[(chunk * SUM_GROUPS + piece / 8) * CHUNK_COLUMNS + swizzled(row, 8, piece % 8)],
-                &from[(min(first + chunk, chunks - 1) * NB_CHUNK + row) * K_PIECES + piece], 1);
+    for (uint i = get_local_id(0); i < UNIT * CHUNK_COLUMNS; i += SUM_ITEMS) {
+        const uint row = i / 8, chunk = min(first + row / NB_CHUNK, chunks - 1);
+        copy_16(&to[swizzled(row, 8, i % 8)], &from[(chunk * NB_CHUNK + row % NB_CHUNK) * K_PIECES + i % 8], 1);
     }
 }
 
-/* Starts copying a unit's rows of v or dO, from this item's piece; missing rows and columns become zeros. */
-void fetch_values(__local uint4 *to, const __global ushort *x, int rows, int aligned) {
-    const uint item = get_local_id(0), step = SUM_ITEMS / 8;
-    to += swizzled(item / 8, 8, item % 8);
-    if (aligned) {
+/* A warpgroup starts copying v or dO of its odd or its even chunks; missing rows and columns become zeros. */
+void fetch_values(sum_work from, uint matrix, uint odd) {
+    const uint item = anew(get_local_id(0)) % 128, head = matrix / TILES_V, tile = matrix % TILES_V;
+    const int rows = tile * NB_COLUMNS + item % 8 * 8 < DIM_V ? from.num_rows : 0;
+    const __global ushort *x = from.values + (head * DIM_V + tile * NB_COLUMNS);
+    __local uint4 *to = from.values_at + swizzled(item / 8, 8, item % 8);
+    if (from.aligned) {
 #pragma unroll 2
-        for (uint i = 0; i < UNIT * NB_CHUNK / step; i++) {
-            copy_16(to + i * SUM_ITEMS, x + i * (step * HEADS * DIM_V), (int)(i * step) < rows);
+        for (uint i = 0; i < (HALF + 1 - odd) / 2 * 8; i++) {
+            const uint row = (i / 8 * 2 + odd) * NB_CHUNK + i % 8 * 16;
+            copy_16(to + i * 128, x + row * (HEADS * DIM_V), (int)row < rows);
         }
     } else {
 #pragma unroll 1
-        for (uint i = 0; i < UNIT * NB_CHUNK / step; i++) {
-            to[i * SUM_ITEMS] = (int)(i * step) < rows ? load_piece(x + i * (step * HEADS * DIM_V)) : (uint4)(0);
+        for (uint i = 0; i < (HALF + 1 - odd) / 2 * 8; i++) {
+            const uint row = (i / 8 * 2 + odd) * NB_CHUNK + i % 8 * 16;
+            to[i * 128] = (int)row < rows ? load_piece(x + row * (HEADS * DIM_V)) : (uint4)(0);
         }
     }
 }
 
-/* Starts copying what a head and tile of V takes. */
-void fetch_matrix(__local uint4 *values, __local sum_factors *factors, sum_source from, uint matrix) {
-    const uint item = get_local_id(0), head = matrix / TILES_V, tile = matrix % TILES_V;
-    const int has_columns = tile * NB_COLUMNS + item % 8 * 8 < DIM_V;
-    fetch_values(values, from.values + (head * DIM_V + tile * NB_COLUMNS), has_columns ? from.rows : 0, from.aligned);
-    const __global uint4 *weights = from.weights + (ulong)head * from.chunks * (WEIGHT_SLOTS * NB_CHUNK / 8);
-#pragma unroll 1
-    for (uint i = item; i < (from.is_state ? 1 : CHUNK_LEVELS) * (UNIT * NB_CHUNK / 8); i += SUM_ITEMS) {
-        const uint piece = i % (NB_CHUNK / 8), chunk = i / (NB_CHUNK / 8) % UNIT, level = i / (UNIT * NB_CHUNK / 8);
-        if (from.is_state || ((from.first + chunk) >> level & 1) != 0) {
-            copy_16(&factors->weights[level][chunk][piece],
-                    weights + (chunk * WEIGHT_SLOTS + (from.is_state ? 0 : 1 + level)) * (NB_CHUNK / 8) + piece,
-                    from.first + chunk < from.chunks);
-        }
-    }
-    if (from.is_state && item < UNIT && from.first + item < from.chunks) {
-        copy_4(&factors->decays[item], from.decays + (ulong)head * from.chunks + item);
+/* The same for what weighs them in a slot's sums; those of a chunk that is not there become zeros. */
+void fetch_weights(sum_work from, uint matrix, uint slot, uint to) {
+    const uint item = anew(get_local_id(0)) % 128, chunk = item / (NB_CHUNK / 8);
+    if (item < HALF_WEIGHTS && (slot == 0 || ((from.first + chunk) >> (slot - 1) & 1) != 0)) {
+        const uint node = matrix / TILES_V * from.chunks + chunk;
+        copy_16(&from.weights_at[to * HALF_WEIGHTS + item],
+                from.weights + (ulong)(node * WEIGHT_SLOTS + slot) * (NB_CHUNK / 8) + item % (NB_CHUNK / 8),
+                from.first + chunk < from.chunks);
     }
 }
 
-/* A chunk's values, transposed, as A: a warp has 16 columns of them. */
-void load_values(uint4 to[2][4], const __local uint4 *values, uint chunk, uint warp) {
-    values += chunk * CHUNK_COLUMNS + swizzled(far_row(), 8, 2 * warp + far_piece());
+/* The odd or the even chunks' values, transposed, as A: a warp has 16 columns of them. */
+void load_values(uint4 to[HALF][2][4], const __local uint4 *values, uint odd, uint warp) {
+    values += swizzled(far_row(), 8, 2 * warp + far_piece());
 #pragma unroll
-    for (uint tile = 0; tile < 2; tile++) {
+    for (uint i = odd; i < HALF; i += 2) {
 #pragma unroll
-        for (uint step = 0; step < 4; step++) {
-            to[tile][step] = load_transposed(values + (64 * tile + 16 * step) * 8);
+        for (uint step = 0; step < 8; step++) {
+            to[i][step / 4][step % 4] = load_transposed(values + i / 2 * CHUNK_COLUMNS + 16 * step * 8);
         }
     }
 }
 
-/* Adds (weights values)^T rows over a chunk, 64 columns of the rows; the weights are at weight_place. */
-void add_chunk(float4 sum[8], uint4 values[2][4], const __local uint4 *weights, const __local uint4 *rows) {
-    weights += warp_lane() % 4 * 2;
+/* Adds (weights values)^T rows over one of the warpgroup's chunks; the weights are at weight_place. */
+void add_chunk(float4 sum[8], sum_work work, uint4 values[2][4], uint chunk, uint slot) {
+    const __local uint4 *weights = work.weights_at + slot * HALF_WEIGHTS + chunk * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
+    const __local uint4 *rows = work.rows + chunk * CHUNK_COLUMNS;
 #pragma unroll
     for (uint tile = 0; tile < 2; tile++) {
         const uint4 left = weights[tile * 8], right = weights[tile * 8 + 1];
@@ -174,149 +174,265 @@ void scale_sum(float4 sum[8], float weight) {
     }
 }
 
+/* Where an item writes two words of the first 8 of a state's rows, from `row`; a warp has 16 columns. */
+__global uint *sum_place(__global uint4 *state, uint row, uint warp) {
+    const uint lane = anew(warp_lane()), r = lane / 4, p = lane % 4, odd = p & 1;
+    return (__global uint *)state + ((row + r) * 32 + 4 * ((2 * warp + odd) ^ r) + p - odd);
+}
+
 /*
- * Writes a warpgroup's 64 rows of a state, 16 columns of a warp.  Matrices of 8 x 8 are transposed; then neighbouring items
- * exchange pairs of two pieces, so that one has four columns of the left piece, the other of the right.
+ * Writes 8 rows, of which the products have columns: the matrices are transposed; then neighbouring items exchange pairs of
+ * two pieces, so that one has four columns of the left piece, the other of the right.
  */
-void store_sum(__global uint4 *to, const float4 sum[8], uint own, uint warp) {
-    const float unit = 1.0f / STATE_UNIT;
-    const uint r = warp_lane() / 4, p = warp_lane() % 4, odd = p & 1;
-    __global uint *words = (__global uint *)to + (own * (64 * 32) + r * 32 + 4 * ((2 * warp + odd) ^ r) + p - odd);
+void store_eight(__global uint *to, float4 x) {
+    const uint odd = warp_lane() & 1;
+    const uint left = transpose_matrix(pack(x.x, x.y)), right = transpose_matrix(pack(x.z, x.w));
+    const uint other = shuffle_xor(odd ? left : right, 1);
+    *(__global uint2 *)to = odd ? (uint2)(other, right) : (uint2)(left, other);
+}
+
+void store_sum(__global uint *to, const float4 sum[8]) {
 #pragma unroll
     for (uint i = 0; i < 8; i++) {
-        const float4 x = sum[i] * unit;
-        const uint left = transpose_matrix(pack(x.x, x.y)), right = transpose_matrix(pack(x.z, x.w));
-        const uint other = shuffle_xor(odd ? left : right, 1);
-        *(__global uint2 *)(words + i * (8 * 32)) = odd ? (uint2)(other, right) : (uint2)(left, other);
+        store_eight(to + i * (8 * 32), sum[i] * (1.0f / STATE_UNIT));
     }
 }
 
-/* The same behind the products. */
-void finish_sum(__global uint4 *to, float4 sum[8], uint own, uint warp) {
+/* Adds both warpgroups' sums up, and writes them, a warpgroup 32 of their 64 rows; `to` is this warpgroup's place. */
+void store_both(__global uint *to, const float4 sum[8], __local uint4 *sent, uint own) {
+    const uint item = anew(get_local_id(0)) % 128;
+    float4 kept[4];
+    uint4 words[2];
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        const float4 x = (own ? sum[i] : sum[4 + i]) * (1.0f / STATE_UNIT);
+        kept[i] = (own ? sum[4 + i] : sum[i]) * (1.0f / STATE_UNIT);
+        if (i % 2 == 0) {
+            words[i / 2].xy = (uint2)(pack(x.x, x.y), pack(x.z, x.w));
+        } else {
+            words[i / 2].zw = (uint2)(pack(x.x, x.y), pack(x.z, x.w));
+        }
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    sent[(2 * own) * 128 + item] = words[0];
+    sent[(2 * own + 1) * 128 + item] = words[1];
+    barrier(CLK_LOCAL_MEM_FENCE);
+#pragma unroll
+    for (uint i = 0; i < 2; i++) {
+        const uint4 x = sent[(2 - 2 * own + i) * 128 + item];
+        store_eight(to + 2 * i * (8 * 32), kept[2 * i] + (float4)(unpack(x.x), unpack(x.y)));
+        store_eight(to + (2 * i + 1) * (8 * 32), kept[2 * i + 1] + (float4)(unpack(x.z), unpack(x.w)));
+    }
+}
+
+/* A product's sum becomes a node, if it exists. */
+void finish_sum(float4 sum[8], sum_work work, __global uint4 *nodes, uint node, int exists) {
     tile_wait(sum);
-    store_sum(to, sum, own, warp);
+    if (exists) {
+        const ulong matrix = anew(work.first_matrix + work.matrix);
+        store_sum(sum_place(nodes + (matrix * work.chunks + node) * STATE, work.column, work.warp), sum);
+    }
+}
+
+/* A state goes on from the one of the left part of its block. */
+__attribute__((always_inline)) void sum_states(sum_work work, __global uint4 *nodes, const __global float *decays) {
+    uint slot = 0;
+    fetch_values(work, work.matrix, 0);
+    fetch_weights(work, work.matrix, 0, 0);
+#pragma unroll 1
+    for (; work.matrix < work.last; work.matrix++) {
+        uint4 values[HALF][2][4];
+        float4 sum[8];
+        float kept[HALF], all_kept = 1.0f;
+#pragma unroll
+        for (uint i = 0; i < HALF; i++) {
+            kept[i] = work.first + i < work.chunks ? decays[work.matrix / TILES_V * work.chunks + i] : 0.0f;
+            all_kept *= kept[i];
+        }
+        wait_for_copies();
+        warpgroup_barrier(work.own);
+        load_values(values, work.values_at, 0, work.warp);
+        warpgroup_barrier(work.own);
+        fetch_values(work, work.matrix, 1);
+#pragma unroll
+        for (uint i = 2; i < HALF; i += 2) {
+            tile_clear(sum);
+            add_chunk(sum, work, values[i], i, slot);
+            finish_sum(sum, work, nodes, work.first + i, work.first + i + 1 < work.chunks);
+        }
+        tile_clear(sum);
+        add_chunk(sum, work, values[0], 0, slot);
+        finish_sum(sum, work, nodes, work.first, HALF > 1 && work.first + 1 < work.chunks);
+        wait_for_copies();
+        warpgroup_barrier(work.own);
+        load_values(values, work.values_at, 1, work.warp);
+        warpgroup_barrier(work.own);
+        if (work.matrix + 1 < work.last) {
+            fetch_values(work, work.matrix + 1, 0);
+            fetch_weights(work, work.matrix + 1, 0, 1 - slot);
+        }
+#pragma unroll
+        for (uint i = 1; i < HALF; i++) {
+            scale_sum(sum, kept[i]);
+            add_chunk(sum, work, values[i], i, slot);
+            finish_sum(sum, work, nodes, work.first + i,
+                       i % 2 == 1 && i + 1 < HALF && work.first + i + 1 < work.chunks);
+        }
+        /* The unit's state: the left half's, and what the right half adds. */
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (work.own == 0) {
+#pragma unroll
+            for (uint i = 0; i < 4; i++) {
+                const float4 x = sum[2 * i] * (1.0f / STATE_UNIT), y = sum[2 * i + 1] * (1.0f / STATE_UNIT);
+                work.sent[i * 128 + get_local_id(0) % 128] =
+                    (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w));
+            }
+        }
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (work.own == 1) {
+#pragma unroll
+            for (uint i = 0; i < 4; i++) {
+                const uint4 x = work.sent[i * 128 + get_local_id(0) % 128];
+                sum[2 * i] += all_kept * STATE_UNIT * (float4)(unpack(x.x), unpack(x.y));
+                sum[2 * i + 1] += all_kept * STATE_UNIT * (float4)(unpack(x.z), unpack(x.w));
+            }
+        }
+        finish_sum(sum, work, nodes, work.first + HALF - 1, work.first + HALF < work.chunks);
+        slot = 1 - slot;
+    }
+}
+
+/* Adjoints of all levels, those of blocks that are larger than the unit in parts, which are added up later. */
+__attribute__((always_inline)) void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *parts, uint units) {
+    fetch_values(work, work.matrix, 1);
+    for (uint level = 0; level < CHUNK_LEVELS; level++) {
+        fetch_weights(work, work.matrix, 1 + level, level);
+    }
+    end_copies();
+    end_copies();
+#pragma unroll 1
+    for (; work.matrix < work.last; work.matrix++) {
+        const int is_last = work.matrix + 1 == work.last;
+        uint4 values[HALF][2][4];
+        float4 sum[8];
+        /* All copies but those of the weights that were used last. */
+        WAIT_FOR_COPIES_BUT(1);
+        warpgroup_barrier(work.own);
+        load_values(values, work.values_at, 1, work.warp);
+        warpgroup_barrier(work.own);
+        fetch_values(work, work.matrix, 0);
+        /* Levels whose blocks are in the warpgroup's chunks; then of the right half of the unit. */
+#pragma unroll
+        for (uint i = 1; i < HALF; i += 2) {
+            tile_clear(sum);
+            add_chunk(sum, work, values[i], i, 0);
+            finish_sum(sum, work, nodes, work.first + i - 1, work.first + i < work.chunks);
+        }
+        wait_for_copies();
+        warpgroup_barrier(work.own);
+        load_values(values, work.values_at, 0, work.warp);
+        warpgroup_barrier(work.own);
+        if (!is_last) {
+            fetch_values(work, work.matrix + 1, 1);
+        }
+        end_copies();
+#pragma unroll
+        for (int level = 1; level < UNIT_BITS - 1; level++) {
+#pragma unroll
+            for (uint start = 1u << level; start < HALF; start += 2u << level) {
+                tile_clear(sum);
+#pragma unroll
+                for (uint i = start; i < start + (1u << level); i++) {
+                    add_chunk(sum, work, values[i], i, level);
+                }
+                finish_sum(sum, work, nodes, work.first + start - 1, work.first + start < work.chunks);
+            }
+        }
+        if (work.own == 1) {
+            tile_clear(sum);
+#pragma unroll
+            for (uint i = 0; i < HALF; i++) {
+                add_chunk(sum, work, values[i], i, UNIT_BITS - 1);
+            }
+            finish_sum(sum, work, nodes, work.first - 1, work.first < work.chunks);
+        }
+        warpgroup_barrier(work.own);
+#pragma unroll 1
+        for (uint level = 0; !is_last && level < UNIT_BITS && level < CHUNK_LEVELS; level++) {
+            fetch_weights(work, work.matrix + 1, 1 + level, level);
+        }
+        end_copies();
+#pragma unroll 1
+        for (uint bits = work.unit; bits != 0; bits &= bits - 1) {
+            const uint above = 31 - clz(bits & (0 - bits)), level = UNIT_BITS + above;
+            tile_clear(sum);
+#pragma unroll
+            for (uint i = 0; i < HALF; i++) {
+                add_chunk(sum, work, values[i], i, level);
+            }
+            tile_wait(sum);
+            const ulong matrix = anew(work.first_matrix + work.matrix);
+            __global uint4 *to =
+                above == 0 ? nodes + (matrix * work.chunks + work.unit * UNIT - 1) * STATE
+                           : parts + ((matrix * CHUNK_LEVELS + level) * units +
+                                      ((work.unit >> (above + 1) << above) | (work.unit & ((1u << above) - 1)))) *
+                                         STATE;
+            store_both(sum_place(to, work.column + work.own * 32, work.warp), sum, work.sent, work.own);
+            if (!is_last) {
+                fetch_weights(work, work.matrix + 1, 1 + level, level);
+            }
+            end_copies();
+        }
+        if (work.unit == 0) {
+            end_copies();
+        }
+    }
 }
 
 /*
- * A work-group has a unit of chunks and a block of its group's heads and tiles of V, which it takes one by one: states, or
- * adjoints of all levels.  The unit's rows of k or q stay in local memory, a warpgroup works on 64 columns of them; v or dO
- * of the unit stay in registers while all sums are made.  Chunks that are not there add zeros.
+ * A work-group has a unit of chunks, 64 columns of K, and a block of its group's heads and tiles of V, which it takes one by
+ * one: states, or adjoints of all levels.  The unit's rows of k or q stay in local memory; a warpgroup has half of the chunks,
+ * whose v or dO stay in registers while all sums are made.  Chunks that are not there add zeros.
  */
 __kernel __attribute__((reqd_work_group_size(SUM_ITEMS, 1, 1))) void
 nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
         ulong v_offset, const __global ushort *d_o, ulong d_o_offset, uint aligned) {
-    __local uint4 rows_at[UNIT * SUM_GROUPS * CHUNK_COLUMNS] __attribute__((aligned(1024)));
-    __local uint4 values_at[UNIT * CHUNK_COLUMNS] __attribute__((aligned(1024)));
-    __local sum_factors factors_at[2];
+    __local uint4 rows_at[UNIT * CHUNK_COLUMNS] __attribute__((aligned(1024)));
+    __local uint4 values_at[2][SUM_STAGES * CHUNK_COLUMNS] __attribute__((aligned(1024)));
+    __local uint4 weights_at[2][WEIGHT_STAGES * HALF_WEIGHTS];
+    __local uint4 sent[4 * 128];
     const uint own = same_in_warp(get_local_id(0) / 128), warp = same_in_warp(get_local_id(0) % 128 / 32);
     /* Late units, which have most levels, go first, states last. */
     const uint units = (call.chunks + UNIT - 1) / UNIT;
-    const ulong id = get_group_id(0);
+    const uint column = get_group_id(0) % COLUMN_BLOCKS, id = get_group_id(0) / COLUMN_BLOCKS;
     const uint block = id % SUM_BLOCKS, group = id / SUM_BLOCKS % GROUPS, b = id / (SUM_BLOCKS * GROUPS) % call.batch;
     const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch;
     const int is_state = turn >= units;
-    const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT;
-    const uint first_head = group * GROUP_HEADS, last_matrix = min((block + 1) * SUM_TURNS, (uint)GROUP_MATRICES);
-    const uint row = first * NB_CHUNK + get_local_id(0) / 8;
-    const ulong first_chunk = (ulong)(b * HEADS + first_head) * call.chunks + first;
-    const sum_source from = {
-        (is_state ? v + v_offset : d_o + d_o_offset) + (((ulong)b * call.length + row) * HEADS + first_head) * DIM_V +
-            get_local_id(0) % 8 * 8,
+    const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT + own * HALF;
+    const uint first_head = b * HEADS + group * GROUP_HEADS, row = first * NB_CHUNK + get_local_id(0) % 128 / 8;
+    const ulong first_chunk = (ulong)first_head * call.chunks + first;
+    const sum_work work = {
+        (is_state ? v + v_offset : d_o + d_o_offset) +
+            (((ulong)b * call.length + row) * HEADS + group * GROUP_HEADS) * DIM_V + get_local_id(0) % 8 * 8,
         (const __global uint4 *)place(ws, ws_offset, call.weights) + first_chunk * (WEIGHT_SLOTS * NB_CHUNK / 8),
-        (const __global float *)place(ws, ws_offset, call.decays) + first_chunk,
-        first, call.chunks, (int)call.length - (int)row, is_state, (int)aligned,
+        values_at[own], weights_at[own], sent, rows_at + own * (HALF * CHUNK_COLUMNS),
+        column * 64, own, warp, unit, first, call.chunks,
+        block * SUM_TURNS, min((block + 1) * SUM_TURNS, (uint)GROUP_MATRICES), first_head * TILES_V,
+        (int)call.length - (int)row, (int)aligned,
     };
     fetch_unit(rows_at,
                (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
-                   (ulong)(b * GROUPS + group) * call.chunks * (2 * ROW_TILE),
-               first, call.chunks);
-    fetch_matrix(values_at, &factors_at[0], from, block * SUM_TURNS);
-    const __local uint4 *rows = rows_at + own * CHUNK_COLUMNS;
-    __global uint4 *nodes = (__global uint4 *)place(ws, ws_offset, is_state ? call.states : call.adjoints);
-    __global uint4 *parts = (__global uint4 *)place(ws, ws_offset, call.parts);
-#pragma unroll 1
-    for (uint turns = 0; block * SUM_TURNS + turns < last_matrix; turns++) {
-        const uint now = block * SUM_TURNS + turns;
-        const ulong matrix = (ulong)(b * HEADS + first_head) * TILES_V + now;
-        const __local sum_factors *factors = &factors_at[turns % 2];
-        uint4 values[UNIT][2][4];
-        float4 sum[8];
-        wait_for_copies();
-        tile_publish();
-        barrier(CLK_LOCAL_MEM_FENCE);
-        if (is_state) {
-            /* A state goes on from the one of the left part of its block; the third chunk has one by itself, too. */
-#pragma unroll
-            for (uint i = 0; i < UNIT; i++) {
-                load_values(values[i], values_at, i, warp);
-            }
-            barrier(CLK_LOCAL_MEM_FENCE);
-            if (now + 1 < last_matrix) {
-                fetch_matrix(values_at, &factors_at[1 - turns % 2], from, now + 1);
-            }
-            if (UNIT > 2) {
-                tile_clear(sum);
-                add_chunk(sum, values[2], factors->weights[0][2], rows + 2 * (SUM_GROUPS * CHUNK_COLUMNS));
-                tile_wait(sum);
-                if (first + 3 < call.chunks) {
-                    store_sum(nodes + (matrix * call.chunks + first + 2) * STATE, sum, own, warp);
-                }
-            }
-            tile_clear(sum);
-#pragma unroll
-            for (uint i = 0; i < UNIT; i++) {
-                if (i > 0) {
-                    scale_sum(sum, factors->decays[i]);
-                }
-                add_chunk(sum, values[i], factors->weights[0][i], rows + i * (SUM_GROUPS * CHUNK_COLUMNS));
-                tile_wait(sum);
-                if (i != 2 && first + i + 1 < call.chunks) {
-                    store_sum(nodes + (matrix * call.chunks + first + i) * STATE, sum, own, warp);
-                }
-            }
-            continue;
-        }
-        /* Levels whose blocks are parts of the unit. */
-#pragma unroll
-        for (uint level = 0; level < UNIT_BITS; level++) {
-#pragma unroll
-            for (uint start = 1u << level; start < UNIT; start += 2u << level) {
-                tile_clear(sum);
-#pragma unroll
-                for (uint i = start; i < start + (1u << level); i++) {
-                    if (i % (2u << level) == 1u << level) {
-                        load_values(values[i], values_at, i, warp);
-                    }
-                    add_chunk(sum, values[i], factors->weights[level][i], rows + i * (SUM_GROUPS * CHUNK_COLUMNS));
-                }
-                tile_wait(sum);
-                if (first + start < call.chunks) {
-                    store_sum(nodes + (matrix * call.chunks + first + start - 1) * STATE, sum, own, warp);
-                }
-            }
-        }
-        load_values(values[0], values_at, 0, warp);
-        barrier(CLK_LOCAL_MEM_FENCE);
-        if (now + 1 < last_matrix) {
-            fetch_matrix(values_at, &factors_at[1 - turns % 2], from, now + 1);
-        }
-#pragma unroll 1
-        for (uint bits = unit; bits != 0; bits &= bits - 1) {
-            const uint above = 31 - clz(bits & (0 - bits)), level = UNIT_BITS + above;
-            tile_clear(sum);
-#pragma unroll
-            for (uint i = 0; i < UNIT; i++) {
-                add_chunk(sum, values[i], factors->weights[level][i], rows + i * (SUM_GROUPS * CHUNK_COLUMNS));
-            }
-            tile_wait(sum);
-            /* A block that is larger than a unit is added up later. */
-            __global uint4 *to =
-                above == 0 ? nodes + (matrix * call.chunks + first - 1) * STATE
-                           : parts + ((matrix * CHUNK_LEVELS + level) * call.units +
-                                      ((unit >> (above + 1) << above) | (unit & ((1u << above) - 1)))) *
-                                         STATE;
-            store_sum(to, sum, own, warp);
-        }
+                   (ulong)(b * GROUPS + group) * call.chunks * (2 * ROW_TILE) + column * 8,
+               unit * UNIT, call.chunks);
+    wait_for_copies();
+    tile_publish();
+    barrier(CLK_LOCAL_MEM_FENCE);
+    if (is_state) {
+        sum_states(work, (__global uint4 *)place(ws, ws_offset, call.states),
+                   (const __global float *)place(ws, ws_offset, call.decays) + first_chunk);
+    } else {
+        sum_adjoints(work, (__global uint4 *)place(ws, ws_offset, call.adjoints),
+                     (__global uint4 *)place(ws, ws_offset, call.parts), call.units);
     }
 }
 

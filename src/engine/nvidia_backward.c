@@ -17,7 +17,7 @@
 
 /* Work-groups of the sums, which last differently long, and of the rows, which last equally long, one on a multiprocessor:
  * as many as keep a large device busy; more read q and k more often, or make more partial sums. */
-static const size_t enough_sum_groups = 1500, enough_row_groups = 120;
+static const size_t enough_sum_groups = 1000, enough_row_groups = 120;
 
 /* X(name): the kernels, in the order of their launches. */
 #define BACKWARD_KERNELS(X)                                                                                            \
@@ -42,7 +42,7 @@ typedef struct backward_shape {
     size_t padded_k, tiles_v;
     size_t chunks, chunk_levels;
     size_t unit_bits, unit_count;   /* chunks of a unit of the sums; units of a level */
-    size_t sum_groups, sum_turns;   /* warpgroups of a work-group of the sums; heads and tiles of V of each */
+    size_t sum_turns;               /* heads and tiles of V of a work-group of the sums */
     size_t row_heads, block_heads;  /* heads of a work-group of rows, of tiles */
     size_t row_blocks, head_blocks; /* of a group */
     size_t tile_stages;             /* heads that a work-group of the tiles has room for */
@@ -98,9 +98,8 @@ static backward_shape find_shape(const loglin_device *device, const loglin_probl
     }
     shape.unit_count = ceil_div(ceil_div(shape.chunks, 2), (size_t)1 << shape.unit_bits);
     const size_t groups = problem->batch * problem->groups, matrices = group_heads * shape.tiles_v;
-    shape.sum_groups = shape.padded_k / 64;
     shape.sum_turns = matrices;
-    const size_t sums = groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits);
+    const size_t sums = groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits) * (shape.padded_k / 64);
     while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) < enough_sum_groups) {
         shape.sum_turns--;
     }
@@ -159,8 +158,7 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_since], heads, 32);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_weights],
                              chunks > 1 ? problem->batch * chunks * ceil_div(problem->heads, warps) : 0, NB_ITEMS);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape),
-                             128 * shape->sum_groups);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape) * (shape->padded_k / 64), 256);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], groups * shape->row_blocks * ceil_div(chunks, 2), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], groups * shape->head_blocks * chunks, NB_TILE_ITEMS);
@@ -188,19 +186,19 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DCHUNK_LEVELS=%zu"
                    " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu"
-                   " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DROW_HEADS=%zu -DBLOCK_HEADS=%zu -DTILE_STAGES=%zu %s",
+                   " -DSUM_TURNS=%zu -DROW_HEADS=%zu -DBLOCK_HEADS=%zu -DTILE_STAGES=%zu %s",
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   shape->unit_bits, shape->sum_groups, shape->sum_turns, shape->row_heads, shape->block_heads,
+                   shape->unit_bits, shape->sum_turns, shape->row_heads, shape->block_heads,
                    shape->tile_stages, shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
 /* Local memory of the sums: a unit of q or k, and for each warpgroup two chunks of v or dO and their weights. */
 static size_t sums_bytes(const backward_shape *shape) {
-    const size_t unit = (size_t)1 << shape->unit_bits, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
-    const size_t chunk = NB_CHUNK * (shape->padded_k + NB_COLUMNS) * 2, factors = slots * NB_CHUNK * 2 + 16;
-    return unit * (chunk + 2 * factors);
+    const size_t unit = (size_t)1 << shape->unit_bits, chunk = NB_CHUNK * 64 * 2;
+    const size_t slots = shape->chunk_levels > 3 ? shape->chunk_levels : 3;
+    return (unit + 2 * ceil_div(unit, 4)) * chunk + unit * slots * NB_CHUNK * 2 + 8192;
 }
 
 /* Local memory of a work-group of the rows. */
@@ -233,11 +231,11 @@ static const size_t most_local_bytes = (size_t)226 << 10;
 /* Units of four chunks and two heads at a time where local memory has room for them, else fewer. */
 static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
     loglin_status status = LOGLIN_UNSUPPORTED;
-    for (size_t i = 6; status == LOGLIN_UNSUPPORTED && i-- > 0;) {
+    for (size_t i = 8; status == LOGLIN_UNSUPPORTED && i-- > 2;) {
         *shape = find_shape(device, problem, i / 2);
         shape->tile_stages = 1 + i % 2;
         const size_t bytes = local_bytes(shape);
-        if (bytes <= most_local_bytes || i == 0) {
+        if (bytes <= most_local_bytes || i == 2) {
             shape->wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
             status = shape->wgmma ? LOGLIN_OK : loglin_nvidia_probe(device, problem->dtype, bytes);
         }
