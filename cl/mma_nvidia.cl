@@ -270,6 +270,15 @@ void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) {
     }
 }
 
+/* Half of a step's A. */
+void tile_start_half(float4 c[8], uint4 a[2]) {
+    asm volatile("//WG wgmma.fence.sync.aligned;" : TILE_ALL_C, TILE_A(0), TILE_A(1) : : "memory");
+}
+void tile_add_half(float4 c[8], uint4 a[2], tile_rows b) {
+    tile_multiply_step(c, a[0], b);
+    tile_multiply_step(c, a[1], tile_step(b, 1));
+}
+
 void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
     tile_start(c, a);
     tile_add(c, a, b);
@@ -380,6 +389,12 @@ void tile_multiply_local_transposed(float4 c[8], tile_rows a, tile_rows b) {
 
 void tile_start(float4 c[8], uint4 a[4]) { (void)c, (void)a; }
 void tile_end(void) {}
+void tile_start_half(float4 c[8], uint4 a[2]) { (void)c, (void)a; }
+void tile_add_half(float4 c[8], uint4 a[2], tile_rows b) {
+    const uint lane = anew(warp_lane());
+    tile_multiply_step(c, a[0], b, 0, lane);
+    tile_multiply_step(c, a[1], b, 1, lane);
+}
 void tile_set(float4 c[8], uint4 a[4], tile_rows b) {
     tile_clear(c);
     tile_multiply(c, a, b);
