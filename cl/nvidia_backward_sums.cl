@@ -69,25 +69,27 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 
 /* ---- sums -------------------------------------------------------------------------------------------------------- */
 
-#define SUM_ITEMS (128 * SUM_GROUPS)
+#define SUM_ITEMS 256
 #define GROUP_MATRICES (GROUP_HEADS * TILES_V) /* heads and tiles of V of a group */
-#define SUM_BLOCKS ((GROUP_MATRICES + SUM_GROUPS * SUM_TURNS - 1) / (SUM_GROUPS * SUM_TURNS))
+#define SUM_BLOCKS ((GROUP_MATRICES + SUM_TURNS - 1) / SUM_TURNS)
 #define K_TILES (NV_K / 64)
-#define CHUNK_COLUMNS (NB_CHUNK * 8)  /* uint4 of 64 columns of a chunk */
-#define SUM_STAGES ((UNIT + 1) / 2)   /* the odd or the even chunks */
-#define WEIGHT_STAGES (SLOTS > 2 ? SLOTS : 2)
-#define UNIT_WEIGHTS (UNIT * NB_CHUNK / 8) /* uint4 of a level's weights */
+#define CHUNK_COLUMNS (NB_CHUNK * 8)       /* uint4 of 64 columns of a chunk */
+#define HALF (UNIT / 2)                    /* chunks of a warpgroup */
+#define HALF_WEIGHTS (HALF * NB_CHUNK / 8) /* uint4 of a level's weights */
+#define WEIGHT_STAGES (SLOTS > UNIT_BITS ? SLOTS : UNIT_BITS > 1 ? UNIT_BITS : 2)
+#define INLINE __attribute__((always_inline))
 
-/* What a warpgroup works on: from its group's first head, its unit's first chunk; this item's share. */
+/* What a warpgroup works on: from its group's first head, its own first chunk; this item's share. */
 typedef struct sum_work {
     const __global ushort *values;
     const __global uint4 *weights;
-    __local uint4 *values_at, *weights_at;
+    __local uint4 *values_at, *weights_at, *sent;
     const __local uint4 *rows;
-    uint own, warp;     /* which warpgroup, and which warp of it */
-    uint unit, chunks;  /* the unit; chunks of the sequence */
-    uint matrix, last;  /* heads and tiles of V of the group */
-    uint first_matrix;  /* of the group, of all */
+    uint own, warp;        /* which warpgroup, and which warp of it */
+    uint unit, first;      /* the unit, and the warpgroup's first chunk */
+    uint chunks;           /* of the sequence */
+    uint matrix;           /* head and tile of V of the group */
+    uint first_matrix;     /* of the group, of all */
     int num_rows, aligned; /* from the item's own one to the end */
 } sum_work;
 
@@ -100,86 +102,94 @@ void fetch_unit(__local uint4 *to, const __global uint4 *from, uint first, uint 
     }
 }
 
-/* A warpgroup starts copying v or dO of the odd or the even chunks; missing rows and columns become zeros. */
-void fetch_values(sum_work from, uint matrix, uint odd) {
+/* A warpgroup starts copying v or dO of its chunks; missing rows and columns become zeros. */
+INLINE void fetch_values(sum_work from, uint matrix) {
     const uint item = anew(get_local_id(0)) % 128, head = matrix / TILES_V, tile = matrix % TILES_V;
     const int rows = tile * NB_COLUMNS + item % 8 * 8 < DIM_V ? from.num_rows : 0;
     const __global ushort *x = from.values + (head * DIM_V + tile * NB_COLUMNS);
     __local uint4 *to = from.values_at + swizzled(item / 8, 8, item % 8);
     if (from.aligned) {
-#pragma unroll
-        for (uint chunk = odd; chunk < UNIT; chunk += 2) {
-#pragma unroll 2
-            for (uint i = 0; i < 8; i++) {
-                const uint row = chunk * NB_CHUNK + i * 16;
-                copy_16(to + (chunk / 2 * 8 + i) * 128, x + row * (HEADS * DIM_V), (int)row < rows);
-            }
+#pragma unroll 4
+        for (uint i = 0; i < HALF * 8; i++) {
+            copy_16(to + i * 128, x + i * (16 * HEADS * DIM_V), (int)(i * 16) < rows);
         }
     } else {
 #pragma unroll 1
-        for (uint i = 0; i < (UNIT + 1 - odd) / 2 * 8; i++) {
-            const uint row = (i / 8 * 2 + odd) * NB_CHUNK + i % 8 * 16;
-            to[i * 128] = (int)row < rows ? load_piece(x + row * (HEADS * DIM_V)) : (uint4)(0);
+        for (uint i = 0; i < HALF * 8; i++) {
+            to[i * 128] = (int)(i * 16) < rows ? load_piece(x + i * (16 * HEADS * DIM_V)) : (uint4)(0);
         }
     }
 }
 
 /* The same for what weighs them in a slot's sums; those of a chunk that is not there become zeros. */
-void fetch_weights(sum_work from, uint matrix, uint slot, uint to) {
+INLINE void fetch_weights(sum_work from, uint matrix, uint slot, uint to) {
     const uint item = anew(get_local_id(0)) % 128, chunk = item / (NB_CHUNK / 8);
-    if (item < UNIT_WEIGHTS && (slot == 0 || ((from.unit * UNIT + chunk) >> (slot - 1) & 1) != 0)) {
+    if (item < HALF_WEIGHTS && (slot == 0 || ((from.first + chunk) >> (slot - 1) & 1) != 0)) {
         const uint node = matrix / TILES_V * from.chunks + chunk;
-        copy_16(&from.weights_at[to * UNIT_WEIGHTS + item],
+        copy_16(&from.weights_at[to * HALF_WEIGHTS + item],
                 from.weights + (ulong)(node * WEIGHT_SLOTS + slot) * (NB_CHUNK / 8) + item % (NB_CHUNK / 8),
-                from.unit * UNIT + chunk < from.chunks);
+                from.first + chunk < from.chunks);
     }
 }
 
-/* The odd or the even chunks' values, transposed, as A: a warp has 16 columns of them. */
-void load_values(uint4 to[UNIT][8], const __local uint4 *values, uint odd, uint warp) {
-    const uint address = local_address(values + swizzled(far_row(), 8, 2 * warp + far_piece()));
+/* The warpgroup's values, transposed, as A: a warp has 16 columns of them. */
+INLINE void load_values(uint4 to[HALF][8], sum_work work) {
+    const uint address = local_address(work.values_at + swizzled(far_row(), 8, 2 * work.warp + far_piece()));
 #pragma unroll
-    for (uint i = odd; i < UNIT; i += 2) {
+    for (uint i = 0; i < HALF; i++) {
 #pragma unroll
         for (uint step = 0; step < 8; step++) {
-            to[i][step] = load_transposed_at(address + (i / 2 * 8 + step) * 2048);
+            to[i][step] = load_transposed_at(address + (i * 8 + step) * 2048);
         }
     }
 }
 
 /* Adds (weights values)^T rows over a chunk; the weights are at weight_place. */
-__attribute__((always_inline)) void add_chunk(float4 sum[K_TILES][8], sum_work work, uint4 values[8], uint chunk, uint slot) {
-    const __local uint4 *weights = work.weights_at + slot * UNIT_WEIGHTS + chunk * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
+INLINE void add_chunk(float4 sum[K_TILES][8], sum_work work, uint4 values[8], uint chunk, uint slot) {
+    const __local uint4 *weights = work.weights_at + slot * HALF_WEIGHTS + chunk * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
     const tile_rows rows = tile_at(work.rows + chunk * (K_TILES * CHUNK_COLUMNS));
 #pragma unroll
-    for (uint i = 0; i < 4; i++) {
-        const uint4 pairs = weights[i / 2 * 8 + i % 2];
-        uint4 a[2];
+    for (uint tile = 0; tile < 2; tile++) {
+        const uint4 left = weights[tile * 8], right = weights[tile * 8 + 1];
+        const uint pairs[8] = {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
+        uint4 a[4];
         tile_wait_but_one();
-        a[0] = (uint4)(multiply_pairs(values[2 * i].x, pairs.x), multiply_pairs(values[2 * i].y, pairs.x),
-                       multiply_pairs(values[2 * i].z, pairs.y), multiply_pairs(values[2 * i].w, pairs.y));
-        a[1] = (uint4)(multiply_pairs(values[2 * i + 1].x, pairs.z), multiply_pairs(values[2 * i + 1].y, pairs.z),
-                       multiply_pairs(values[2 * i + 1].z, pairs.w), multiply_pairs(values[2 * i + 1].w, pairs.w));
 #pragma unroll
-        for (uint m = 0; m < K_TILES; m++) {
-            tile_start_half(sum[m], a);
+        for (uint step = 0; step < 4; step++) {
+            const uint4 x = values[4 * tile + step];
+            a[step] = (uint4)(multiply_pairs(x.x, pairs[2 * step]), multiply_pairs(x.y, pairs[2 * step]),
+                              multiply_pairs(x.z, pairs[2 * step + 1]), multiply_pairs(x.w, pairs[2 * step + 1]));
         }
 #pragma unroll
         for (uint m = 0; m < K_TILES; m++) {
-            tile_add_half(sum[m], a, tile_step(rows, 8 * m + 2 * i));
+            tile_start(sum[m], a);
         }
+#if SPLIT
+#pragma unroll
+        for (uint step = 0; step < 4; step++) {
+#pragma unroll
+            for (uint m = 0; m < K_TILES; m++) {
+                tile_multiply_step(sum[m], a[step], tile_step(rows, 8 * m + 4 * tile + step));
+            }
+        }
+#else
+#pragma unroll
+        for (uint m = 0; m < K_TILES; m++) {
+            tile_add(sum[m], a, tile_step(rows, 8 * m + 4 * tile));
+        }
+#endif
         tile_end();
     }
 }
 
-void clear_sum(float4 sum[K_TILES][8]) {
+INLINE void clear_sum(float4 sum[K_TILES][8]) {
 #pragma unroll
     for (uint m = 0; m < K_TILES; m++) {
         tile_clear(sum[m]);
     }
 }
 
-void wait_for_sum(float4 sum[K_TILES][8]) {
+INLINE void wait_for_sum(float4 sum[K_TILES][8]) {
 #pragma unroll
     for (uint m = 0; m < K_TILES; m++) {
         tile_wait(sum[m]);
@@ -190,7 +200,7 @@ void wait_for_sum(float4 sum[K_TILES][8]) {
  * Writes a state, of which the products have columns, 16 of them a warp: matrices of 8 x 8 are transposed; then neighbouring
  * items exchange pairs of two pieces, so that one has four columns of the left piece, the other of the right.
  */
-__attribute__((always_inline)) void store_sum(__global uint4 *to, float4 sum[K_TILES][8], uint warp) {
+INLINE void store_sum(__global uint4 *to, float4 sum[K_TILES][8], uint warp) {
     const float unit = 1.0f / STATE_UNIT;
     const uint lane = anew(warp_lane()), r = lane / 4, p = lane % 4, odd = p & 1;
     __global uint *words = (__global uint *)to + (r * 32 + 4 * ((2 * warp + odd) ^ r) + p - odd);
@@ -203,8 +213,8 @@ __attribute__((always_inline)) void store_sum(__global uint4 *to, float4 sum[K_T
     }
 }
 
-/* A product's sum becomes a node, if it exists. */
-__attribute__((always_inline)) void finish_sum(float4 sum[K_TILES][8], sum_work work, __global uint4 *nodes, uint node, int exists) {
+/* The same behind the products, if the node exists. */
+INLINE void finish_sum(float4 sum[K_TILES][8], sum_work work, __global uint4 *nodes, uint node, int exists) {
     wait_for_sum(sum);
     if (exists) {
         const ulong matrix = anew(work.first_matrix + work.matrix);
@@ -212,129 +222,156 @@ __attribute__((always_inline)) void finish_sum(float4 sum[K_TILES][8], sum_work 
     }
 }
 
-/* A state goes on from the one of the left part of its block; the third chunk has one by itself, too. */
-__attribute__((always_inline)) void sum_states(sum_work work, __global uint4 *nodes, const __global float *decays) {
-    const uint first = work.unit * UNIT;
-    uint slot = 0;
-    fetch_values(work, work.matrix, 0);
+/* One warpgroup gives its sum to the other, which goes on when it is there. */
+INLINE void give_sum(float4 sum[K_TILES][8], sum_work work, uint meeting) {
+    const uint item = anew(get_local_id(0)) % 128;
+    const float unit = 1.0f / STATE_UNIT;
+#pragma unroll
+    for (uint i = 0; i < K_TILES * 4; i++) {
+        const float4 x = sum[i / 4][2 * i % 8] * unit, y = sum[i / 4][(2 * i + 1) % 8] * unit;
+        work.sent[i * 128 + item] = (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w));
+    }
+    announce(3 + meeting, SUM_ITEMS);
+}
+
+INLINE void take_sum(float4 sum[K_TILES][8], sum_work work, uint meeting, float own_weight, float weight) {
+    const uint item = anew(get_local_id(0)) % 128;
+    meet(3 + meeting, SUM_ITEMS);
+#pragma unroll
+    for (uint i = 0; i < K_TILES * 4; i++) {
+        const uint4 other = work.sent[i * 128 + item];
+        float4 *x = &sum[i / 4][2 * i % 8], *y = &sum[i / 4][(2 * i + 1) % 8];
+        *x = own_weight * *x + weight * (float4)(unpack(other.x), unpack(other.y));
+        *y = own_weight * *y + weight * (float4)(unpack(other.z), unpack(other.w));
+    }
+}
+
+/* A state goes on from the one of the left part of its block. */
+INLINE void sum_states(sum_work work, __global uint4 *nodes, const __global float *decays) {
+    uint turn = 0;
+    fetch_values(work, work.matrix);
     fetch_weights(work, work.matrix, 0, 0);
 #pragma unroll 1
-    for (; work.matrix < work.last; work.matrix += SUM_GROUPS) {
-        uint4 values[UNIT][8];
+    for (; work.matrix < GROUP_MATRICES; work.matrix += SUM_BLOCKS, turn = 1 - turn) {
+        uint4 values[HALF][8];
         float4 sum[K_TILES][8];
-        float kept[UNIT];
+        float kept[HALF], right_kept = 1.0f;
 #pragma unroll
-        for (uint i = 1; i < UNIT; i++) {
-            kept[i] = first + i < work.chunks ? decays[work.matrix / TILES_V * work.chunks + i] : 0.0f;
+        for (uint i = 0; i < HALF; i++) {
+            const __global float *all = decays + work.matrix / TILES_V * work.chunks;
+            kept[i] = work.first + i < work.chunks ? all[work.own * HALF + i] : 0.0f;
+            right_kept *= work.unit * UNIT + HALF + i < work.chunks ? all[HALF + i] : 0.0f;
         }
         wait_for_copies();
         warpgroup_barrier(work.own);
-        load_values(values, work.values_at, 0, work.warp);
+        load_values(values, work);
         warpgroup_barrier(work.own);
-        fetch_values(work, work.matrix, 1);
-        if (UNIT > 2) {
-            clear_sum(sum);
-            add_chunk(sum, work, values[2], 2, slot);
-            finish_sum(sum, work, nodes, first + 2, first + 3 < work.chunks);
+        if (work.matrix + SUM_BLOCKS < GROUP_MATRICES) {
+            fetch_values(work, work.matrix + SUM_BLOCKS);
+            fetch_weights(work, work.matrix + SUM_BLOCKS, 0, 1 - turn);
         }
         clear_sum(sum);
-        add_chunk(sum, work, values[0], 0, slot);
-        finish_sum(sum, work, nodes, first, first + 1 < work.chunks);
-        wait_for_copies();
-        warpgroup_barrier(work.own);
-        load_values(values, work.values_at, 1, work.warp);
-        warpgroup_barrier(work.own);
-        if (work.matrix + SUM_GROUPS < work.last) {
-            fetch_values(work, work.matrix + SUM_GROUPS, 0);
-            fetch_weights(work, work.matrix + SUM_GROUPS, 0, 1 - slot);
-        }
 #pragma unroll
-        for (uint i = 1; i < UNIT; i++) {
+        for (uint i = 0; i < HALF; i++) {
+            if (i > 0) {
 #pragma unroll
-            for (uint j = 0; j < K_TILES * 8; j++) {
-                sum[j / 8][j % 8] *= kept[i];
+                for (uint j = 0; j < K_TILES * 8; j++) {
+                    sum[j / 8][j % 8] *= kept[i];
+                }
             }
-            add_chunk(sum, work, values[i], i, slot);
-            finish_sum(sum, work, nodes, first + i, i != 2 && first + i + 1 < work.chunks);
+            add_chunk(sum, work, values[i], i, turn);
+            finish_sum(sum, work, nodes, work.first + i, i + 1 < HALF && work.first + i + 1 < work.chunks);
         }
-        slot = 1 - slot;
+        /* The unit's state: what the left half has left, and the right half's. */
+        if (work.own == 0) {
+            finish_sum(sum, work, nodes, work.first + HALF - 1, work.first + HALF < work.chunks);
+        }
+        if (work.own == turn) {
+            give_sum(sum, work, turn);
+        } else {
+            take_sum(sum, work, turn, work.own == 0 ? right_kept : 1.0f, (work.own == 0 ? 1.0f : right_kept) * STATE_UNIT);
+            finish_sum(sum, work, nodes, work.unit * UNIT + UNIT - 1, (work.unit + 1) * UNIT < work.chunks);
+        }
     }
 }
 
 /* Adjoints of all levels, those of blocks that are larger than the unit in parts, which are added up later. */
-__attribute__((always_inline)) void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *parts, uint units) {
-    const uint first = work.unit * UNIT;
-    fetch_values(work, work.matrix, 1);
+INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *parts, uint units) {
+    uint turn = 0;
+    fetch_values(work, work.matrix);
     for (uint level = 0; level < CHUNK_LEVELS; level++) {
         fetch_weights(work, work.matrix, 1 + level, level);
     }
     end_copies();
     end_copies();
 #pragma unroll 1
-    for (; work.matrix < work.last; work.matrix += SUM_GROUPS) {
-        const int is_last = work.matrix + SUM_GROUPS >= work.last;
-        uint4 values[UNIT][8];
+    for (; work.matrix < GROUP_MATRICES; work.matrix += SUM_BLOCKS) {
+        const uint next = work.matrix + SUM_BLOCKS;
+        uint4 values[HALF][8];
         float4 sum[K_TILES][8];
         /* All copies but those of the weights that were used last. */
         WAIT_FOR_COPIES_BUT(1);
         warpgroup_barrier(work.own);
-        load_values(values, work.values_at, 1, work.warp);
+        load_values(values, work);
         warpgroup_barrier(work.own);
-        fetch_values(work, work.matrix, 0);
-        /* Levels whose blocks are in the unit. */
-#pragma unroll
-        for (uint i = 1; i < UNIT; i += 2) {
-            clear_sum(sum);
-            add_chunk(sum, work, values[i], i, 0);
-            finish_sum(sum, work, nodes, first + i - 1, first + i < work.chunks);
-        }
-        wait_for_copies();
-        warpgroup_barrier(work.own);
-        load_values(values, work.values_at, 0, work.warp);
-        warpgroup_barrier(work.own);
-        if (!is_last) {
-            fetch_values(work, work.matrix + SUM_GROUPS, 1);
+        if (next < GROUP_MATRICES) {
+            fetch_values(work, next);
         }
         end_copies();
+        /* Levels whose blocks are in the warpgroup's chunks; then of the right half of the unit. */
 #pragma unroll
-        for (int level = 1; level < UNIT_BITS; level++) {
+        for (int level = 0; level < UNIT_BITS - 1; level++) {
 #pragma unroll
-            for (uint start = 1u << level; start < UNIT; start += 2u << level) {
+            for (uint start = 1u << level; start < HALF; start += 2u << level) {
                 clear_sum(sum);
 #pragma unroll
                 for (uint i = start; i < start + (1u << level); i++) {
                     add_chunk(sum, work, values[i], i, level);
                 }
-                finish_sum(sum, work, nodes, first + start - 1, first + start < work.chunks);
+                finish_sum(sum, work, nodes, work.first + start - 1, work.first + start < work.chunks);
             }
+        }
+        if (work.own == 1) {
+            clear_sum(sum);
+#pragma unroll
+            for (uint i = 0; i < HALF; i++) {
+                add_chunk(sum, work, values[i], i, UNIT_BITS - 1);
+            }
+            finish_sum(sum, work, nodes, work.first - 1, work.first < work.chunks);
         }
         warpgroup_barrier(work.own);
 #pragma unroll 1
-        for (uint level = 0; !is_last && level < UNIT_BITS && level < CHUNK_LEVELS; level++) {
-            fetch_weights(work, work.matrix + SUM_GROUPS, 1 + level, level);
+        for (uint level = 0; next < GROUP_MATRICES && level < UNIT_BITS && level < CHUNK_LEVELS; level++) {
+            fetch_weights(work, next, 1 + level, level);
         }
         end_copies();
+        /* Those of whole units: the warpgroups add both halves up by turns. */
 #pragma unroll 1
-        for (uint bits = work.unit; bits != 0; bits &= bits - 1) {
+        for (uint bits = work.unit; bits != 0; bits &= bits - 1, turn = 1 - turn) {
             const uint above = 31 - clz(bits & (0 - bits)), level = UNIT_BITS + above;
             clear_sum(sum);
 #pragma unroll
-            for (uint i = 0; i < UNIT; i++) {
+            for (uint i = 0; i < HALF; i++) {
                 add_chunk(sum, work, values[i], i, level);
             }
             wait_for_sum(sum);
-            const ulong matrix = anew(work.first_matrix + work.matrix);
-            __global uint4 *to =
-                above == 0 ? nodes + (matrix * work.chunks + first - 1) * STATE
-                           : parts + ((matrix * CHUNK_LEVELS + level) * units +
-                                      ((work.unit >> (above + 1) << above) | (work.unit & ((1u << above) - 1)))) *
-                                         STATE;
-            store_sum(to, sum, work.warp);
-            if (!is_last) {
-                warpgroup_barrier(work.own);
-                fetch_weights(work, work.matrix + SUM_GROUPS, 1 + level, level);
+            warpgroup_barrier(work.own);
+            if (next < GROUP_MATRICES) {
+                fetch_weights(work, next, 1 + level, level);
             }
             end_copies();
+            if (work.own == turn) {
+                give_sum(sum, work, turn);
+            } else {
+                const ulong matrix = anew(work.first_matrix + work.matrix);
+                __global uint4 *to =
+                    above == 0 ? nodes + (matrix * work.chunks + work.unit * UNIT - 1) * STATE
+                               : parts + ((matrix * CHUNK_LEVELS + level) * units +
+                                          ((work.unit >> (above + 1) << above) | (work.unit & ((1u << above) - 1)))) *
+                                             STATE;
+                take_sum(sum, work, turn, 1.0f, STATE_UNIT);
+                store_sum(to, sum, work.warp);
+            }
         }
         if (work.unit == 0) {
             end_copies();
@@ -343,46 +380,43 @@ __attribute__((always_inline)) void sum_adjoints(sum_work work, __global uint4 *
 }
 
 /*
- * A work-group has a unit of chunks and a block of its group's heads and tiles of V: states, or adjoints of all levels.  The
- * unit's rows of k or q stay in local memory while each warpgroup goes by itself through its heads, a head's v or dO in
- * registers while all its sums are made.  Chunks that are not there add zeros.
+ * A work-group has a unit of chunks and goes through some of its group's heads and tiles of V: states, or adjoints of all
+ * levels.  The unit's rows of k or q stay in local memory; a warpgroup has half of the chunks, whose v or dO stay in registers
+ * while all sums are made.  Chunks that are not there add zeros.
  */
 __kernel __attribute__((reqd_work_group_size(SUM_ITEMS, 1, 1))) void
 nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
         ulong v_offset, const __global ushort *d_o, ulong d_o_offset, uint aligned) {
     __local uint4 rows_at[UNIT * K_TILES * CHUNK_COLUMNS] __attribute__((aligned(1024)));
-    __local uint4 values_at[SUM_GROUPS][SUM_STAGES * CHUNK_COLUMNS] __attribute__((aligned(1024)));
-    __local uint4 weights_at[SUM_GROUPS][WEIGHT_STAGES * UNIT_WEIGHTS];
+    __local uint4 values_at[2][HALF * CHUNK_COLUMNS] __attribute__((aligned(1024)));
+    __local uint4 weights_at[2][WEIGHT_STAGES * HALF_WEIGHTS];
+    __local uint4 sent[K_TILES * 4 * 128];
     const uint own = same_in_warp(get_local_id(0) / 128), warp = same_in_warp(get_local_id(0) % 128 / 32);
     /* Late units, which have most levels, go first, states last. */
     const uint units = (call.chunks + UNIT - 1) / UNIT, id = get_group_id(0);
     const uint block = id % SUM_BLOCKS, group = id / SUM_BLOCKS % GROUPS, b = id / (SUM_BLOCKS * GROUPS) % call.batch;
     const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch;
     const int is_state = turn >= units;
-    const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT;
+    const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT + own * HALF;
     const uint first_head = b * HEADS + group * GROUP_HEADS, row = first * NB_CHUNK + get_local_id(0) % 128 / 8;
     const ulong first_chunk = (ulong)first_head * call.chunks + first;
     const sum_work work = {
         (is_state ? v + v_offset : d_o + d_o_offset) +
             (((ulong)b * call.length + row) * HEADS + group * GROUP_HEADS) * DIM_V + get_local_id(0) % 8 * 8,
         (const __global uint4 *)place(ws, ws_offset, call.weights) + first_chunk * (WEIGHT_SLOTS * NB_CHUNK / 8),
-        values_at[own], weights_at[own], rows_at, own, warp, unit, call.chunks,
-        block * (SUM_GROUPS * SUM_TURNS) + own, min((block + 1) * (SUM_GROUPS * SUM_TURNS), (uint)GROUP_MATRICES),
-        first_head * TILES_V, (int)call.length - (int)row, (int)aligned,
+        values_at[own], weights_at[own], sent, rows_at + own * (HALF * K_TILES * CHUNK_COLUMNS), own, warp, unit, first,
+        call.chunks, block, first_head * TILES_V, (int)call.length - (int)row, (int)aligned,
     };
     fetch_unit(rows_at,
                (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
                    (ulong)(b * GROUPS + group) * call.chunks * (2 * ROW_TILE),
-               first, call.chunks);
+               unit * UNIT, call.chunks);
     wait_for_copies();
     tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
-    if (work.matrix >= work.last) {
-        return;
-    }
     if (is_state) {
         sum_states(work, (__global uint4 *)place(ws, ws_offset, call.states),
-                   (const __global float *)place(ws, ws_offset, call.decays) + first_chunk);
+                   (const __global float *)place(ws, ws_offset, call.decays) + (first_chunk - own * HALF));
     } else {
         sum_adjoints(work, (__global uint4 *)place(ws, ws_offset, call.adjoints),
                      (__global uint4 *)place(ws, ws_offset, call.parts), call.units);
