@@ -93,6 +93,14 @@ uint4 load_transposed_at(uint row) {
 }
 uint4 load_transposed(const __local void *row) { return load_transposed_at(local_address(row)); }
 
+/* The reverse of load_transposed_at, from sm_90 on. */
+void store_transposed_at(uint row, uint4 x) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(row), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
 /* Starts copying the first `bytes` of 16, and clears the others. */
 void copy_some_of_16(__local void *to, const __global void *from, uint bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -270,15 +278,6 @@ void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) {
     }
 }
 
-/* Half of a step's A. */
-void tile_start_half(float4 c[8], uint4 a[2]) {
-    asm volatile("//WG wgmma.fence.sync.aligned;" : TILE_ALL_C, TILE_A(0), TILE_A(1) : : "memory");
-}
-void tile_add_half(float4 c[8], uint4 a[2], tile_rows b) {
-    tile_multiply_step(c, a[0], b);
-    tile_multiply_step(c, a[1], tile_step(b, 1));
-}
-
 void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
     tile_start(c, a);
     tile_add(c, a, b);
@@ -389,12 +388,6 @@ void tile_multiply_local_transposed(float4 c[8], tile_rows a, tile_rows b) {
 
 void tile_start(float4 c[8], uint4 a[4]) { (void)c, (void)a; }
 void tile_end(void) {}
-void tile_start_half(float4 c[8], uint4 a[2]) { (void)c, (void)a; }
-void tile_add_half(float4 c[8], uint4 a[2], tile_rows b) {
-    const uint lane = anew(warp_lane());
-    tile_multiply_step(c, a[0], b, 0, lane);
-    tile_multiply_step(c, a[1], b, 1, lane);
-}
 void tile_set(float4 c[8], uint4 a[4], tile_rows b) {
     tile_clear(c);
     tile_multiply(c, a, b);
@@ -455,6 +448,16 @@ void copy_bulk(__local void *to, const __global void *from, uint bytes, __local 
                  : "r"(local_address(to)), "l"(from), "r"(bytes), "r"(local_address(at))
                  : "memory");
 }
+
+/* Starts copying `bytes` that have been published; waits until all that this item copies so have been read. */
+void store_bulk(__global void *to, const __local void *from, uint bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+                 "cp.async.bulk.commit_group;"
+                 :
+                 : "l"(to), "r"(local_address(from)), "r"(bytes)
+                 : "memory");
+}
+void wait_for_stores(void) { asm volatile("cp.async.bulk.wait_group.read 0;" : : : "memory"); }
 
 /* What has been started is seen by bulk copies, behind a barrier. */
 void arrivals_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }

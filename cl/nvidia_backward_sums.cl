@@ -79,18 +79,23 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 #define WEIGHT_STAGES (SLOTS > UNIT_BITS ? SLOTS : UNIT_BITS > 1 ? UNIT_BITS : 2)
 #define INLINE __attribute__((always_inline))
 
-/* What a warpgroup works on: from its group's first head, its own first chunk; this item's share. */
-typedef struct sum_work {
+/* What a warpgroup reads, from its group's first head and its own first chunk: not in registers, of which there are few. */
+typedef struct sum_source {
     const __global ushort *values;
     const __global uint4 *weights;
-    __local uint4 *values_at, *weights_at, *sent;
+    const __global float *decays;
+    uint first_matrix; /* of the group, of all heads and tiles of V */
+    uint first, chunks; /* the warpgroup's first chunk, and the sequence's chunks */
+    int rows, aligned; /* from the first chunk's first one to the end */
+} sum_source;
+
+/* What it works on. */
+typedef struct sum_work {
+    const __local sum_source *from;
+    __local uint4 *values, *weights, *sent;
     const __local uint4 *rows;
-    uint own, warp;        /* which warpgroup, and which warp of it */
-    uint unit, first;      /* the unit, and the warpgroup's first chunk */
-    uint chunks;           /* of the sequence */
-    uint matrix;           /* head and tile of V of the group */
-    uint first_matrix;     /* of the group, of all */
-    int num_rows, aligned; /* from the item's own one to the end */
+    uint own, warp; /* which warpgroup, and which warp of it */
+    uint unit, matrix; /* of the group */
 } sum_work;
 
 /* Starts copying a unit's rows of q or k, 64 columns after the other; a chunk that is not there becomes the last one. */
@@ -102,39 +107,43 @@ void fetch_unit(__local uint4 *to, const __global uint4 *from, uint first, uint 
     }
 }
 
-/* A warpgroup starts copying v or dO of its chunks; missing rows and columns become zeros. */
-INLINE void fetch_values(sum_work from, uint matrix) {
-    const uint item = anew(get_local_id(0)) % 128, head = matrix / TILES_V, tile = matrix % TILES_V;
-    const int rows = tile * NB_COLUMNS + item % 8 * 8 < DIM_V ? from.num_rows : 0;
-    const __global ushort *x = from.values + (head * DIM_V + tile * NB_COLUMNS);
-    __local uint4 *to = from.values_at + swizzled(item / 8, 8, item % 8);
-    if (from.aligned) {
+/* A warpgroup starts copying v or dO of some of its chunks; missing rows and columns become zeros. */
+INLINE void fetch_values(sum_work work, uint matrix, uint first, uint end) {
+    const uint item = anew(get_local_id(0)) % 128, column = matrix % TILES_V * NB_COLUMNS + item % 8 * 8;
+    const int rows = column < DIM_V ? work.from->rows - (int)(item / 8) : 0;
+    const __global ushort *x = work.from->values + (item / 8 * HEADS + matrix / TILES_V) * DIM_V + column;
+    __local uint4 *to = work.values + swizzled(item / 8, 8, item % 8);
+    if (work.from->aligned) {
 #pragma unroll 4
-        for (uint i = 0; i < HALF * 8; i++) {
+        for (uint i = first * 8; i < end * 8; i++) {
             copy_16(to + i * 128, x + i * (16 * HEADS * DIM_V), (int)(i * 16) < rows);
         }
     } else {
 #pragma unroll 1
-        for (uint i = 0; i < HALF * 8; i++) {
+        for (uint i = first * 8; i < end * 8; i++) {
             to[i * 128] = (int)(i * 16) < rows ? load_piece(x + i * (16 * HEADS * DIM_V)) : (uint4)(0);
         }
     }
 }
 
-/* The same for what weighs them in a slot's sums; those of a chunk that is not there become zeros. */
-INLINE void fetch_weights(sum_work from, uint matrix, uint slot, uint to) {
-    const uint item = anew(get_local_id(0)) % 128, chunk = item / (NB_CHUNK / 8);
-    if (item < HALF_WEIGHTS && (slot == 0 || ((from.first + chunk) >> (slot - 1) & 1) != 0)) {
-        const uint node = matrix / TILES_V * from.chunks + chunk;
-        copy_16(&from.weights_at[to * HALF_WEIGHTS + item],
-                from.weights + (ulong)(node * WEIGHT_SLOTS + slot) * (NB_CHUNK / 8) + item % (NB_CHUNK / 8),
-                from.first + chunk < from.chunks);
+/* The same for what weighs them in a slot's sums, and in the next ones'; those of a chunk that is not there become zeros. */
+INLINE void fetch_weights(sum_work work, uint matrix, uint slot, uint slots, uint to) {
+    const uint first = work.from->first, chunks = work.from->chunks;
+    const __global uint4 *weights = work.from->weights + (ulong)(matrix / TILES_V * chunks) * (WEIGHT_SLOTS * NB_CHUNK / 8);
+#pragma unroll 1
+    for (uint i = anew(get_local_id(0)) % 128; i < slots * HALF_WEIGHTS; i += 128) {
+        const uint own = slot + i / HALF_WEIGHTS, chunk = i / (NB_CHUNK / 8) % HALF;
+        if (own == 0 || ((first + chunk) >> (own - 1) & 1) != 0) {
+            copy_16(&work.weights[to * HALF_WEIGHTS + i],
+                    weights + (chunk * WEIGHT_SLOTS + own) * (NB_CHUNK / 8) + i % (NB_CHUNK / 8),
+                    first + chunk < chunks);
+        }
     }
 }
 
 /* The warpgroup's values, transposed, as A: a warp has 16 columns of them. */
 INLINE void load_values(uint4 to[HALF][8], sum_work work) {
-    const uint address = local_address(work.values_at + swizzled(far_row(), 8, 2 * work.warp + far_piece()));
+    const uint address = local_address(work.values + swizzled(far_row(), 8, 2 * work.warp + far_piece()));
 #pragma unroll
     for (uint i = 0; i < HALF; i++) {
 #pragma unroll
@@ -146,8 +155,8 @@ INLINE void load_values(uint4 to[HALF][8], sum_work work) {
 
 /* Adds (weights values)^T rows over a chunk; the weights are at weight_place. */
 INLINE void add_chunk(float4 sum[K_TILES][8], sum_work work, uint4 values[8], uint chunk, uint slot) {
-    const __local uint4 *weights = work.weights_at + slot * HALF_WEIGHTS + chunk * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
-    const tile_rows rows = tile_at(work.rows + chunk * (K_TILES * CHUNK_COLUMNS));
+    const __local uint4 *weights = work.weights + slot * HALF_WEIGHTS + chunk * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
+    const tile_rows rows = anew(tile_at(work.rows + chunk * (K_TILES * CHUNK_COLUMNS)));
 #pragma unroll
     for (uint tile = 0; tile < 2; tile++) {
         const uint4 left = weights[tile * 8], right = weights[tile * 8 + 1];
@@ -164,7 +173,7 @@ INLINE void add_chunk(float4 sum[K_TILES][8], sum_work work, uint4 values[8], ui
         for (uint m = 0; m < K_TILES; m++) {
             tile_start(sum[m], a);
         }
-#if SPLIT
+#if 0
 #pragma unroll
         for (uint step = 0; step < 4; step++) {
 #pragma unroll
@@ -196,14 +205,39 @@ INLINE void wait_for_sum(float4 sum[K_TILES][8]) {
     }
 }
 
+/* All warps of the warpgroup are here, and what it has stored last has been read. */
+INLINE void meet_behind_stores(sum_work work) {
+#if WGMMA
+    if (get_local_id(0) % 128 == 0) {
+        wait_for_stores();
+    }
+#endif
+    warpgroup_barrier(work.own);
+}
+
 /*
- * Writes a state, of which the products have columns, 16 of them a warp: matrices of 8 x 8 are transposed; then neighbouring
- * items exchange pairs of two pieces, so that one has four columns of the left piece, the other of the right.
+ * Writes a state, of which the products have columns, 16 of them a warp.  With wgmma it goes through a stage, which is free;
+ * else matrices of 8 x 8 are transposed, then neighbouring items exchange pairs of two pieces, so that one has four columns of
+ * the left piece, the other of the right.
  */
-INLINE void store_sum(__global uint4 *to, float4 sum[K_TILES][8], uint warp) {
+INLINE void store_sum(__global uint4 *to, float4 sum[K_TILES][8], sum_work work, __local uint4 *stage) {
     const float unit = 1.0f / STATE_UNIT;
-    const uint lane = anew(warp_lane()), r = lane / 4, p = lane % 4, odd = p & 1;
-    __global uint *words = (__global uint *)to + (r * 32 + 4 * ((2 * warp + odd) ^ r) + p - odd);
+    const uint lane = anew(warp_lane());
+#if WGMMA
+    const uint row = lane / 16 * 8 + lane % 8, address = local_address(stage + swizzled(row, 8, 2 * work.warp + lane / 8 % 2));
+#pragma unroll
+    for (uint i = 0; i < K_TILES * 4; i++) {
+        const float4 x = sum[i / 4][2 * i % 8] * unit, y = sum[i / 4][(2 * i + 1) % 8] * unit;
+        store_transposed_at(address + i * 2048, (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)));
+    }
+    tile_publish();
+    warpgroup_barrier(work.own);
+    if (get_local_id(0) % 128 == 0) {
+        store_bulk(to, stage, STATE * 16);
+    }
+#else
+    const uint r = lane / 4, p = lane % 4, odd = p & 1;
+    __global uint *words = (__global uint *)to + (r * 32 + 4 * ((2 * work.warp + odd) ^ r) + p - odd);
 #pragma unroll
     for (uint i = 0; i < K_TILES * 8; i++) {
         const float4 x = sum[i / 8][i % 8] * unit;
@@ -211,14 +245,19 @@ INLINE void store_sum(__global uint4 *to, float4 sum[K_TILES][8], uint warp) {
         const uint other = shuffle_xor(odd ? left : right, 1);
         *(__global uint2 *)(words + i * (8 * 32)) = odd ? (uint2)(other, right) : (uint2)(left, other);
     }
+#endif
 }
 
-/* The same behind the products, if the node exists. */
+INLINE __global uint4 *node_at(sum_work work, __global uint4 *nodes, uint node) {
+    return nodes + ((ulong)(work.from->first_matrix + work.matrix) * work.from->chunks + node) * STATE;
+}
+
+/* A product's sum becomes a node, if that exists; the stage is where the last chunk's values were. */
 INLINE void finish_sum(float4 sum[K_TILES][8], sum_work work, __global uint4 *nodes, uint node, int exists) {
     wait_for_sum(sum);
     if (exists) {
-        const ulong matrix = anew(work.first_matrix + work.matrix);
-        store_sum(nodes + (matrix * work.chunks + node) * STATE, sum, work.warp);
+        meet_behind_stores(work);
+        store_sum(node_at(work, nodes, node), sum, work, work.values + (HALF - 1) * CHUNK_COLUMNS);
     }
 }
 
@@ -241,34 +280,36 @@ INLINE void take_sum(float4 sum[K_TILES][8], sum_work work, uint meeting, float 
     for (uint i = 0; i < K_TILES * 4; i++) {
         const uint4 other = work.sent[i * 128 + item];
         float4 *x = &sum[i / 4][2 * i % 8], *y = &sum[i / 4][(2 * i + 1) % 8];
-        *x = own_weight * *x + weight * (float4)(unpack(other.x), unpack(other.y));
-        *y = own_weight * *y + weight * (float4)(unpack(other.z), unpack(other.w));
+        *x = own_weight * *x + weight * STATE_UNIT * (float4)(unpack(other.x), unpack(other.y));
+        *y = own_weight * *y + weight * STATE_UNIT * (float4)(unpack(other.z), unpack(other.w));
     }
 }
 
 /* A state goes on from the one of the left part of its block. */
-INLINE void sum_states(sum_work work, __global uint4 *nodes, const __global float *decays) {
+INLINE void sum_states(sum_work work, __global uint4 *nodes) {
+    const uint first = work.from->first, chunks = work.from->chunks;
     uint turn = 0;
-    fetch_values(work, work.matrix);
-    fetch_weights(work, work.matrix, 0, 0);
+    fetch_values(work, work.matrix, 0, HALF);
+    fetch_weights(work, work.matrix, 0, 1, 0);
 #pragma unroll 1
     for (; work.matrix < GROUP_MATRICES; work.matrix += SUM_BLOCKS, turn = 1 - turn) {
+        const uint next = work.matrix + SUM_BLOCKS;
         uint4 values[HALF][8];
         float4 sum[K_TILES][8];
         float kept[HALF], right_kept = 1.0f;
 #pragma unroll
         for (uint i = 0; i < HALF; i++) {
-            const __global float *all = decays + work.matrix / TILES_V * work.chunks;
-            kept[i] = work.first + i < work.chunks ? all[work.own * HALF + i] : 0.0f;
-            right_kept *= work.unit * UNIT + HALF + i < work.chunks ? all[HALF + i] : 0.0f;
+            const __global float *all = work.from->decays + work.matrix / TILES_V * chunks;
+            kept[i] = first + i < chunks ? all[i] : 0.0f;
+            right_kept *= work.unit * UNIT + HALF + i < chunks ? all[i + (1 - work.own) * HALF] : 0.0f;
         }
         wait_for_copies();
         warpgroup_barrier(work.own);
         load_values(values, work);
         warpgroup_barrier(work.own);
-        if (work.matrix + SUM_BLOCKS < GROUP_MATRICES) {
-            fetch_values(work, work.matrix + SUM_BLOCKS);
-            fetch_weights(work, work.matrix + SUM_BLOCKS, 0, 1 - turn);
+        if (next < GROUP_MATRICES) {
+            fetch_values(work, next, 0, HALF - 1);
+            fetch_weights(work, next, 0, 1, 1 - turn);
         }
         clear_sum(sum);
 #pragma unroll
@@ -280,28 +321,31 @@ INLINE void sum_states(sum_work work, __global uint4 *nodes, const __global floa
                 }
             }
             add_chunk(sum, work, values[i], i, turn);
-            finish_sum(sum, work, nodes, work.first + i, i + 1 < HALF && work.first + i + 1 < work.chunks);
+            finish_sum(sum, work, nodes, first + i, (i + 1 < HALF || work.own == 0) && first + i + 1 < chunks);
         }
-        /* The unit's state: what the left half has left, and the right half's. */
-        if (work.own == 0) {
-            finish_sum(sum, work, nodes, work.first + HALF - 1, work.first + HALF < work.chunks);
+        meet_behind_stores(work);
+        if (next < GROUP_MATRICES) {
+            fetch_values(work, next, HALF - 1, HALF);
         }
+        /* The unit's state: what is left of the left half's, and the right half's. */
         if (work.own == turn) {
             give_sum(sum, work, turn);
         } else {
-            take_sum(sum, work, turn, work.own == 0 ? right_kept : 1.0f, (work.own == 0 ? 1.0f : right_kept) * STATE_UNIT);
-            finish_sum(sum, work, nodes, work.unit * UNIT + UNIT - 1, (work.unit + 1) * UNIT < work.chunks);
+            take_sum(sum, work, turn, work.own == 0 ? right_kept : 1.0f, work.own == 0 ? 1.0f : right_kept);
+            if ((work.unit + 1) * UNIT < chunks) {
+                warpgroup_barrier(work.own);
+                store_sum(node_at(work, nodes, work.unit * UNIT + UNIT - 1), sum, work, work.sent);
+            }
         }
     }
+    meet_behind_stores(work);
 }
 
 /* Adjoints of all levels, those of blocks that are larger than the unit in parts, which are added up later. */
 INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *parts, uint units) {
     uint turn = 0;
-    fetch_values(work, work.matrix);
-    for (uint level = 0; level < CHUNK_LEVELS; level++) {
-        fetch_weights(work, work.matrix, 1 + level, level);
-    }
+    fetch_values(work, work.matrix, 0, HALF);
+    fetch_weights(work, work.matrix, 1, CHUNK_LEVELS, 0);
     end_copies();
     end_copies();
 #pragma unroll 1
@@ -315,9 +359,8 @@ INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *p
         load_values(values, work);
         warpgroup_barrier(work.own);
         if (next < GROUP_MATRICES) {
-            fetch_values(work, next);
+            fetch_values(work, next, 0, HALF - 1);
         }
-        end_copies();
         /* Levels whose blocks are in the warpgroup's chunks; then of the right half of the unit. */
 #pragma unroll
         for (int level = 0; level < UNIT_BITS - 1; level++) {
@@ -328,7 +371,7 @@ INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *p
                 for (uint i = start; i < start + (1u << level); i++) {
                     add_chunk(sum, work, values[i], i, level);
                 }
-                finish_sum(sum, work, nodes, work.first + start - 1, work.first + start < work.chunks);
+                finish_sum(sum, work, nodes, work.from->first + start - 1, work.from->first + start < work.from->chunks);
             }
         }
         if (work.own == 1) {
@@ -337,12 +380,12 @@ INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *p
             for (uint i = 0; i < HALF; i++) {
                 add_chunk(sum, work, values[i], i, UNIT_BITS - 1);
             }
-            finish_sum(sum, work, nodes, work.first - 1, work.first < work.chunks);
+            finish_sum(sum, work, nodes, work.from->first - 1, work.from->first < work.from->chunks);
         }
-        warpgroup_barrier(work.own);
-#pragma unroll 1
-        for (uint level = 0; next < GROUP_MATRICES && level < UNIT_BITS && level < CHUNK_LEVELS; level++) {
-            fetch_weights(work, next, 1 + level, level);
+        meet_behind_stores(work);
+        if (next < GROUP_MATRICES) {
+            fetch_values(work, next, HALF - 1, HALF);
+            fetch_weights(work, next, 1, UNIT_BITS < CHUNK_LEVELS ? UNIT_BITS : CHUNK_LEVELS, 0);
         }
         end_copies();
         /* Those of whole units: the warpgroups add both halves up by turns. */
@@ -355,28 +398,30 @@ INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *p
                 add_chunk(sum, work, values[i], i, level);
             }
             wait_for_sum(sum);
-            warpgroup_barrier(work.own);
-            if (next < GROUP_MATRICES) {
-                fetch_weights(work, next, 1 + level, level);
-            }
-            end_copies();
+            meet_behind_stores(work);
             if (work.own == turn) {
                 give_sum(sum, work, turn);
             } else {
-                const ulong matrix = anew(work.first_matrix + work.matrix);
+                take_sum(sum, work, turn, 1.0f, 1.0f);
+                const ulong matrix = work.from->first_matrix + work.matrix;
                 __global uint4 *to =
-                    above == 0 ? nodes + (matrix * work.chunks + work.unit * UNIT - 1) * STATE
+                    above == 0 ? nodes + (matrix * work.from->chunks + work.unit * UNIT - 1) * STATE
                                : parts + ((matrix * CHUNK_LEVELS + level) * units +
                                           ((work.unit >> (above + 1) << above) | (work.unit & ((1u << above) - 1)))) *
                                              STATE;
-                take_sum(sum, work, turn, 1.0f, STATE_UNIT);
-                store_sum(to, sum, work.warp);
+                warpgroup_barrier(work.own);
+                store_sum(to, sum, work, work.sent);
             }
+            if (next < GROUP_MATRICES) {
+                fetch_weights(work, next, 1 + level, 1, level);
+            }
+            end_copies();
         }
         if (work.unit == 0) {
             end_copies();
         }
     }
+    meet_behind_stores(work);
 }
 
 /*
@@ -390,23 +435,33 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     __local uint4 rows_at[UNIT * K_TILES * CHUNK_COLUMNS] __attribute__((aligned(1024)));
     __local uint4 values_at[2][HALF * CHUNK_COLUMNS] __attribute__((aligned(1024)));
     __local uint4 weights_at[2][WEIGHT_STAGES * HALF_WEIGHTS];
-    __local uint4 sent[K_TILES * 4 * 128];
+    __local uint4 sent[STATE] __attribute__((aligned(1024)));
+    __local sum_source sources[2];
     const uint own = same_in_warp(get_local_id(0) / 128), warp = same_in_warp(get_local_id(0) % 128 / 32);
     /* Late units, which have most levels, go first, states last. */
     const uint units = (call.chunks + UNIT - 1) / UNIT, id = get_group_id(0);
     const uint block = id % SUM_BLOCKS, group = id / SUM_BLOCKS % GROUPS, b = id / (SUM_BLOCKS * GROUPS) % call.batch;
     const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch;
+#if MIXED
+    const int is_state = turn % 2;
+    const uint unit = units - 1 - turn / 2, first = unit * UNIT + own * HALF;
+#else
     const int is_state = turn >= units;
     const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT + own * HALF;
-    const uint first_head = b * HEADS + group * GROUP_HEADS, row = first * NB_CHUNK + get_local_id(0) % 128 / 8;
+#endif
+    const uint first_head = b * HEADS + group * GROUP_HEADS;
     const ulong first_chunk = (ulong)first_head * call.chunks + first;
-    const sum_work work = {
-        (is_state ? v + v_offset : d_o + d_o_offset) +
-            (((ulong)b * call.length + row) * HEADS + group * GROUP_HEADS) * DIM_V + get_local_id(0) % 8 * 8,
-        (const __global uint4 *)place(ws, ws_offset, call.weights) + first_chunk * (WEIGHT_SLOTS * NB_CHUNK / 8),
-        values_at[own], weights_at[own], sent, rows_at + own * (HALF * K_TILES * CHUNK_COLUMNS), own, warp, unit, first,
-        call.chunks, block, first_head * TILES_V, (int)call.length - (int)row, (int)aligned,
-    };
+    if (get_local_id(0) % 128 == 0) {
+        sources[own] = (sum_source){
+            (is_state ? v + v_offset : d_o + d_o_offset) +
+                (((ulong)b * call.length + first * NB_CHUNK) * HEADS + group * GROUP_HEADS) * DIM_V,
+            (const __global uint4 *)place(ws, ws_offset, call.weights) + first_chunk * (WEIGHT_SLOTS * NB_CHUNK / 8),
+            (const __global float *)place(ws, ws_offset, call.decays) + first_chunk,
+            first_head * TILES_V, first, call.chunks, (int)call.length - (int)(first * NB_CHUNK), (int)aligned,
+        };
+    }
+    const sum_work work = {&sources[own], values_at[own], weights_at[own], sent,
+                           rows_at + own * (HALF * K_TILES * CHUNK_COLUMNS), own, warp, unit, block};
     fetch_unit(rows_at,
                (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
                    (ulong)(b * GROUPS + group) * call.chunks * (2 * ROW_TILE),
@@ -415,8 +470,7 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
     if (is_state) {
-        sum_states(work, (__global uint4 *)place(ws, ws_offset, call.states),
-                   (const __global float *)place(ws, ws_offset, call.decays) + (first_chunk - own * HALF));
+        sum_states(work, (__global uint4 *)place(ws, ws_offset, call.states));
     } else {
         sum_adjoints(work, (__global uint4 *)place(ws, ws_offset, call.adjoints),
                      (__global uint4 *)place(ws, ws_offset, call.parts), call.units);
