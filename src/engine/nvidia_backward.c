@@ -99,7 +99,8 @@ static backward_shape find_shape(const loglin_device *device, const loglin_probl
     shape.unit_count = ceil_div(ceil_div(shape.chunks, 2), (size_t)1 << shape.unit_bits);
     const size_t groups = problem->batch * problem->groups, matrices = group_heads * shape.tiles_v;
     shape.sum_turns = matrices;
-    const size_t sums = groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits);
+    const size_t sums =
+        groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits) * (shape.padded_k / 64);
     while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) < enough_sum_groups) {
         shape.sum_turns--;
     }
@@ -158,7 +159,7 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_since], heads, 32);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_weights],
                              chunks > 1 ? problem->batch * chunks * ceil_div(problem->heads, warps) : 0, NB_ITEMS);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape), 256);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape) * (shape->padded_k / 64), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], groups * shape->row_blocks * ceil_div(chunks, 2), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], groups * shape->head_blocks * chunks, NB_TILE_ITEMS);
@@ -194,11 +195,15 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
-/* Local memory of the sums: a unit of q or k, and for each warpgroup two chunks of v or dO and their weights. */
+/*
+ * Local memory of the sums: 64 columns of a unit of q or k; for each warpgroup half of its chunks' v or dO, a stage, and
+ * weights of all levels, of which those inside its chunks share one place.
+ */
 static size_t sums_bytes(const backward_shape *shape) {
-    const size_t unit = (size_t)1 << shape->unit_bits, slots = shape->chunk_levels > 2 ? shape->chunk_levels : 2;
-    const size_t chunk = NB_CHUNK * (shape->padded_k + NB_COLUMNS + slots) * 2;
-    return unit * chunk + shape->padded_k * NB_COLUMNS * 2 + 128;
+    const size_t unit = (size_t)1 << shape->unit_bits, near = shape->unit_bits - 1, levels = shape->chunk_levels;
+    const size_t slots = levels > near + 1 ? levels - near + (near > 0) : 2;
+    const size_t chunk = NB_CHUNK * NB_COLUMNS * 2;
+    return (unit + 2 * ceil_div(unit, 4)) * chunk + NB_COLUMNS * 2 * 128 + unit * slots * NB_CHUNK * 2 + 128;
 }
 
 /* Local memory of a work-group of the rows. */
@@ -226,12 +231,12 @@ static size_t local_bytes(const backward_shape *shape) {
 }
 
 /* The most that is asked for; the trial run says whether the device has it. */
-static const size_t most_local_bytes = (size_t)226 << 10;
+static const size_t most_local_bytes = (size_t)227 << 10;
 
-/* Units of four chunks and two heads at a time where local memory has room for them, else fewer. */
+/* Units of eight chunks and two heads at a time where local memory has room for them, else fewer. */
 static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
     loglin_status status = LOGLIN_UNSUPPORTED;
-    for (size_t i = 6; status == LOGLIN_UNSUPPORTED && i-- > 2;) {
+    for (size_t i = 8; status == LOGLIN_UNSUPPORTED && i-- > 2;) {
         *shape = find_shape(device, problem, i / 2);
         shape->tile_stages = 1 + i % 2;
         const size_t bytes = local_bytes(shape);
