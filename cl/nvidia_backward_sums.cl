@@ -139,14 +139,33 @@ INLINE void fetch_values(sum_work work, uint matrix, uint odd) {
 /* Which of a slot's chunks a chunk of a level is: two near levels have half of the chunks each. */
 uint weight_chunk(uint level, uint chunk) { return level == 1 && NEAR_LEVELS > 1 ? 2 * chunk - HALF : chunk; }
 
-/* The same for what weighs them in states, or in the adjoints of a level; those of a chunk that is not there become zeros. */
-INLINE void fetch_weights(sum_work work, uint matrix, int is_state, uint level, uint slot) {
-    const uint item = anew(get_local_id(0)) % 128, chunk = item / (NB_CHUNK / 8), piece = item % (NB_CHUNK / 8);
-    const uint first = work.from->first, chunks = work.from->chunks;
-    if (item < HALF_WEIGHTS && (is_state || ((first + chunk) >> level & 1) != 0)) {
-        const uint at = (matrix / TILES_V * chunks + chunk) * WEIGHT_SLOTS + (is_state ? 0 : 1 + level);
-        copy_16(&work.weights[slot * HALF_WEIGHTS + (is_state ? chunk : weight_chunk(level, chunk)) * (NB_CHUNK / 8) + piece],
-                work.from->weights + (ulong)at * (NB_CHUNK / 8) + piece, first + chunk < chunks);
+/* Where this item's share of a head's weights is; of states, and those of levels behind them. */
+INLINE const __global uint4 *weights_from(sum_work work, uint matrix) {
+    const uint item = anew(get_local_id(0)) % 128;
+    return work.from->weights + (ulong)(matrix / TILES_V * work.from->chunks + item / (NB_CHUNK / 8)) * (WEIGHT_SLOTS * NB_CHUNK / 8) +
+           item % (NB_CHUNK / 8);
+}
+
+/* Starts copying those of `place` to a slot; what weighs a chunk that is not there becomes zeros. */
+INLINE void fetch_weights(sum_work work, const __global uint4 *from, uint place, uint slot) {
+    const uint item = anew(get_local_id(0)) % 128;
+    if (item < HALF_WEIGHTS) {
+        copy_16(&work.weights[slot * HALF_WEIGHTS + item], from + place * (NB_CHUNK / 8),
+                work.from->first + item / (NB_CHUNK / 8) < work.from->chunks);
+    }
+}
+
+/* The same for the near levels: of each, those of the chunks that have it. */
+INLINE void fetch_near_weights(sum_work work, const __global uint4 *from) {
+    const uint item = anew(get_local_id(0)) % 128, chunk = item / (NB_CHUNK / 8);
+    for (uint level = 0; level < NEAR_LEVELS && level < CHUNK_LEVELS; level++) {
+        if (item < HALF_WEIGHTS && (chunk >> level & 1) != 0) {
+            copy_16(&work.weights[weight_chunk(level, chunk) * (NB_CHUNK / 8) + item % (NB_CHUNK / 8)],
+                    from + (1 + level) * (NB_CHUNK / 8), work.from->first + chunk < work.from->chunks);
+        }
+    }
+    if (work.own == 1 && NEAR_LEVELS < CHUNK_LEVELS) {
+        fetch_weights(work, from, 1 + NEAR_LEVELS, LEVEL_SLOT(NEAR_LEVELS));
     }
 }
 
@@ -273,7 +292,7 @@ INLINE void sum_states(sum_work work, __global uint4 *nodes) {
     const uint first = work.from->first, chunks = work.from->chunks;
     uint turn = 0;
     fetch_values(work, work.matrix, 0);
-    fetch_weights(work, work.matrix, 1, 0, 0);
+    fetch_weights(work, weights_from(work, work.matrix), 0, 0);
 #pragma unroll 1
     for (; work.matrix < GROUP_MATRICES; work.matrix += SUM_BLOCKS, turn = 1 - turn) {
         const uint next = work.matrix + SUM_BLOCKS, weights = turn * HALF;
@@ -305,7 +324,7 @@ INLINE void sum_states(sum_work work, __global uint4 *nodes) {
         warpgroup_barrier(work.own);
         if (next < GROUP_MATRICES) {
             fetch_values(work, next, 0);
-            fetch_weights(work, next, 1, 0, 1 - turn);
+            fetch_weights(work, weights_from(work, next), 0, 1 - turn);
         }
 #pragma unroll
         for (uint i = 1; i < HALF; i++) {
@@ -337,8 +356,11 @@ INLINE void sum_states(sum_work work, __global uint4 *nodes) {
 INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *parts, uint units) {
     uint turn = 0;
     fetch_values(work, work.matrix, 1);
-    for (uint level = 0; level < CHUNK_LEVELS; level++) {
-        fetch_weights(work, work.matrix, 0, level, LEVEL_SLOT(level));
+    fetch_near_weights(work, weights_from(work, work.matrix));
+    for (uint level = UNIT_BITS; level < CHUNK_LEVELS; level++) {
+        if ((work.unit >> (level - UNIT_BITS) & 1) != 0) {
+            fetch_weights(work, weights_from(work, work.matrix), 1 + level, LEVEL_SLOT(level));
+        }
     }
     end_copies();
     end_copies();
@@ -385,8 +407,9 @@ INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *p
             finish_sum(sum, work, nodes, work.from->first - 1, work.from->first < work.from->chunks);
         }
         meet_behind_stores(work);
-        for (uint level = 0; next < GROUP_MATRICES && level <= NEAR_LEVELS && level < CHUNK_LEVELS; level++) {
-            fetch_weights(work, next, 0, level, LEVEL_SLOT(level));
+        const __global uint4 *next_weights = weights_from(work, next);
+        if (next < GROUP_MATRICES) {
+            fetch_near_weights(work, next_weights);
         }
         end_copies();
         /* Those of whole units: the warpgroups add both halves up by turns. */
@@ -413,7 +436,7 @@ INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *p
                 store_sum(to, sum, work);
             }
             if (next < GROUP_MATRICES) {
-                fetch_weights(work, next, 0, level, LEVEL_SLOT(level));
+                fetch_weights(work, next_weights, 1 + level, LEVEL_SLOT(level));
             }
             end_copies();
         }
