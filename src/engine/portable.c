@@ -395,11 +395,24 @@ static loglin_status create_slot_kernels(loglin_device *device, const loglin_pro
 static loglin_status create_lane_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
                                          unsigned tile_rows, portable_kernel first, portable_kernel end,
                                          loglin_engine_state *state) {
-    const char *const files[] = {
-        "panel.cl",           "common.cl",         "chunk_layout.cl",      "portable_items.cl",
-        "mma_layouts.cl",     state->schedule.mma, "mma_fragments.cl",     "portable_product.cl",
-        "portable_layout.cl", "portable_chunk.cl", "portable_states.cl",   "portable_forward.cl",
-        "portable_spread.cl", "portable_maps.cl",  "portable_backward.cl", NULL};
+    const char *const files[] = {"panel.cl",
+                                 "common.cl",
+                                 "chunk_layout.cl",
+                                 "portable_items.cl",
+                                 "mma_layouts.cl",
+                                 state->schedule.mma,
+                                 "mma_fragments.cl",
+                                 "portable_product.cl",
+                                 "portable_layout.cl",
+                                 "portable_chunk.cl",
+                                 "portable_head.cl",
+                                 "portable_states.cl",
+                                 "portable_forward.cl",
+                                 "portable_spread.cl",
+                                 "portable_maps.cl",
+                                 "portable_gradients.cl",
+                                 "portable_backward.cl",
+                                 NULL};
     char lanes[LOGLIN_LANE_OPTIONS], options[LOGLIN_LANE_OPTIONS + 640];
     loglin_lanes_options(&state->schedule, lanes);
     (void)snprintf(options, sizeof options,
