@@ -78,7 +78,7 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 #define VALUE_STAGES ((HALF + 1) / 2)      /* the odd or the even ones */
 #define STAGE (64 * 8)                     /* uint4 of 64 rows of a state */
 #define HALF_WEIGHTS (HALF * NB_CHUNK / 8) /* uint4 of weights of a warpgroup's chunks */
-#define INLINE __attribute__((always_inline))
+#define INLINE __attribute__((always_inline)) /* products run beside what follows only in one function */
 
 /* Levels whose blocks are in a warpgroup's chunks; their weights share a slot, then come those of the levels above. */
 #define NEAR_LEVELS (UNIT_BITS - 1)
@@ -91,9 +91,9 @@ typedef struct sum_source {
     const __global ushort *values;
     const __global uint4 *weights;
     const __global float *decays;
-    uint first_matrix; /* of the group, of all heads and tiles of V */
+    uint first_matrix;  /* of the group, of all heads and tiles of V */
     uint first, chunks; /* the warpgroup's first chunk, and the sequence's chunks */
-    int rows, aligned; /* from the first chunk's first one to the end */
+    int rows, aligned;  /* from the first chunk's first one to the end */
 } sum_source;
 
 /* What it works on. */
@@ -139,14 +139,15 @@ INLINE void fetch_values(sum_work work, uint matrix, uint odd) {
 /* Which of a slot's chunks a chunk of a level is: two near levels have half of the chunks each. */
 uint weight_chunk(uint level, uint chunk) { return level == 1 && NEAR_LEVELS > 1 ? 2 * chunk - HALF : chunk; }
 
-/* Where this item's share of a head's weights is; of states, and those of levels behind them. */
+/* Where a head's weights are, this item's share: those of states, then of each level's adjoints. */
 INLINE const __global uint4 *weights_from(sum_work work, uint matrix) {
     const uint item = anew(get_local_id(0)) % 128;
-    return work.from->weights + (ulong)(matrix / TILES_V * work.from->chunks + item / (NB_CHUNK / 8)) * (WEIGHT_SLOTS * NB_CHUNK / 8) +
+    return work.from->weights +
+           (ulong)(matrix / TILES_V * work.from->chunks + item / (NB_CHUNK / 8)) * (WEIGHT_SLOTS * NB_CHUNK / 8) +
            item % (NB_CHUNK / 8);
 }
 
-/* Starts copying those of `place` to a slot; what weighs a chunk that is not there becomes zeros. */
+/* Starts copying those of a place there to a slot; what weighs a chunk that is not there becomes zeros. */
 INLINE void fetch_weights(sum_work work, const __global uint4 *from, uint place, uint slot) {
     const uint item = anew(get_local_id(0)) % 128;
     if (item < HALF_WEIGHTS) {
@@ -181,9 +182,12 @@ INLINE void load_values(uint4 to[HALF][8], sum_work work, uint odd) {
     }
 }
 
-/* Adds (weights values)^T rows over a chunk; the weights are at weight_place. */
-INLINE void add_chunk(float4 sum[8], sum_work work, uint4 values[8], uint chunk, uint weights_of) {
-    const __local uint4 *weights = work.weights + weights_of * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
+/*
+ * Adds (weights values)^T rows over a chunk: values as A, the chunk's weights at weight_place.  The names of rows are made anew,
+ * else they are in registers, or even out of them, all the time.
+ */
+INLINE void add_chunk(float4 sum[8], sum_work work, uint4 values[8], uint chunk, uint weighed) {
+    const __local uint4 *weights = work.weights + weighed * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
     const tile_rows rows = anew(tile_at(work.rows + chunk * CHUNK_COLUMNS));
 #pragma unroll
     for (uint tile = 0; tile < 2; tile++) {
@@ -226,7 +230,8 @@ INLINE void store_sum(__global uint4 *to, float4 sum[8], sum_work work) {
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         const float4 x = sum[2 * i] * unit, y = sum[2 * i + 1] * unit;
-        store_transposed_at(address + i * 2048, (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)));
+        store_transposed_at(address + i * 2048,
+                            (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)));
     }
     tile_publish();
     warpgroup_barrier(work.own);
@@ -259,11 +264,12 @@ INLINE void finish_sum(float4 sum[8], sum_work work, __global uint4 *nodes, uint
     }
 }
 
-/*
- * One warpgroup gives its sum to the other, which goes on when it is there: through the giver's stage, which is its own again
- * when the other one has given, or has announced that it has read.
- */
-INLINE void give_sum(float4 sum[8], sum_work work, uint meeting) {
+/* Barriers: at the first two, by turns, the other warpgroup gives its sum; at the third it has read this one's. */
+#define GIVEN 3
+#define TAKEN 5
+
+/* A warpgroup gives its sum, rounded, to the other one, through its own stage. */
+INLINE void give_sum(float4 sum[8], sum_work work, uint turn) {
     const uint item = anew(get_local_id(0)) % 128;
     const float unit = 1.0f / STATE_UNIT;
 #pragma unroll
@@ -271,12 +277,13 @@ INLINE void give_sum(float4 sum[8], sum_work work, uint meeting) {
         const float4 x = sum[2 * i] * unit, y = sum[2 * i + 1] * unit;
         work.stage[i * 128 + item] = (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w));
     }
-    announce(3 + meeting, SUM_ITEMS);
+    announce(GIVEN + turn, SUM_ITEMS);
 }
 
-INLINE void take_sum(float4 sum[8], sum_work work, uint meeting, float own_weight, float weight) {
+/* It adds up its own and what it is given, both weighed. */
+INLINE void take_sum(float4 sum[8], sum_work work, uint turn, float own_weight, float weight) {
     const uint item = anew(get_local_id(0)) % 128;
-    meet(3 + meeting, SUM_ITEMS);
+    meet(GIVEN + turn, SUM_ITEMS);
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         const uint4 other = work.others[i * 128 + item];
@@ -284,8 +291,6 @@ INLINE void take_sum(float4 sum[8], sum_work work, uint meeting, float own_weigh
         sum[2 * i + 1] = own_weight * sum[2 * i + 1] + weight * STATE_UNIT * (float4)(unpack(other.z), unpack(other.w));
     }
 }
-
-#define TAKEN 5 /* the barrier at which the giver waits till its stage has been read */
 
 /* A state goes on from the one of the left part of its block; the third chunk has one by itself, too. */
 INLINE void sum_states(sum_work work, __global uint4 *nodes) {
@@ -469,13 +474,8 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     const uint units = (call.chunks + UNIT - 1) / UNIT, id = get_group_id(0) / K_TILES;
     const uint block = id % SUM_BLOCKS, group = id / SUM_BLOCKS % GROUPS, b = id / (SUM_BLOCKS * GROUPS) % call.batch;
     const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch, column = get_group_id(0) % K_TILES * 64;
-#if MIXED
-    const int is_state = turn % 2;
-    const uint unit = units - 1 - turn / 2, first = unit * UNIT + own * HALF;
-#else
     const int is_state = turn >= units;
     const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT + own * HALF;
-#endif
     const uint first_head = b * HEADS + group * GROUP_HEADS;
     const ulong first_chunk = (ulong)first_head * call.chunks + first;
     if (get_local_id(0) % 128 == 0) {
@@ -484,11 +484,24 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 (((ulong)b * call.length + first * NB_CHUNK) * HEADS + group * GROUP_HEADS) * DIM_V,
             (const __global uint4 *)place(ws, ws_offset, call.weights) + first_chunk * (WEIGHT_SLOTS * NB_CHUNK / 8),
             (const __global float *)place(ws, ws_offset, call.decays) + first_chunk,
-            first_head * TILES_V, first, call.chunks, (int)call.length - (int)(first * NB_CHUNK), (int)aligned,
+            first_head * TILES_V,
+            first,
+            call.chunks,
+            (int)call.length - (int)(first * NB_CHUNK),
+            (int)aligned,
         };
     }
-    const sum_work work = {&sources[own], values_at[own], weights_at[own], stages[own], stages[1 - own],
-                           rows_at + own * (HALF * CHUNK_COLUMNS), own, warp, column, unit, block};
+    const sum_work work = {&sources[own],
+                           values_at[own],
+                           weights_at[own],
+                           stages[own],
+                           stages[1 - own],
+                           rows_at + own * (HALF * CHUNK_COLUMNS),
+                           own,
+                           warp,
+                           column,
+                           unit,
+                           block};
     fetch_unit(rows_at,
                (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
                    (ulong)(b * GROUPS + group) * call.chunks * (2 * ROW_TILE) + column / 8,

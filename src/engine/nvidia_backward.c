@@ -15,9 +15,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* Work-groups of the sums, which last differently long, and of the rows, which last equally long, one on a multiprocessor:
- * as many as keep a large device busy; more read q and k more often, or make more partial sums. */
-static const size_t enough_sum_groups = 1000, enough_row_groups = 120;
+/* Work-groups of a kernel whose groups last equally long, one on a multiprocessor, that keep a large device busy. */
+static const size_t enough_groups = 120;
+
+/* Those of the sums last differently long: so many, but each with so many heads, where there are enough without. */
+static const size_t enough_sum_groups = 1000, enough_sum_turns = 6;
 
 /* X(name): the kernels, in the order of their launches. */
 #define BACKWARD_KERNELS(X)                                                                                            \
@@ -99,13 +101,13 @@ static backward_shape find_shape(const loglin_device *device, const loglin_probl
     shape.unit_count = ceil_div(ceil_div(shape.chunks, 2), (size_t)1 << shape.unit_bits);
     const size_t groups = problem->batch * problem->groups, matrices = group_heads * shape.tiles_v;
     shape.sum_turns = matrices;
-    const size_t sums =
-        groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits) * (shape.padded_k / 64);
-    while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) < enough_sum_groups) {
+    const size_t sums = groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits) * (shape.padded_k / 64);
+    while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) <
+                                      (shape.sum_turns > enough_sum_turns ? enough_sum_groups : enough_groups)) {
         shape.sum_turns--;
     }
     shape.sum_turns = ceil_div(matrices, sum_blocks(problem, &shape));
-    shape.row_blocks = blocks_of_heads(group_heads, groups * ceil_div(shape.chunks, 2), enough_row_groups);
+    shape.row_blocks = blocks_of_heads(group_heads, groups * ceil_div(shape.chunks, 2), enough_groups);
     shape.row_heads = group_heads / shape.row_blocks;
     shape.head_blocks = find_tile_blocks(groups * shape.chunks, group_heads, device->info.compute_units);
     shape.block_heads = group_heads / shape.head_blocks;
@@ -159,7 +161,8 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_since], heads, 32);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_weights],
                              chunks > 1 ? problem->batch * chunks * ceil_div(problem->heads, warps) : 0, NB_ITEMS);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape) * (shape->padded_k / 64), NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums],
+                             groups * units * sum_blocks(problem, shape) * (shape->padded_k / 64), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], groups * shape->row_blocks * ceil_div(chunks, 2), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], groups * shape->head_blocks * chunks, NB_TILE_ITEMS);
@@ -190,8 +193,8 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                    " -DSUM_TURNS=%zu -DROW_HEADS=%zu -DBLOCK_HEADS=%zu -DTILE_STAGES=%zu %s",
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   shape->unit_bits, shape->sum_turns, shape->row_heads, shape->block_heads,
-                   shape->tile_stages, shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
+                   shape->unit_bits, shape->sum_turns, shape->row_heads, shape->block_heads, shape->tile_stages,
+                   shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
