@@ -27,7 +27,7 @@
  * and those of local tiles are pieces of 8 columns, piece c of row r at place c ^ r % 8.
  *
  * Given: NV_K (dim_k rounded up to a multiple of 64), DIM_K, DIM_V, HEADS, GROUPS, LEVELS (columns of level_scales),
- * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS (1, 2 or 3),
+ * CHUNK_LEVELS (those above a chunk that exist), NORMALIZE, STORAGE, WEIGHT_STORAGE, UNIT_BITS (1 or 2),
  * SUM_TURNS (heads and tiles of V that a work-group of the sums takes one by one), ROW_HEADS and BLOCK_HEADS (heads of a group
  * that one of rows, and of tiles, takes one by one), TILE_STAGES (heads that one of tiles has room for).
  */

@@ -75,16 +75,12 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 #define K_TILES (NV_K / 64)
 #define CHUNK_COLUMNS (NB_CHUNK * 8)       /* uint4 of 64 columns of a chunk */
 #define HALF (UNIT / 2)                    /* chunks of a warpgroup */
-#define VALUE_STAGES ((HALF + 1) / 2)      /* the odd or the even ones */
-#define STAGE (64 * 8)                     /* uint4 of 64 rows of a state */
-#define HALF_WEIGHTS (HALF * NB_CHUNK / 8) /* uint4 of weights of a warpgroup's chunks */
-#define INLINE __attribute__((always_inline)) /* products run beside what follows only in one function */
+#define HALF_WEIGHTS (HALF * NB_CHUNK / 8) /* uint4 of weights of its chunks in a level's sums */
+#define WEIGHT_STAGES (SLOTS > 2 ? SLOTS : 2)
+#define INLINE __attribute__((always_inline)) /* products run beside what follows only within a function */
 
-/* Levels whose blocks are in a warpgroup's chunks; their weights share a slot, then come those of the levels above. */
-#define NEAR_LEVELS (UNIT_BITS - 1)
-#define LEVEL_SLOT(level) ((level) < NEAR_LEVELS ? 0 : (level) - NEAR_LEVELS + (NEAR_LEVELS > 0))
-#define LEVEL_SLOTS (SLOTS > NEAR_LEVELS ? LEVEL_SLOT(SLOTS - 1) + 1 : 1)
-#define WEIGHT_STAGES (LEVEL_SLOTS > 2 ? LEVEL_SLOTS : 2)
+/* Barriers at which, by turns, the other warpgroup has given its sum. */
+#define GIVEN 3
 
 /* What a warpgroup reads, from its group's first head and its own first chunk: not in registers, of which there are few. */
 typedef struct sum_source {
@@ -99,96 +95,75 @@ typedef struct sum_source {
 /* What it works on. */
 typedef struct sum_work {
     const __local sum_source *from;
-    __local uint4 *values, *weights;
-    __local uint4 *stage, *others; /* this warpgroup's, and the other one's */
+    __local uint4 *values, *weights, *sent;
     const __local uint4 *rows;
     uint own, warp;    /* which warpgroup, and which warp of it */
-    uint column;       /* of K */
     uint unit, matrix; /* of the group */
 } sum_work;
 
-/* Starts copying 64 columns of a unit's rows of q or k; a chunk that is not there becomes the last one. */
+/* Starts copying a unit's rows of q or k, 64 columns after the other; a chunk that is not there becomes the last one. */
 void fetch_unit(__local uint4 *to, const __global uint4 *from, uint first, uint chunks) {
-    for (uint i = get_local_id(0); i < UNIT * CHUNK_COLUMNS; i += SUM_ITEMS) {
-        const uint row = i / 8, chunk = min(first + row / NB_CHUNK, chunks - 1);
-        copy_16(&to[swizzled(row, 8, i % 8)], &from[(chunk * NB_CHUNK + row % NB_CHUNK) * K_PIECES + i % 8], 1);
+    for (uint i = get_local_id(0); i < UNIT * NB_CHUNK * K_PIECES; i += SUM_ITEMS) {
+        const uint chunk = i / (NB_CHUNK * K_PIECES), row = i / K_PIECES % NB_CHUNK, piece = i % K_PIECES;
+        copy_16(&to[(chunk * K_TILES + piece / 8) * CHUNK_COLUMNS + swizzled(row, 8, piece % 8)],
+                &from[(min(first + chunk, chunks - 1) * NB_CHUNK + row) * K_PIECES + piece], 1);
     }
 }
 
-/* A warpgroup starts copying v or dO of its odd or its even chunks; missing rows and columns become zeros. */
-INLINE void fetch_values(sum_work work, uint matrix, uint odd) {
+/* A warpgroup starts copying v or dO of some of its chunks; missing rows and columns become zeros. */
+INLINE void fetch_values(sum_work work, uint matrix, uint first, uint end) {
     const uint item = anew(get_local_id(0)) % 128, column = matrix % TILES_V * NB_COLUMNS + item % 8 * 8;
     const int rows = column < DIM_V ? work.from->rows - (int)(item / 8) : 0;
     const __global ushort *x = work.from->values + (item / 8 * HEADS + matrix / TILES_V) * DIM_V + column;
     __local uint4 *to = work.values + swizzled(item / 8, 8, item % 8);
     if (work.from->aligned) {
 #pragma unroll 4
-        for (uint i = 0; i < (HALF + 1 - odd) / 2 * 8; i++) {
-            const uint row = (i / 8 * 2 + odd) * NB_CHUNK + i % 8 * 16;
-            copy_16(to + i * 128, x + row * (HEADS * DIM_V), (int)row < rows);
+        for (uint i = first * 8; i < end * 8; i++) {
+            copy_16(to + i * 128, x + i * (16 * HEADS * DIM_V), (int)(i * 16) < rows);
         }
     } else {
 #pragma unroll 1
-        for (uint i = 0; i < (HALF + 1 - odd) / 2 * 8; i++) {
-            const uint row = (i / 8 * 2 + odd) * NB_CHUNK + i % 8 * 16;
-            to[i * 128] = (int)row < rows ? load_piece(x + row * (HEADS * DIM_V)) : (uint4)(0);
+        for (uint i = first * 8; i < end * 8; i++) {
+            to[i * 128] = (int)(i * 16) < rows ? load_piece(x + i * (16 * HEADS * DIM_V)) : (uint4)(0);
         }
     }
 }
 
-/* Which of a slot's chunks a chunk of a level is: two near levels have half of the chunks each. */
-uint weight_chunk(uint level, uint chunk) { return level == 1 && NEAR_LEVELS > 1 ? 2 * chunk - HALF : chunk; }
-
-/* Where a head's weights are, this item's share: those of states, then of each level's adjoints. */
-INLINE const __global uint4 *weights_from(sum_work work, uint matrix) {
-    const uint item = anew(get_local_id(0)) % 128;
-    return work.from->weights +
-           (ulong)(matrix / TILES_V * work.from->chunks + item / (NB_CHUNK / 8)) * (WEIGHT_SLOTS * NB_CHUNK / 8) +
-           item % (NB_CHUNK / 8);
-}
-
-/* Starts copying those of a place there to a slot; what weighs a chunk that is not there becomes zeros. */
-INLINE void fetch_weights(sum_work work, const __global uint4 *from, uint place, uint slot) {
-    const uint item = anew(get_local_id(0)) % 128;
-    if (item < HALF_WEIGHTS) {
-        copy_16(&work.weights[slot * HALF_WEIGHTS + item], from + place * (NB_CHUNK / 8),
-                work.from->first + item / (NB_CHUNK / 8) < work.from->chunks);
-    }
-}
-
-/* The same for the near levels: of each, those of the chunks that have it. */
-INLINE void fetch_near_weights(sum_work work, const __global uint4 *from) {
-    const uint item = anew(get_local_id(0)) % 128, chunk = item / (NB_CHUNK / 8);
-    for (uint level = 0; level < NEAR_LEVELS && level < CHUNK_LEVELS; level++) {
-        if (item < HALF_WEIGHTS && (chunk >> level & 1) != 0) {
-            copy_16(&work.weights[weight_chunk(level, chunk) * (NB_CHUNK / 8) + item % (NB_CHUNK / 8)],
-                    from + (1 + level) * (NB_CHUNK / 8), work.from->first + chunk < work.from->chunks);
+/* The same for weights: `slots` of a chunk, states' and levels', from one on; of a chunk that is not there they become zeros. */
+INLINE void fetch_weights(sum_work work, uint matrix, uint slot, uint slots, uint to) {
+    const uint first = work.from->first, chunks = work.from->chunks;
+    const __global uint4 *weights =
+        work.from->weights + (ulong)(matrix / TILES_V * chunks) * (WEIGHT_SLOTS * NB_CHUNK / 8);
+#pragma unroll 1
+    for (uint i = anew(get_local_id(0)) % 128; i < slots * HALF_WEIGHTS; i += 128) {
+        const uint own = slot + i / HALF_WEIGHTS, chunk = i / (NB_CHUNK / 8) % HALF;
+        if (own == 0 || ((first + chunk) >> (own - 1) & 1) != 0) {
+            copy_16(&work.weights[to * HALF_WEIGHTS + i],
+                    weights + (chunk * WEIGHT_SLOTS + own) * (NB_CHUNK / 8) + i % (NB_CHUNK / 8),
+                    first + chunk < chunks);
         }
     }
-    if (work.own == 1 && NEAR_LEVELS < CHUNK_LEVELS) {
-        fetch_weights(work, from, 1 + NEAR_LEVELS, LEVEL_SLOT(NEAR_LEVELS));
-    }
 }
 
-/* The odd or the even chunks' values, transposed, as A: a warp has 16 columns of them. */
-INLINE void load_values(uint4 to[HALF][8], sum_work work, uint odd) {
+/* The warpgroup's values, transposed, as A: a warp has 16 columns of them. */
+INLINE void load_values(uint4 to[HALF][8], sum_work work) {
     const uint address = local_address(work.values + swizzled(far_row(), 8, 2 * work.warp + far_piece()));
 #pragma unroll
-    for (uint i = odd; i < HALF; i += 2) {
+    for (uint i = 0; i < HALF; i++) {
 #pragma unroll
         for (uint step = 0; step < 8; step++) {
-            to[i][step] = load_transposed_at(address + (i / 2 * 8 + step) * 2048);
+            to[i][step] = load_transposed_at(address + (i * 8 + step) * 2048);
         }
     }
 }
 
 /*
- * Adds (weights values)^T rows over a chunk: values as A, the chunk's weights at weight_place.  The names of rows are made anew,
- * else they are in registers, or even out of them, all the time.
+ * Adds (weights values)^T rows over a chunk; the weights are at weight_place.  What names the rows is made anew each time: as
+ * it never changes, it would take 32 registers, or lie in memory.
  */
-INLINE void add_chunk(float4 sum[8], sum_work work, uint4 values[8], uint chunk, uint weighed) {
-    const __local uint4 *weights = work.weights + weighed * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
-    const tile_rows rows = anew(tile_at(work.rows + chunk * CHUNK_COLUMNS));
+INLINE void add_chunk(float4 sum[K_TILES][8], sum_work work, uint4 values[8], uint chunk, uint slot) {
+    const __local uint4 *weights = work.weights + slot * HALF_WEIGHTS + chunk * (NB_CHUNK / 8) + warp_lane() % 4 * 2;
+    const tile_rows rows = anew(tile_at(work.rows + chunk * (K_TILES * CHUNK_COLUMNS)));
 #pragma unroll
     for (uint tile = 0; tile < 2; tile++) {
         const uint4 left = weights[tile * 8], right = weights[tile * 8 + 1];
@@ -201,7 +176,29 @@ INLINE void add_chunk(float4 sum[8], sum_work work, uint4 values[8], uint chunk,
             a[step] = (uint4)(multiply_pairs(x.x, pairs[2 * step]), multiply_pairs(x.y, pairs[2 * step]),
                               multiply_pairs(x.z, pairs[2 * step + 1]), multiply_pairs(x.w, pairs[2 * step + 1]));
         }
-        tile_multiply(sum, a, tile_step(rows, 4 * tile));
+#pragma unroll
+        for (uint m = 0; m < K_TILES; m++) {
+            tile_start(sum[m], a);
+        }
+#pragma unroll
+        for (uint m = 0; m < K_TILES; m++) {
+            tile_add(sum[m], a, tile_step(rows, 8 * m + 4 * tile));
+        }
+        tile_end();
+    }
+}
+
+INLINE void clear_sum(float4 sum[K_TILES][8]) {
+#pragma unroll
+    for (uint m = 0; m < K_TILES; m++) {
+        tile_clear(sum[m]);
+    }
+}
+
+INLINE void wait_for_sum(float4 sum[K_TILES][8]) {
+#pragma unroll
+    for (uint m = 0; m < K_TILES; m++) {
+        tile_wait(sum[m]);
     }
 }
 
@@ -216,34 +213,33 @@ INLINE void meet_behind_stores(sum_work work) {
 }
 
 /*
- * Writes 64 rows of a state, of which the products have columns, 16 of them a warp.  With wgmma they go through the stage, which
- * is free; else matrices of 8 x 8 are transposed, then neighbouring items exchange pairs of two pieces, so that one has four
- * columns of the left piece, the other of the right.
+ * Writes a state, of which the products have columns, 16 of them a warp.  With wgmma it goes through a stage, which is free;
+ * else matrices of 8 x 8 are transposed, then neighbouring items exchange pairs of two pieces, so that one has four columns of
+ * the left piece, the other of the right.
  */
-INLINE void store_sum(__global uint4 *to, float4 sum[8], sum_work work) {
+INLINE void store_sum(__global uint4 *to, float4 sum[K_TILES][8], sum_work work, __local uint4 *stage) {
     const float unit = 1.0f / STATE_UNIT;
     const uint lane = anew(warp_lane());
-    to += work.column * 8;
 #if WGMMA
-    const uint row = lane / 16 * 8 + lane % 8;
-    const uint address = local_address(work.stage + swizzled(row, 8, 2 * work.warp + lane / 8 % 2));
+    const uint row = lane / 16 * 8 + lane % 8,
+               address = local_address(stage + swizzled(row, 8, 2 * work.warp + lane / 8 % 2));
 #pragma unroll
-    for (uint i = 0; i < 4; i++) {
-        const float4 x = sum[2 * i] * unit, y = sum[2 * i + 1] * unit;
+    for (uint i = 0; i < K_TILES * 4; i++) {
+        const float4 x = sum[i / 4][2 * i % 8] * unit, y = sum[i / 4][(2 * i + 1) % 8] * unit;
         store_transposed_at(address + i * 2048,
                             (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)));
     }
     tile_publish();
     warpgroup_barrier(work.own);
     if (get_local_id(0) % 128 == 0) {
-        store_bulk(to, work.stage, STAGE * 16);
+        store_bulk(to, stage, STATE * 16);
     }
 #else
     const uint r = lane / 4, p = lane % 4, odd = p & 1;
     __global uint *words = (__global uint *)to + (r * 32 + 4 * ((2 * work.warp + odd) ^ r) + p - odd);
 #pragma unroll
-    for (uint i = 0; i < 8; i++) {
-        const float4 x = sum[i] * unit;
+    for (uint i = 0; i < K_TILES * 8; i++) {
+        const float4 x = sum[i / 8][i % 8] * unit;
         const uint left = transpose_matrix(pack(x.x, x.y)), right = transpose_matrix(pack(x.z, x.w));
         const uint other = shuffle_xor(odd ? left : right, 1);
         *(__global uint2 *)(words + i * (8 * 32)) = odd ? (uint2)(other, right) : (uint2)(left, other);
@@ -255,54 +251,50 @@ INLINE __global uint4 *node_at(sum_work work, __global uint4 *nodes, uint node) 
     return nodes + ((ulong)(work.from->first_matrix + work.matrix) * work.from->chunks + node) * STATE;
 }
 
-/* A product's sum becomes a node, if that exists. */
-INLINE void finish_sum(float4 sum[8], sum_work work, __global uint4 *nodes, uint node, int exists) {
-    tile_wait(sum);
+/* A product's sum becomes a node, if that exists; the stage is where the last chunk's values were. */
+INLINE void finish_sum(float4 sum[K_TILES][8], sum_work work, __global uint4 *nodes, uint node, int exists) {
+    wait_for_sum(sum);
     if (exists) {
         meet_behind_stores(work);
-        store_sum(node_at(work, nodes, node), sum, work);
+        store_sum(node_at(work, nodes, node), sum, work, work.values + (HALF - 1) * CHUNK_COLUMNS);
     }
 }
 
-/* Barriers: at the first two, by turns, the other warpgroup gives its sum; at the third it has read this one's. */
-#define GIVEN 3
-#define TAKEN 5
-
-/* A warpgroup gives its sum, rounded, to the other one, through its own stage. */
-INLINE void give_sum(float4 sum[8], sum_work work, uint turn) {
+/* One warpgroup gives its sum to the other, which goes on when it is there. */
+INLINE void give_sum(float4 sum[K_TILES][8], sum_work work, uint turn) {
     const uint item = anew(get_local_id(0)) % 128;
     const float unit = 1.0f / STATE_UNIT;
 #pragma unroll
-    for (uint i = 0; i < 4; i++) {
-        const float4 x = sum[2 * i] * unit, y = sum[2 * i + 1] * unit;
-        work.stage[i * 128 + item] = (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w));
+    for (uint i = 0; i < K_TILES * 4; i++) {
+        const float4 x = sum[i / 4][2 * i % 8] * unit, y = sum[i / 4][(2 * i + 1) % 8] * unit;
+        work.sent[i * 128 + item] = (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w));
     }
     announce(GIVEN + turn, SUM_ITEMS);
 }
 
-/* It adds up its own and what it is given, both weighed. */
-INLINE void take_sum(float4 sum[8], sum_work work, uint turn, float own_weight, float weight) {
+INLINE void take_sum(float4 sum[K_TILES][8], sum_work work, uint turn, float own_weight, float weight) {
     const uint item = anew(get_local_id(0)) % 128;
     meet(GIVEN + turn, SUM_ITEMS);
 #pragma unroll
-    for (uint i = 0; i < 4; i++) {
-        const uint4 other = work.others[i * 128 + item];
-        sum[2 * i] = own_weight * sum[2 * i] + weight * STATE_UNIT * (float4)(unpack(other.x), unpack(other.y));
-        sum[2 * i + 1] = own_weight * sum[2 * i + 1] + weight * STATE_UNIT * (float4)(unpack(other.z), unpack(other.w));
+    for (uint i = 0; i < K_TILES * 4; i++) {
+        const uint4 other = work.sent[i * 128 + item];
+        float4 *x = &sum[i / 4][2 * i % 8], *y = &sum[i / 4][(2 * i + 1) % 8];
+        *x = own_weight * *x + weight * STATE_UNIT * (float4)(unpack(other.x), unpack(other.y));
+        *y = own_weight * *y + weight * STATE_UNIT * (float4)(unpack(other.z), unpack(other.w));
     }
 }
 
-/* A state goes on from the one of the left part of its block; the third chunk has one by itself, too. */
+/* A state goes on from the one of the left part of its block. */
 INLINE void sum_states(sum_work work, __global uint4 *nodes) {
     const uint first = work.from->first, chunks = work.from->chunks;
     uint turn = 0;
-    fetch_values(work, work.matrix, 0);
-    fetch_weights(work, weights_from(work, work.matrix), 0, 0);
+    fetch_values(work, work.matrix, 0, HALF);
+    fetch_weights(work, work.matrix, 0, 1, 0);
 #pragma unroll 1
     for (; work.matrix < GROUP_MATRICES; work.matrix += SUM_BLOCKS, turn = 1 - turn) {
-        const uint next = work.matrix + SUM_BLOCKS, weights = turn * HALF;
+        const uint next = work.matrix + SUM_BLOCKS;
         uint4 values[HALF][8];
-        float4 sum[8];
+        float4 sum[K_TILES][8];
         float kept[HALF], right_kept = 1.0f;
 #pragma unroll
         for (uint i = 0; i < HALF; i++) {
@@ -312,45 +304,36 @@ INLINE void sum_states(sum_work work, __global uint4 *nodes) {
         }
         wait_for_copies();
         warpgroup_barrier(work.own);
-        load_values(values, work, 0);
-        warpgroup_barrier(work.own);
-        fetch_values(work, work.matrix, 1);
-        if (HALF > 2) {
-            tile_clear(sum);
-            add_chunk(sum, work, values[2 % HALF], 2, weights + 2);
-            finish_sum(sum, work, nodes, first + 2, first + 3 < chunks);
-        }
-        tile_clear(sum);
-        add_chunk(sum, work, values[0], 0, weights);
-        finish_sum(sum, work, nodes, first, (HALF > 1 || work.own == 0) && first + 1 < chunks);
-        wait_for_copies();
-        warpgroup_barrier(work.own);
-        load_values(values, work, 1);
+        load_values(values, work);
         warpgroup_barrier(work.own);
         if (next < GROUP_MATRICES) {
-            fetch_values(work, next, 0);
-            fetch_weights(work, weights_from(work, next), 0, 1 - turn);
+            fetch_values(work, next, 0, HALF - 1);
+            fetch_weights(work, next, 0, 1, 1 - turn);
         }
+        clear_sum(sum);
 #pragma unroll
-        for (uint i = 1; i < HALF; i++) {
+        for (uint i = 0; i < HALF; i++) {
+            if (i > 0) {
 #pragma unroll
-            for (uint j = 0; j < 8; j++) {
-                sum[j] *= kept[i];
+                for (uint j = 0; j < K_TILES * 8; j++) {
+                    sum[j / 8][j % 8] *= kept[i];
+                }
             }
-            add_chunk(sum, work, values[i], i, weights + i);
-            finish_sum(sum, work, nodes, first + i,
-                       i % 2 == 1 && (i + 1 < HALF || work.own == 0) && first + i + 1 < chunks);
+            add_chunk(sum, work, values[i], i, turn);
+            finish_sum(sum, work, nodes, first + i, (i + 1 < HALF || work.own == 0) && first + i + 1 < chunks);
+        }
+        meet_behind_stores(work);
+        if (next < GROUP_MATRICES) {
+            fetch_values(work, next, HALF - 1, HALF);
         }
         /* The unit's state: what is left of the left half's, and the right half's. */
-        meet_behind_stores(work);
         if (work.own == turn) {
             give_sum(sum, work, turn);
-            meet(TAKEN, SUM_ITEMS);
         } else {
             take_sum(sum, work, turn, work.own == 0 ? right_kept : 1.0f, work.own == 0 ? 1.0f : right_kept);
-            announce(TAKEN, SUM_ITEMS);
             if ((work.unit + 1) * UNIT < chunks) {
-                store_sum(node_at(work, nodes, work.unit * UNIT + UNIT - 1), sum, work);
+                warpgroup_barrier(work.own);
+                store_sum(node_at(work, nodes, work.unit * UNIT + UNIT - 1), sum, work, work.sent);
             }
         }
     }
@@ -360,73 +343,61 @@ INLINE void sum_states(sum_work work, __global uint4 *nodes) {
 /* Adjoints of all levels, those of blocks that are larger than the unit in parts, which are added up later. */
 INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *parts, uint units) {
     uint turn = 0;
-    fetch_values(work, work.matrix, 1);
-    fetch_near_weights(work, weights_from(work, work.matrix));
-    for (uint level = UNIT_BITS; level < CHUNK_LEVELS; level++) {
-        if ((work.unit >> (level - UNIT_BITS) & 1) != 0) {
-            fetch_weights(work, weights_from(work, work.matrix), 1 + level, LEVEL_SLOT(level));
-        }
-    }
+    fetch_values(work, work.matrix, 0, HALF);
+    fetch_weights(work, work.matrix, 1, CHUNK_LEVELS, 0);
     end_copies();
     end_copies();
 #pragma unroll 1
     for (; work.matrix < GROUP_MATRICES; work.matrix += SUM_BLOCKS) {
         const uint next = work.matrix + SUM_BLOCKS;
         uint4 values[HALF][8];
-        float4 sum[8];
+        float4 sum[K_TILES][8];
         /* All copies but those of the weights that were used last. */
         WAIT_FOR_COPIES_BUT(1);
         warpgroup_barrier(work.own);
-        load_values(values, work, 1);
-        warpgroup_barrier(work.own);
-        fetch_values(work, work.matrix, 0);
-        /* Levels whose blocks are in the warpgroup's chunks; then of the right half of the unit. */
-#pragma unroll
-        for (uint i = 1; i < HALF; i += 2) {
-            tile_clear(sum);
-            add_chunk(sum, work, values[i], i, i);
-            finish_sum(sum, work, nodes, work.from->first + i - 1, work.from->first + i < work.from->chunks);
-        }
-        wait_for_copies();
-        warpgroup_barrier(work.own);
-        load_values(values, work, 0);
+        load_values(values, work);
         warpgroup_barrier(work.own);
         if (next < GROUP_MATRICES) {
-            fetch_values(work, next, 1);
+            fetch_values(work, next, 0, HALF - 1);
         }
-        end_copies();
-        if (NEAR_LEVELS > 1) {
-            tile_clear(sum);
+        /* Levels whose blocks are in the warpgroup's chunks; then of the right half of the unit. */
 #pragma unroll
-            for (uint i = HALF / 2; i < HALF; i++) {
-                add_chunk(sum, work, values[i], i, weight_chunk(1, i));
+        for (int level = 0; level < UNIT_BITS - 1; level++) {
+#pragma unroll
+            for (uint start = 1u << level; start < HALF; start += 2u << level) {
+                clear_sum(sum);
+#pragma unroll
+                for (uint i = start; i < start + (1u << level); i++) {
+                    add_chunk(sum, work, values[i], i, level);
+                }
+                finish_sum(sum, work, nodes, work.from->first + start - 1,
+                           work.from->first + start < work.from->chunks);
             }
-            finish_sum(sum, work, nodes, work.from->first + 1, work.from->first + 2 < work.from->chunks);
         }
         if (work.own == 1) {
-            tile_clear(sum);
+            clear_sum(sum);
 #pragma unroll
             for (uint i = 0; i < HALF; i++) {
-                add_chunk(sum, work, values[i], i, LEVEL_SLOT(NEAR_LEVELS) * HALF + i);
+                add_chunk(sum, work, values[i], i, UNIT_BITS - 1);
             }
             finish_sum(sum, work, nodes, work.from->first - 1, work.from->first < work.from->chunks);
         }
         meet_behind_stores(work);
-        const __global uint4 *next_weights = weights_from(work, next);
         if (next < GROUP_MATRICES) {
-            fetch_near_weights(work, next_weights);
+            fetch_values(work, next, HALF - 1, HALF);
+            fetch_weights(work, next, 1, UNIT_BITS < CHUNK_LEVELS ? UNIT_BITS : CHUNK_LEVELS, 0);
         }
         end_copies();
         /* Those of whole units: the warpgroups add both halves up by turns. */
 #pragma unroll 1
         for (uint bits = work.unit; bits != 0; bits &= bits - 1, turn = 1 - turn) {
             const uint above = 31 - clz(bits & (0 - bits)), level = UNIT_BITS + above;
-            tile_clear(sum);
+            clear_sum(sum);
 #pragma unroll
             for (uint i = 0; i < HALF; i++) {
-                add_chunk(sum, work, values[i], i, LEVEL_SLOT(level) * HALF + i);
+                add_chunk(sum, work, values[i], i, level);
             }
-            tile_wait(sum);
+            wait_for_sum(sum);
             meet_behind_stores(work);
             if (work.own == turn) {
                 give_sum(sum, work, turn);
@@ -438,42 +409,39 @@ INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *p
                                : parts + ((matrix * CHUNK_LEVELS + level) * units +
                                           ((work.unit >> (above + 1) << above) | (work.unit & ((1u << above) - 1)))) *
                                              STATE;
-                store_sum(to, sum, work);
+                warpgroup_barrier(work.own);
+                store_sum(to, sum, work, work.sent);
             }
             if (next < GROUP_MATRICES) {
-                fetch_weights(work, next_weights, 1 + level, LEVEL_SLOT(level));
+                fetch_weights(work, next, 1 + level, 1, level);
             }
             end_copies();
         }
         if (work.unit == 0) {
             end_copies();
-        } else if (work.own == turn) {
-            announce(TAKEN, SUM_ITEMS);
-        } else {
-            meet(TAKEN, SUM_ITEMS);
         }
     }
     meet_behind_stores(work);
 }
 
 /*
- * A work-group has a unit of chunks and 64 columns of K, and goes through some of its group's heads and tiles of V: states, or
- * adjoints of all levels.  The unit's rows of k or q stay in local memory; a warpgroup has half of the chunks, whose v or dO stay
- * in registers while all sums are made.  Chunks that are not there add zeros.
+ * A work-group has a unit of chunks and goes through some of its group's heads and tiles of V: states, or adjoints of all
+ * levels.  The unit's rows of k or q stay in local memory; a warpgroup has half of the chunks, whose v or dO stay in registers
+ * while all sums are made.  Chunks that are not there add zeros.
  */
 __kernel __attribute__((reqd_work_group_size(SUM_ITEMS, 1, 1))) void
 nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
         ulong v_offset, const __global ushort *d_o, ulong d_o_offset, uint aligned) {
-    __local uint4 rows_at[UNIT * CHUNK_COLUMNS] __attribute__((aligned(1024)));
-    __local uint4 values_at[2][VALUE_STAGES * CHUNK_COLUMNS] __attribute__((aligned(1024)));
-    __local uint4 stages[2][STAGE] __attribute__((aligned(1024)));
+    __local uint4 rows_at[UNIT * K_TILES * CHUNK_COLUMNS] __attribute__((aligned(1024)));
+    __local uint4 values_at[2][HALF * CHUNK_COLUMNS] __attribute__((aligned(1024)));
     __local uint4 weights_at[2][WEIGHT_STAGES * HALF_WEIGHTS];
+    __local uint4 sent[STATE] __attribute__((aligned(1024)));
     __local sum_source sources[2];
     const uint own = same_in_warp(get_local_id(0) / 128), warp = same_in_warp(get_local_id(0) % 128 / 32);
     /* Late units, which have most levels, go first, states last. */
-    const uint units = (call.chunks + UNIT - 1) / UNIT, id = get_group_id(0) / K_TILES;
+    const uint units = (call.chunks + UNIT - 1) / UNIT, id = get_group_id(0);
     const uint block = id % SUM_BLOCKS, group = id / SUM_BLOCKS % GROUPS, b = id / (SUM_BLOCKS * GROUPS) % call.batch;
-    const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch, column = get_group_id(0) % K_TILES * 64;
+    const uint turn = id / (SUM_BLOCKS * GROUPS) / call.batch;
     const int is_state = turn >= units;
     const uint unit = is_state ? turn - units : units - 1 - turn, first = unit * UNIT + own * HALF;
     const uint first_head = b * HEADS + group * GROUP_HEADS;
@@ -494,17 +462,15 @@ nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     const sum_work work = {&sources[own],
                            values_at[own],
                            weights_at[own],
-                           stages[own],
-                           stages[1 - own],
-                           rows_at + own * (HALF * CHUNK_COLUMNS),
+                           sent,
+                           rows_at + own * (HALF * K_TILES * CHUNK_COLUMNS),
                            own,
                            warp,
-                           column,
                            unit,
                            block};
     fetch_unit(rows_at,
                (const __global uint4 *)place(ws, ws_offset, is_state ? call.keys : call.queries) +
-                   (ulong)(b * GROUPS + group) * call.chunks * (2 * ROW_TILE) + column / 8,
+                   (ulong)(b * GROUPS + group) * call.chunks * (2 * ROW_TILE),
                unit * UNIT, call.chunks);
     wait_for_copies();
     tile_publish();

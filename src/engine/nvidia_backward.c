@@ -19,7 +19,7 @@
 static const size_t enough_groups = 120;
 
 /* Those of the sums last differently long: so many, but each with so many heads, where there are enough without. */
-static const size_t enough_sum_groups = 1000, enough_sum_turns = 6;
+static const size_t enough_sum_groups = 2000, enough_sum_turns = 6;
 
 /* X(name): the kernels, in the order of their launches. */
 #define BACKWARD_KERNELS(X)                                                                                            \
@@ -101,7 +101,7 @@ static backward_shape find_shape(const loglin_device *device, const loglin_probl
     shape.unit_count = ceil_div(ceil_div(shape.chunks, 2), (size_t)1 << shape.unit_bits);
     const size_t groups = problem->batch * problem->groups, matrices = group_heads * shape.tiles_v;
     shape.sum_turns = matrices;
-    const size_t sums = groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits) * (shape.padded_k / 64);
+    const size_t sums = groups * 2 * ceil_div(shape.chunks, (size_t)1 << shape.unit_bits);
     while (shape.sum_turns > 1 && sums * sum_blocks(problem, &shape) <
                                       (shape.sum_turns > enough_sum_turns ? enough_sum_groups : enough_groups)) {
         shape.sum_turns--;
@@ -161,8 +161,7 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_since], heads, 32);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_weights],
                              chunks > 1 ? problem->batch * chunks * ceil_div(problem->heads, warps) : 0, NB_ITEMS);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums],
-                             groups * units * sum_blocks(problem, shape) * (shape->padded_k / 64), NB_ITEMS);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], groups * shape->row_blocks * ceil_div(chunks, 2), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], groups * shape->head_blocks * chunks, NB_TILE_ITEMS);
@@ -198,15 +197,11 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
 
-/*
- * Local memory of the sums: 64 columns of a unit of q or k; for each warpgroup half of its chunks' v or dO, a stage, and
- * weights of all levels, of which those inside its chunks share one place.
- */
+/* Local memory of the sums: a unit's rows of q or k and of v or dO, and its weights; a state on its way to the other half. */
 static size_t sums_bytes(const backward_shape *shape) {
-    const size_t unit = (size_t)1 << shape->unit_bits, near = shape->unit_bits - 1, levels = shape->chunk_levels;
-    const size_t slots = levels > near + 1 ? levels - near + (near > 0) : 2;
-    const size_t chunk = NB_CHUNK * NB_COLUMNS * 2;
-    return (unit + 2 * ceil_div(unit, 4)) * chunk + NB_COLUMNS * 2 * 128 + unit * slots * NB_CHUNK * 2 + 128;
+    const size_t unit = (size_t)1 << shape->unit_bits, slots = shape->chunk_levels > 2 ? shape->chunk_levels : 2;
+    const size_t state = shape->padded_k * NB_COLUMNS * 2, others = 128; /* what is not in registers */
+    return unit * NB_CHUNK * (shape->padded_k + NB_COLUMNS + slots) * 2 + state + others;
 }
 
 /* Local memory of a work-group of the rows. */
@@ -234,12 +229,12 @@ static size_t local_bytes(const backward_shape *shape) {
 }
 
 /* The most that is asked for; the trial run says whether the device has it. */
-static const size_t most_local_bytes = (size_t)227 << 10;
+static const size_t most_local_bytes = (size_t)226 << 10;
 
-/* Units of eight chunks and two heads at a time where local memory has room for them, else fewer. */
+/* Units of four chunks and two heads at a time where local memory has room for them, else fewer. */
 static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
     loglin_status status = LOGLIN_UNSUPPORTED;
-    for (size_t i = 8; status == LOGLIN_UNSUPPORTED && i-- > 2;) {
+    for (size_t i = 6; status == LOGLIN_UNSUPPORTED && i-- > 2;) {
         *shape = find_shape(device, problem, i / 2);
         shape->tile_stages = 1 + i % 2;
         const size_t bytes = local_bytes(shape);
