@@ -95,6 +95,8 @@ static int watch(void *context, const loglin_tune_event *event) {
     cr_expect(event->share >= at->last_share && event->share <= 1 + 1e-9, "share %g after %g", event->share,
               at->last_share);
     at->last_share = event->share;
+    cr_expect((event->candidate != NULL) == (event->outcome != NULL));
+    cr_expect(event->candidate != NULL || event->finished != 0 || event->detail == NULL);
     cr_expect(isfinite(event->best_ms) && isfinite(event->seconds_left) && event->seconds_left >= 0);
     at->without += event->finished != 0 && event->best == NULL && event->detail != NULL;
     if (event->finished != 0 && event->best != NULL) {
