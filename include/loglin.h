@@ -219,7 +219,7 @@ typedef struct loglin_problem {
     int normalize_qk;          /* not 0: q and k are first divided by sqrt(sum of squares + 1e-6), per head */
     size_t sequences;          /* N of packed sequences of any lengths, 0 included: batch must be 1, length is the
                                   total, inputs.cu_seqlens gives the bounds [0, ..., T]; 0: no packing */
-    size_t max_length;         /* longest packed sequence; 0: length */
+    size_t max_length;         /* longest packed sequence; 0: length, as it must be without packing */
     size_t max_position;       /* largest position that an initial state may stand at; 0: no initial states */
     unsigned phases;           /* loglin_phase bits; 0: LOGLIN_FORWARD */
     loglin_engine engine;      /* 0: the plan chooses */

@@ -62,6 +62,7 @@ Test(plan, refuses_bad_sizes) {
         {"levels", offsetof(loglin_problem, max_position), 193},
         {"max_position", offsetof(loglin_problem, max_position), SIZE_MAX},
         {"max_length", offsetof(loglin_problem, max_length), SIZE_MAX},
+        {"max_length", offsetof(loglin_problem, max_length), 1}, /* without packing */
         {"sequences", offsetof(loglin_problem, sequences), SIZE_MAX},
         {"batch", offsetof(loglin_problem, sequences), 2}, /* packing with a batch of 2 */
         {"chunk", offsetof(loglin_problem, chunk), 1},
