@@ -242,6 +242,27 @@ Test(session, bad_arguments) {
     loglin_model_close(model);
 }
 
+/* A pass that found too little memory is tried anew by the next one. */
+Test(session, too_little_memory_for_a_pass) {
+    loglin_device *device = support_open()->device;
+    loglin_model *model = support_model_open(SUPPORT_MAMBA2, NULL);
+    loglin_session *session = support_session_start(model, 1);
+    const int32_t ids[] = {65, 66, 67};
+    const uint64_t max_allocation = device->info.max_allocation;
+    float logits[SUPPORT_VOCABULARY];
+    device->info.max_allocation = 65536;
+    for (int attempt = 0; attempt < 2; attempt++) {
+        cr_expect_eq(loglin_session_prefill(session, 0, ids, 3, logits), LOGLIN_UNSUPPORTED);
+        cr_expect_not_null(strstr(loglin_last_error(), "needs a buffer"), "%s", loglin_last_error());
+    }
+    device->info.max_allocation = max_allocation;
+    support_require(loglin_session_reset(session, 0), "loglin_session_reset");
+    support_require(loglin_session_prefill(session, 0, ids, 3, logits), "loglin_session_prefill");
+    cr_expect_eq(loglin_session_position(session, 0), 3);
+    loglin_session_destroy(session);
+    loglin_model_close(model);
+}
+
 /*
  * The model's kernels and products for GPUs, on whatever device is here: the same answers.  With the blas engine: PoCL takes
  * many minutes to compile the work-group lanes of a GPU at these dimensions, which are test_lanes' anyway.
