@@ -72,7 +72,7 @@ typedef struct loglin_model_info {
 /*
  * Checks everything in the folder, then uploads it.  Weights stay in the type of the file.  Every tensor that config.json
  * asks for must be there once, with its shape, in F32, F16 or BF16 and finite; there may be no other.  `queue` belongs to
- * the device's context; it is used during the call only.  options may be NULL.
+ * the device and its context; it is used during the call only.  options may be NULL.
  */
 LOGLIN_API loglin_status loglin_model_open(loglin_device *device, cl_command_queue queue, const char *folder,
                                            const loglin_model_options *options, loglin_model **model);
@@ -88,7 +88,7 @@ LOGLIN_API void loglin_model_get_info(const loglin_model *model, loglin_model_in
 typedef struct loglin_session loglin_session;
 
 /*
- * `sequences` is at least 1; all of them are empty.  `queue` must be in order and is retained.  Attention plans are made
+ * `sequences` is 1 to 65536; all of them are empty.  `queue` belongs to the model's device, is in order, and is retained.  Attention plans are made
  * when they are first needed: one for steps here, one for each length of a piece at its first use.  The first compiles
  * (seconds on a device that has not seen the model, milliseconds from the program cache); the others cost milliseconds.
  */

@@ -216,6 +216,39 @@ Test(session, bad_session_files) {
     support_remove_folder(folder);
 }
 
+/* A model and a session are of the device that their queue is of. */
+static void expect_other_queues_refused(loglin_model *model) {
+    const support_device *device = support_open();
+    cl_int status = CL_SUCCESS;
+    cl_context context = clCreateContext(NULL, 1, &device->id, NULL, NULL, &status);
+    support_require(status, "clCreateContext");
+    cl_command_queue queue = clCreateCommandQueueWithProperties(context, device->id, NULL, &status);
+    support_require(status, "clCreateCommandQueueWithProperties");
+    loglin_model *no_model = NULL;
+    loglin_session *no_session = NULL;
+    cr_expect_eq(loglin_model_open(device->device, queue, SUPPORT_GATED_DELTA, NULL, &no_model),
+                 LOGLIN_INVALID_ARGUMENT);
+    cr_expect_not_null(strstr(loglin_last_error(), "queue is of another context"), "%s", loglin_last_error());
+    cr_expect_eq(loglin_session_create(model, queue, 1, &no_session), LOGLIN_INVALID_ARGUMENT);
+    cr_expect_not_null(strstr(loglin_last_error(), "queue is of another context"), "%s", loglin_last_error());
+    cr_expect(no_model == NULL && no_session == NULL);
+    clReleaseCommandQueue(queue);
+    clReleaseContext(context);
+}
+
+static void expect_bad_options_refused(void) {
+    const support_device *device = support_open();
+    const loglin_model_options bad[] = {{.dtype = (loglin_dtype)3}, {.engine = (loglin_engine)3}, {.piece = 65537}};
+    const char *const words[] = {"options->dtype is 3", "options->engine is 3", "options->piece is 65537"};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        loglin_model *none = NULL;
+        cr_expect_eq(loglin_model_open(device->device, device->queue, SUPPORT_GATED_DELTA, &bad[i], &none),
+                     LOGLIN_INVALID_ARGUMENT);
+        cr_expect_not_null(strstr(loglin_last_error(), words[i]), "%s", loglin_last_error());
+        cr_expect_null(none);
+    }
+}
+
 Test(session, bad_arguments) {
     loglin_model *model = support_model_open(SUPPORT_GATED_DELTA, NULL);
     loglin_session *session = support_session_start(model, 2);
@@ -229,6 +262,8 @@ Test(session, bad_arguments) {
     if (support_open()->out_of_order != NULL) {
         cr_expect_eq(loglin_session_create(model, support_open()->out_of_order, 1, &none), LOGLIN_INVALID_ARGUMENT);
     }
+    expect_other_queues_refused(model);
+    expect_bad_options_refused();
     cr_expect_eq(loglin_session_step(session, bad, logits), LOGLIN_INVALID_ARGUMENT);
     cr_expect_not_null(strstr(loglin_last_error(), "ids[1] is 256, expected 0 to 255"), "%s", loglin_last_error());
     cr_expect_eq(loglin_session_step(session, negative, logits), LOGLIN_INVALID_ARGUMENT);
