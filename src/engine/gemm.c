@@ -39,9 +39,7 @@ loglin_status loglin_gemm_enqueue(const loglin_gemm *gemm, cl_command_queue queu
     for (size_t i = 0; i < 3; i++) {
         if (ends[i] > (size_t)INT_MAX) {
             return loglin_fail(LOGLIN_UNSUPPORTED,
-                               "workspace: a product's operand ends at element %zu, expected below 2^31 (a limit of "
-                               "CLBlast): use a smaller workspace offset or problem",
-                               ends[i]);
+                               "CLBlast: a product's operand ends at element %zu, expected below 2^31", ends[i]);
         }
     }
     return gemm_status(CLBlastSgemmStridedBatched(

@@ -91,6 +91,7 @@ static bool make_directory(const char *directory) {
     return made;
 }
 
+/* Says once why the directory is of no use: errno, which stays. */
 static void report_unusable(const char *directory) {
     static atomic_flag reported = ATOMIC_FLAG_INIT;
     const int code = errno;
@@ -101,6 +102,7 @@ static void report_unusable(const char *directory) {
         }
         loglin_log(LOGLIN_LOG_INFO, "compiled programs are not kept: cannot write to %s: %s", directory, reason);
     }
+    errno = code;
 }
 
 bool loglin_cache_is_writable(const char *directory) {
