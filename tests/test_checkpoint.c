@@ -145,7 +145,7 @@ Test(checkpoint, bad_levels) {
     levels->shape[0] = 14;
     levels->shape[1] = 1;
     support_lm_write(&lm, folder, 1);
-    expect_refused(folder, LOGLIN_BAD_FILE, "mixer.L");
+    expect_refused(folder, LOGLIN_BAD_FILE, "mixer.L\" is [14, 1], expected [");
     support_lm_free(&lm);
     support_remove_folder(folder);
 }

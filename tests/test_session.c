@@ -210,6 +210,8 @@ Test(session, bad_session_files) {
     loglin_session *pair = support_session_start(model, 2);
     support_require(loglin_session_save(pair, path), "loglin_session_save");
     cr_expect_eq(loglin_session_load(session, path), LOGLIN_BAD_FILE, "two sequences into one");
+    cr_expect_not_null(strstr(loglin_last_error(), "\"position\" is I32 [2], expected I32 [1]"), "%s",
+                       loglin_last_error());
     loglin_session_destroy(pair);
     loglin_session_destroy(session);
     loglin_model_close(model);
