@@ -44,6 +44,18 @@ Test(worker, children_that_hang_crash_or_babble_cost_one_candidate) {
     cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_STOPPED);
 }
 
+/* An error text may be cut within a character, or be of a driver that knows no UTF-8: the rest of the reply counts. */
+Test(worker, a_reply_is_told_without_a_text_that_is_none) {
+    const loglin_reply refused = {
+        .outcome = LOGLIN_OUTCOME_FAILED, .reason = "refused", .detail = "no room in /home/j\xc3"};
+    char *text = loglin_reply_print(&refused);
+    cr_assert_not_null(text);
+    const loglin_reply read = loglin_reply_parse(text);
+    cr_expect_str_eq(read.reason, "refused");
+    cr_expect_str_eq(read.detail, "");
+    free(text);
+}
+
 /* What keeps a child from being started is not a candidate's fault. */
 Test(worker, no_descriptors_are_nobodys_fault) {
     (void)ask_script("#!/bin/sh\n", 60);
