@@ -239,6 +239,8 @@ Test(command, bad_usage) {
     EXPECT_BAD("1 files are named, expected 2", "forward", in_path);
     EXPECT_BAD("3 files are named, expected 2", "decode", in_path, out_path, out_path);
     EXPECT_BAD("--fly: no such option", "forward", in_path, out_path, "--fly");
+    EXPECT_BAD("-x: no such option", "forward", in_path, out_path, "-xy");
+    EXPECT_BAD("--check=yes: no value is expected", "forward", in_path, out_path, "--check=yes");
     EXPECT_BAD("--chunk: a value is missing", "forward", in_path, out_path, "--chunk");
     EXPECT_BAD("--chunk is \"48\"", "forward", in_path, out_path, "--chunk", "48");
     EXPECT_BAD("--chunk is \"512\"", "forward", in_path, out_path, "--chunk", "512");
@@ -258,6 +260,34 @@ Test(command, devices) {
     cr_expect_not_null(json_string_value(json_object_get(device, "name")));
     cr_expect_gt(json_integer_value(json_object_get(device, "max_allocation")), 0);
     json_decref(report);
+}
+
+/* Runs the command by the shell, for what only redirections do: its exit status. */
+static int run_in_shell(const char *arguments) {
+    char command[512];
+    snprintf(command, sizeof command, "'%s' %s", LOGLIN_COMMAND, arguments);
+    const int status = system(command); /* NOLINT: the text is of this file */
+    cr_assert(WIFEXITED(status), "%s: status %#x", arguments, (unsigned)status);
+    return WEXITSTATUS(status);
+}
+
+/* What cannot be printed fails, and no file is taken for a standard stream that was closed. */
+Test(command, unwritable_standard_output) {
+    char arguments[320];
+    static const char *const commands[] = {"--version", "help", "devices", "devices --json"};
+    for (size_t i = 0; i < sizeof commands / sizeof commands[0]; ++i) {
+        snprintf(arguments, sizeof arguments, "%s >/dev/full 2>'%s'", commands[i], stderr_path);
+        cr_expect_eq(run_in_shell(arguments), 1, "%s", commands[i]);
+        cr_expect_not_null(strstr(read_text(stderr_path), "standard output: "), "%s", read_text(stderr_path));
+    }
+    input file = make_input(LOGLIN_TENSOR_F32, 1, 5, false);
+    write_input(&file, in_path);
+    cr_assert_eq(run("forward", in_path, other_path, NULL), 0, "%s", read_text(stderr_path));
+    snprintf(arguments, sizeof arguments, "forward '%s' '%s' <&- >&- 2>&-", in_path, out_path);
+    cr_expect_eq(run_in_shell(arguments), 1);
+    snprintf(arguments, sizeof arguments, "cmp '%s' '%s'", out_path, other_path);
+    cr_expect_eq(system(arguments), 0, "the outputs differ"); /* NOLINT: as above */
+    free_input(&file);
 }
 
 Test(command, no_such_device) {

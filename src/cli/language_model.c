@@ -57,8 +57,7 @@ loglin_cli_status loglin_cli_model_option(char **argv, int option, loglin_cli_mo
         options->help = true;
         return LOGLIN_CLI_OK;
     default:
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s: %s; \"loglin %s --help\" lists the options", argv[optind - 1],
-                               option == ':' ? "a value is missing" : "no such option", argv[0]);
+        return loglin_cli_bad_option(argv, option);
     }
 }
 

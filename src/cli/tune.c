@@ -250,8 +250,7 @@ static loglin_cli_status parse_arguments(int argc, char **argv, tune_arguments *
     int index = 0;
     for (int option; (option = getopt_long(argc, argv, ":", options, &index)) != -1;) {
         if (option == '?' || option == ':') {
-            return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s: %s; \"loglin tune --help\" lists the options",
-                                   argv[optind - 1], option == '?' ? "no such option" : "a value is missing");
+            return loglin_cli_bad_option(argv, option);
         }
         RETURN_IF_FAILED(parse_option(option, options[index].name, arguments));
     }
