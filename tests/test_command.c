@@ -846,6 +846,16 @@ static size_t size_of(const char *path) {
     return (size_t)size;
 }
 
+Test(command, generate_says_where_the_levels_end) {
+    enum { REACH = 16384, PROMPT = REACH - 4 };
+    static char prompt[PROMPT + 1];
+    memset(prompt, 'a', PROMPT);
+    cr_assert_eq(run("generate", "--model", models[1], "--prompt", prompt, "--tokens", "100", NULL), 0, "%s",
+                 read_text(stderr_path));
+    cr_expect_not_null(strstr(read_text(stderr_path), "generated  5 tokens"), "%s", read_text(stderr_path));
+    cr_expect_not_null(strstr(read_text(stderr_path), "ended      at 16384 tokens"), "%s", read_text(stderr_path));
+}
+
 /* Interrupted between tokens: the line is ended, the speed is told, and the shell sees an interrupt. */
 Test(command, generate_is_interrupted_cleanly) {
     char *const arguments[] = {LOGLIN_COMMAND, "generate",   "--model", (char *)models[1], "--prompt", "In the ",

@@ -30,8 +30,10 @@ typedef struct generate_run {
 
 static volatile sig_atomic_t interrupted;
 
+/* Only the first is caught: where a long prompt keeps the device busy, a second ends the process. */
 static void interrupt(int signal_number) {
     interrupted = signal_number;
+    (void)signal(signal_number, SIG_DFL);
 }
 
 static loglin_cli_status parse_own(int option, generate_run *run) {
@@ -201,6 +203,10 @@ static loglin_cli_status run_all(generate_run *run) {
                   run->prefill_ms);
     (void)fprintf(stderr, "generated  %zu tokens, %.1f tokens/s\n", run->generated,
                   run->ms > 0 ? 1e3 * (double)run->generated / run->ms : 0.0);
+    if (run->generated < run->tokens && interrupted == 0) {
+        (void)fprintf(stderr, "ended      at %zu tokens, which is as far as the model's levels reach\n",
+                      run->model.info.max_length);
+    }
     return LOGLIN_CLI_OK;
 }
 
@@ -216,7 +222,6 @@ loglin_cli_status loglin_cli_generate(int argc, char **argv) {
     free(run.logits);
     free(run.order);
     if (interrupted != 0) { /* all is cleaned up: end as the shell expects it */
-        (void)signal(SIGINT, SIG_DFL);
         (void)raise(SIGINT);
     }
     return status;
