@@ -21,7 +21,7 @@
  *     loglin_device_create(context, id, &device);
  *     loglin_plan_create(device, &problem, &plan);               // slow: compiles
  *     ... allocate buffers; a workspace of loglin_workspace_size(plan, LOGLIN_FORWARD) bytes ...
- *     loglin_forward(plan, &inputs, NULL, &outputs, NULL, workspace, queue, 0, NULL, NULL);   // fast: only enqueues
+ *     loglin_forward(plan, &inputs, NULL, o, NULL, workspace, queue, 0, NULL, NULL);   // fast: only enqueues
  *
  * Notation, for one sequence and one head h of H; its queries and keys are those of group h / (H / G):
  *     t = 0 .. T-1             absolute position of a token in its sequence
