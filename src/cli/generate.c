@@ -5,6 +5,7 @@
 #include "cli/language_model.h"
 #include "cli/sampling.h"
 #include "cli/session.h"
+#include "cli/waiting.h"
 #include <ctype.h>
 #include <errno.h>
 #include <signal.h>
@@ -175,6 +176,7 @@ static loglin_cli_status generate(generate_run *run) {
     const double begin = loglin_cli_now_ms();
     loglin_status status = loglin_session_prefill(session, 0, run->ids, run->id_count, run->logits);
     const double prefilled = loglin_cli_now_ms();
+    loglin_cli_waiting_end();
     run->prefill_ms = prefilled - begin;
     while (status == LOGLIN_OK && interrupted == 0) {
         const int32_t id = loglin_cli_sample(&run->sampling, run->logits, run->model.info.vocabulary, run->order);

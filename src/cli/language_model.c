@@ -3,6 +3,7 @@
 #include "cli/language_model.h"
 
 #include "cli/arguments.h"
+#include "cli/waiting.h"
 #include <ctype.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -86,6 +87,7 @@ loglin_cli_status loglin_cli_model_open(const loglin_cli_model_options *options,
     if (code != CL_SUCCESS) {
         return loglin_cli_fail_opencl(code, "clCreateCommandQueueWithProperties");
     }
+    loglin_cli_waiting_begin();
     status = loglin_device_create(model->context, id, &model->device);
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_library(status);

@@ -4,6 +4,7 @@
 
 #include "cli/language_model.h"
 #include "cli/session.h"
+#include "cli/waiting.h"
 #include "tensorfile/safetensors.h"
 #include <jansson.h>
 #include <math.h>
@@ -161,6 +162,7 @@ static loglin_cli_status compute(logits_run *run) {
     const double begin = loglin_cli_now_ms();
     const loglin_status status = loglin_session_score(run->model.session, run->ids, run->length, run->logits);
     run->ms = loglin_cli_now_ms() - begin;
+    loglin_cli_waiting_end();
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_model(status);
     }
