@@ -25,8 +25,8 @@ typedef struct generate_run {
     size_t id_count;
     float *logits;
     int32_t *order;
-    size_t generated;
-    double prefill_ms, ms;
+    size_t generated, steps;
+    double prefill_ms, steps_ms; /* steps_ms: of all but the first, with which something may compile */
 } generate_run;
 
 static volatile sig_atomic_t interrupted;
@@ -175,9 +175,9 @@ static loglin_cli_status generate(generate_run *run) {
     loglin_session *session = run->model.session;
     const double begin = loglin_cli_now_ms();
     loglin_status status = loglin_session_prefill(session, 0, run->ids, run->id_count, run->logits);
-    const double prefilled = loglin_cli_now_ms();
+    double first_stepped = 0;
+    run->prefill_ms = loglin_cli_now_ms() - begin;
     loglin_cli_waiting_end();
-    run->prefill_ms = prefilled - begin;
     while (status == LOGLIN_OK && interrupted == 0) {
         const int32_t id = loglin_cli_sample(&run->sampling, run->logits, run->model.info.vocabulary, run->order);
         RETURN_IF_FAILED(print_token(run, id));
@@ -186,9 +186,26 @@ static loglin_cli_status generate(generate_run *run) {
             break;
         }
         status = loglin_session_step(session, &id, run->logits);
+        if (run->steps++ == 0) {
+            first_stepped = loglin_cli_now_ms();
+        }
     }
-    run->ms = loglin_cli_now_ms() - prefilled;
+    run->steps_ms = loglin_cli_now_ms() - first_stepped;
     return status == LOGLIN_OK ? LOGLIN_CLI_OK : loglin_cli_fail_model(status);
+}
+
+static void report(const generate_run *run) {
+    (void)fprintf(stderr, "prompt     %zu tokens, %.2f ms (with what is compiled at first use)\n", run->id_count,
+                  run->prefill_ms);
+    (void)fprintf(stderr, "generated  %zu tokens", run->generated);
+    if (run->steps > 1) {
+        (void)fprintf(stderr, ", %.1f tokens/s", 1e3 * (double)(run->steps - 1) / run->steps_ms);
+    }
+    (void)fputc('\n', stderr);
+    if (run->generated < run->tokens && interrupted == 0) {
+        (void)fprintf(stderr, "ended      at %zu tokens, which is as far as the model's levels reach\n",
+                      run->model.info.max_length);
+    }
 }
 
 static loglin_cli_status run_all(generate_run *run) {
@@ -201,14 +218,7 @@ static loglin_cli_status run_all(generate_run *run) {
     RETURN_IF_FAILED(generate(run));
     (void)putchar('\n');
     (void)fflush(stdout);
-    (void)fprintf(stderr, "prompt     %zu tokens, %.2f ms (with what is compiled at first use)\n", run->id_count,
-                  run->prefill_ms);
-    (void)fprintf(stderr, "generated  %zu tokens, %.1f tokens/s\n", run->generated,
-                  run->ms > 0 ? 1e3 * (double)run->generated / run->ms : 0.0);
-    if (run->generated < run->tokens && interrupted == 0) {
-        (void)fprintf(stderr, "ended      at %zu tokens, which is as far as the model's levels reach\n",
-                      run->model.info.max_length);
-    }
+    report(run);
     return LOGLIN_CLI_OK;
 }
 
