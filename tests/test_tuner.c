@@ -463,6 +463,14 @@ Test(tuner, the_command_refuses_what_does_not_go_together) {
     }
 }
 
+/* Before anything is measured, which would take longer than this test may. */
+Test(tuner, the_command_refuses_a_report_that_cannot_be_written, .timeout = 60) {
+    cr_expect_eq(command("--report /dev/null/page"), 1);
+    cr_expect_str_empty(printed);
+    cr_expect_eq(command("--report \"it's\""), 2);
+    cr_expect_str_empty(printed);
+}
+
 static const char SMALL[] = "--length 64 --dim-k 16 --dim-v 16 --engine fused";
 
 /* Not on a terminal: a head, a row, a sum, and no control characters; as JSON: nothing but that. */

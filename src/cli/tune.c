@@ -397,6 +397,9 @@ static loglin_cli_status run_tune(const tune_arguments *arguments) {
             infos[chosen++] = infos[i];
         }
     }
+    if (arguments->report != NULL) {
+        RETURN_IF_FAILED(loglin_cli_tune_report_prepare(arguments->report));
+    }
     handle_signals();
     memset(results, 0, sizeof results);
     const loglin_cli_status result = tune_and_report(arguments, infos, chosen, results);
