@@ -746,8 +746,8 @@ Test(command, bench_cpu) {
     cr_assert_eq(json_array_size(parts), 2);
     for (size_t i = 0; i < 2; ++i) {
         const json_t *part = json_array_get(parts, i);
-        cr_expect_eq(json_integer_value(json_object_get(part, "threads")), i + 1);
-        cr_expect_eq(json_integer_value(json_object_get(part, "compute_units")), i + 1);
+        cr_expect_eq(json_integer_value(json_object_get(part, "threads")), (json_int_t)i + 1);
+        cr_expect_eq(json_integer_value(json_object_get(part, "compute_units")), (json_int_t)i + 1);
         cr_expect_eq(json_array_size(json_object_get(part, "rows")), 2);
         const json_t *row = bench_row(part, "single");
         cr_expect_str_eq(json_string_value(json_object_get(row, "engine")), "blas");
