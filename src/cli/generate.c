@@ -71,9 +71,9 @@ static void print_help(void) {
                  "  --ids LIST            the same as token ids\n"
                  "  --tokens N            how many tokens to generate\n"
                  "  --temperature X       sample from logits / X; 0 (default) takes the most probable token\n"
-                 "  --top-k K             only among the K most probable\n"
-                 "  --top-p P             only among the most probable that have P together\n"
-                 "  --seed S              of the random numbers; 0\n"
+                 "  --top-k K             with --temperature: only among the K most probable\n"
+                 "  --top-p P             with --temperature: only among the most probable that have P together\n"
+                 "  --seed S              with --temperature: of the random numbers; by default 0\n"
                  "  --help                print this text\n");
 }
 
