@@ -356,23 +356,26 @@ portable_backward(const loglin_panel p, __global float *ws, ulong lanes, ulong q
 /* dq or dk of a token and group: the sum of the parts, through the scale and the normalisation. */
 void reduce_row(const __global float *from, ulong stride, uint count, const __global storage *x, float scale,
                 __global storage *to) {
-    float16 sums[PAD_K / 16], values[PAD_K / 16], dots = 0.0f, squares = 0.0f;
+    float16 sums[PAD_K / 16], dots = 0.0f, squares = 0.0f;
     for (uint i = 0; i < PAD_K; i++) {
         float sum = 0.0f;
         for (uint part = 0; part < count && i < DIM_K; part++) {
             sum += from[part * stride + i];
         }
         ((float *)sums)[i] = scale * sum;
-        ((float *)values)[i] = i < DIM_K ? load(x, i) : 0.0f;
     }
     for (uint i = 0; IS_NORMALIZED && i < PAD_K / 16; i++) {
-        squares = fma(values[i], values[i], squares);
-        dots = fma(values[i], sums[i], dots);
+        float16 values;
+        for (uint j = 0; j < 16; j++) {
+            ((float *)&values)[j] = 16 * i + j < DIM_K ? load(x, 16 * i + j) : 0.0f;
+        }
+        squares = fma(values, values, squares);
+        dots = fma(values, sums[i], dots);
     }
     const float norm = 1.0f / sqrt(sum16(squares) + 1e-6f), along = norm * norm * sum16(dots);
     for (uint i = 0; i < DIM_K; i++) {
         const float sum = ((float *)sums)[i];
-        store(to, i, IS_NORMALIZED ? norm * (sum - along * ((float *)values)[i]) : sum);
+        store(to, i, IS_NORMALIZED ? norm * (sum - along * load(x, i)) : sum);
     }
 }
 
