@@ -93,14 +93,6 @@ uint4 load_transposed_at(uint row) {
 }
 uint4 load_transposed(const __local void *row) { return load_transposed_at(local_address(row)); }
 
-/* The reverse of load_transposed_at, from sm_90 on. */
-void store_transposed_at(uint row, uint4 x) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "r"(row), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
-}
-
 /* Starts copying the first `bytes` of 16, and clears the others. */
 void copy_some_of_16(__local void *to, const __global void *from, uint bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -446,6 +438,14 @@ void copy_bulk(__local void *to, const __global void *from, uint bytes, __local 
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :
                  : "r"(local_address(to)), "l"(from), "r"(bytes), "r"(local_address(at))
+                 : "memory");
+}
+
+/* The reverse of load_transposed_at. */
+void store_transposed_at(uint row, uint4 x) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(row), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                  : "memory");
 }
 
