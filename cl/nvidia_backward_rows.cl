@@ -135,8 +135,9 @@ typedef struct row_warp {
 } row_warp;
 
 /* Starts copying a part.  An item has row lane / 8 and every fourth from there, columns 8 (lane % 8).. or level lane % 8. */
-void fetch_part(__local row_warp *to, uint part, uint chunks, int aligned) {
-    const uint lane = anew(warp_lane()), row = lane / 8, h = part / TILES_V, tile = part % TILES_V;
+void fetch_part(__local row_warp *to, uint wanted_part, uint chunks, int aligned) {
+    const uint lane = anew(warp_lane()), part = anew(wanted_part);
+    const uint row = lane / 8, h = part / TILES_V, tile = part % TILES_V;
     const int rows = (int)to->places.rows - (int)row;
     const __global ushort *d_o =
         to->places.d_o + (row * HEADS + h) * DIM_V + tile * NB_COLUMNS + lane % 8 * 8;
@@ -176,6 +177,15 @@ void fetch_part(__local row_warp *to, uint part, uint chunks, int aligned) {
     }
     if (lane < SLOTS && (to->places.n >> lane & 1) != 0) {
         copy_4(&to->kept[h % 2][lane], &to->places.kept[(ulong)h * chunks * CHUNK_LEVELS + lane]);
+    }
+}
+
+/* A warp's dO as A. */
+void load_values(uint4 a[4], const __local uint4 *d_o) {
+    const uint lane = anew(warp_lane());
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        a[step] = load_matrices(&d_o[swizzled(lane & 15, 8, 2 * step + lane / 16)]);
     }
 }
 
@@ -223,8 +233,8 @@ void multiply_queries(float4 product[8], tile_rows q, tile_rows state) {
 }
 
 /* Writes a head's results; row_dot: of the row whose dots the item gets, sum over levels. */
-void store_head(__local row_warp *from, uint h, uint chunks, float row_dot) {
-    const uint lane = anew(warp_lane()), row = lane / 8;
+void store_head(__local row_warp *from, uint head, uint chunks, float row_dot) {
+    const uint lane = anew(warp_lane()), h = anew(head), row = lane / 8;
     const int rows = (int)from->places.rows - (int)row;
     meet_in_warp();
     if (lane < CHUNK_LEVELS && (from->places.n >> lane & 1) != 0) {
@@ -365,10 +375,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 const uint lower_pair = pack(lower * lower_scale, lower * lower_scale);
                 tile_wait(product);
                 uint4 a[4];
-#pragma unroll
-                for (uint step = 0; step < 4; step++) {
-                    a[step] = load_a(mine->d_o[part % 2], 8, 0, 2 * step);
-                }
+                load_values(a, mine->d_o[part % 2]);
                 const float gradient = dot_rows(product, a) * (p % 2 == 0 ? upper : lower);
 #pragma unroll
                 for (uint step = 0; step < 4; step++) {
