@@ -227,18 +227,17 @@ tile_rows tile_columns(tile_rows rows, uint step) { return rows + step * 2u; }
     asm volatile(TILE_NAME_B("%36") WGMMA_OP TILE_C_LIST ", {%32, %33, %34, %35}, b, " added ", 1, 1, " transposed ";\n}"  \
                  : TILE_ALL_C                                                                                          \
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b))
-#define TILE_LOCAL(added, transposed)                                                                                  \
+#define TILE_LOCAL(transposed)                                                                                         \
     asm volatile(TILE_NAME_B("%33") "mov.b64 a, {%32, 0x40000040};\n" WGMMA_OP TILE_C_LIST                             \
-                 ", a, b, " added ", 1, 1, 0, " transposed ";\n}"                                                     \
+                 ", a, b, 1, 1, 1, 0, " transposed ";\n}"                                                             \
                  : TILE_ALL_C                                                                                          \
                  : "r"(a), "r"(b))
 
 void tile_multiply_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("1", "1"); }
 void tile_set_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("0", "1"); }
 void tile_multiply_transposed_step(float4 c[8], uint4 a, tile_rows b) { TILE_REGISTERS("1", "0"); }
-void tile_multiply_local_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("1", "1"); }
-void tile_set_local_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("0", "1"); }
-void tile_multiply_local_transposed_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("1", "0"); }
+void tile_multiply_local_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("1"); }
+void tile_multiply_local_transposed_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("0"); }
 
 /* The operands stand here so that A and C are set before. */
 void tile_start(float4 c[8], uint4 a[4]) {
@@ -270,19 +269,6 @@ void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) {
         tile_multiply_transposed_step(c, a[step], tile_columns(b, step));
     }
 }
-void tile_set_local(float4 c[8], tile_rows a, tile_rows b) {
-    tile_set_local_step(c, a, b);
-#pragma unroll
-    for (uint step = 1; step < 4; step++) {
-        tile_multiply_local_step(c, tile_columns(a, step), tile_step(b, step));
-    }
-}
-void tile_add_local(float4 c[8], tile_rows a, tile_rows b) {
-#pragma unroll
-    for (uint step = 0; step < 4; step++) {
-        tile_multiply_local_step(c, tile_columns(a, step), tile_step(b, step));
-    }
-}
 
 void tile_multiply(float4 c[8], uint4 a[4], tile_rows b) {
     tile_start(c, a);
@@ -298,7 +284,10 @@ void tile_multiply_transposed(float4 c[8], uint4 a[4], tile_rows b) {
 
 void tile_multiply_local(float4 c[8], tile_rows a, tile_rows b) {
     tile_start_local(c);
-    tile_add_local(c, a, b);
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_multiply_local_step(c, tile_columns(a, step), tile_step(b, step));
+    }
     tile_end();
 }
 
@@ -390,7 +379,6 @@ void tile_multiply_local_transposed(float4 c[8], tile_rows a, tile_rows b) {
 }
 
 void tile_start(float4 c[8], uint4 a[4]) { (void)c, (void)a; }
-void tile_start_local(float4 c[8]) { (void)c; }
 void tile_end(void) {}
 void tile_set(float4 c[8], uint4 a[4], tile_rows b) {
     tile_clear(c);
@@ -398,11 +386,6 @@ void tile_set(float4 c[8], uint4 a[4], tile_rows b) {
 }
 void tile_add(float4 c[8], uint4 a[4], tile_rows b) { tile_multiply(c, a, b); }
 void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) { tile_multiply_transposed(c, a, b); }
-void tile_set_local(float4 c[8], tile_rows a, tile_rows b) {
-    tile_clear(c);
-    tile_multiply_local(c, a, b);
-}
-void tile_add_local(float4 c[8], tile_rows a, tile_rows b) { tile_multiply_local(c, a, b); }
 
 void tile_wait_but_one(void) {}
 void tile_wait_before_last(float4 c[8]) { (void)c; }

@@ -23,6 +23,9 @@
 #define NB_ITEMS 256
 #define NB_TILE_ITEMS 384
 
+/* States of the levels above a chunk that are on their way to the matrix units. */
+#define NB_ROW_STAGES 4
+
 /* Sums of level_scales . dlevel_scales of a chunk and level, of 16 tokens each. */
 #define NB_LEVEL_DOTS 8
 

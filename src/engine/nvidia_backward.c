@@ -48,7 +48,6 @@ typedef struct backward_shape {
     size_t chunks, chunk_levels;
     size_t unit_bits, unit_count;   /* chunks of a unit of the sums; units of a level */
     size_t sum_groups, sum_turns;   /* warpgroups of a work-group of the sums; heads and tiles of V of each */
-    size_t row_chunks, row_stages;  /* chunks side by side of a work-group of rows; states that it has room for */
     size_t row_heads, block_heads;  /* heads of a work-group of rows, of tiles */
     size_t row_blocks, head_blocks; /* of a group */
     size_t tile_stages;             /* heads that a work-group of the tiles has room for */
@@ -91,19 +90,6 @@ static size_t find_tile_blocks(size_t groups, size_t group_heads, size_t units) 
     return best;
 }
 
-/* Work-groups of the rows that share a block of heads. */
-static size_t row_groups(const loglin_problem *problem, const backward_shape *shape) {
-    return problem->batch * problem->groups * ceil_div(ceil_div(shape->chunks, shape->row_chunks), 2);
-}
-
-static void share_rows(const loglin_problem *problem, size_t row_chunks, size_t row_stages, backward_shape *shape) {
-    const size_t group_heads = problem->heads / problem->groups;
-    shape->row_chunks = row_chunks;
-    shape->row_stages = row_stages;
-    shape->row_blocks = blocks_of_heads(group_heads, row_groups(problem, shape), enough_row_groups);
-    shape->row_heads = group_heads / shape->row_blocks;
-}
-
 static backward_shape find_shape(const loglin_device *device, const loglin_problem *problem, size_t unit_bits) {
     const size_t group_heads = problem->heads / problem->groups;
     backward_shape shape = {
@@ -124,7 +110,8 @@ static backward_shape find_shape(const loglin_device *device, const loglin_probl
         shape.sum_turns--;
     }
     shape.sum_turns = ceil_div(matrices, shape.sum_groups * sum_blocks(problem, &shape));
-    share_rows(problem, 1, 4, &shape);
+    shape.row_blocks = blocks_of_heads(group_heads, groups * ceil_div(shape.chunks, 2), enough_row_groups);
+    shape.row_heads = group_heads / shape.row_blocks;
     shape.head_blocks = find_tile_blocks(groups * shape.chunks, group_heads, device->info.compute_units);
     shape.block_heads = group_heads / shape.head_blocks;
     return shape;
@@ -180,8 +167,7 @@ static void count_items(const loglin_problem *problem, const backward_shape *sha
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_sums], groups * units * sum_blocks(problem, shape),
                              128 * shape->sum_groups);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tree], chunks > 1 ? matrices * (shape->padded_k / 4) : 0, NB_ITEMS);
-    loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], row_groups(problem, shape) * shape->row_blocks,
-                             NB_ITEMS * shape->row_chunks);
+    loglin_nvidia_set_launch(&kernels[KERNEL_nb_rows], groups * shape->row_blocks * ceil_div(chunks, 2), NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_tiles], groups * shape->head_blocks * chunks, NB_TILE_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_crossings], chunks > 1 ? heads : 0, NB_ITEMS);
     loglin_nvidia_set_launch(&kernels[KERNEL_nb_gates],
@@ -203,16 +189,14 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                         "nvidia_backward_tiles.cl",
                                         "nvidia_backward_ends.cl",
                                         NULL};
-    char options[640]; /* 19 numbers of at most 20 digits and their names */
+    char options[576]; /* 16 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,
                    "-DNV_K=%zu -DDIM_K=%zu -DDIM_V=%zu -DHEADS=%zu -DGROUPS=%zu -DLEVELS=%zu -DCHUNK_LEVELS=%zu"
                    " -DNORMALIZE=%d -DSTORAGE=%d -DWEIGHT_STORAGE=%d -DUNIT_BITS=%zu"
-                   " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DROW_CHUNKS=%zu -DROW_STAGES=%zu -DROW_LAG=%zu"
-                   " -DROW_HEADS=%zu -DBLOCK_HEADS=%zu -DTILE_STAGES=%zu %s",
+                   " -DSUM_GROUPS=%zu -DSUM_TURNS=%zu -DROW_HEADS=%zu -DBLOCK_HEADS=%zu -DTILE_STAGES=%zu %s",
                    shape->padded_k, problem->dim_k, problem->dim_v, problem->heads, problem->groups, problem->levels,
                    shape->chunk_levels, problem->normalize_qk != 0, (int)problem->dtype, (int)problem->weight_dtype,
-                   shape->unit_bits, shape->sum_groups, shape->sum_turns, shape->row_chunks,
-                   shape->row_stages, getenv("ROW_LAG") ? (size_t)atoi(getenv("ROW_LAG")) : (size_t)1, shape->row_heads, shape->block_heads,
+                   shape->unit_bits, shape->sum_groups, shape->sum_turns, shape->row_heads, shape->block_heads,
                    shape->tile_stages, shape->wgmma ? LOGLIN_HIDDEN_INSTRUCTIONS : "");
     return loglin_nvidia_kernels_get(device, files, options, names, KERNEL_COUNT, backward->kernels);
 }
@@ -228,9 +212,8 @@ static size_t sums_bytes(const backward_shape *shape) {
 static size_t rows_bytes(const backward_shape *shape) {
     const size_t state = shape->padded_k * NB_COLUMNS * 2, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
     const size_t d_o = (size_t)16 * NB_COLUMNS * 2, scales = 16 * (slots | 1) * sizeof(float);
-    const size_t warp = 2 * (d_o + sizeof(float[16][2]) + slots * sizeof(float)) + 3 * scales + 80;
-    const size_t chunk = NB_CHUNK * shape->padded_k * 2 + NB_ITEMS / 32 * warp;
-    return shape->row_stages * (state + 16) + shape->row_chunks * chunk;
+    const size_t warp = 2 * (d_o + sizeof(float[16][2]) + slots * sizeof(float)) + 3 * scales + 16;
+    return NB_ROW_STAGES * (state + 16) + NB_ITEMS / 32 * warp;
 }
 
 /* And of the tiles. */
@@ -252,20 +235,6 @@ static size_t local_bytes(const backward_shape *shape) {
 /* The most that is asked for; the trial run says whether the device has it. */
 static const size_t most_local_bytes = (size_t)226 << 10;
 
-/* Two chunks of rows side by side, and as many states as there is room for. */
-static void choose_rows(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
-    const size_t first = getenv("ROW_STAGES") ? (size_t)atoi(getenv("ROW_STAGES")) : 4;
-    for (size_t stages = first; shape->chunks > 1 && stages > 2; stages--) {
-        backward_shape wide = *shape;
-        share_rows(problem, 2, stages, &wide);
-        if (rows_bytes(&wide) <= most_local_bytes &&
-            loglin_nvidia_probe_wgmma(device, problem->dtype, rows_bytes(&wide)) == LOGLIN_OK) {
-            *shape = wide;
-            return;
-        }
-    }
-}
-
 /* Units of four chunks and two heads at a time where local memory has room for them, else fewer. */
 static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
     loglin_status status = LOGLIN_UNSUPPORTED;
@@ -277,9 +246,6 @@ static loglin_status choose_shape(loglin_device *device, const loglin_problem *p
             shape->wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
             status = shape->wgmma ? LOGLIN_OK : loglin_nvidia_probe(device, problem->dtype, bytes);
         }
-    }
-    if (status == LOGLIN_OK && shape->wgmma) {
-        choose_rows(device, problem, shape);
     }
     return status;
 }
