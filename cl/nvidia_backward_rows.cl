@@ -13,8 +13,7 @@
 #define ROW_TILES (NV_K / 64)
 #define ROW_PARTS (ROW_HEADS * TILES_V) /* of dO, 64 columns each */
 #define ROW_LEVELS (LEVELS > CHUNK_LEVEL ? LEVELS - CHUNK_LEVEL : 0) /* above a chunk, also those that do not exist */
-
-#define ROW_AHEAD (NB_ROW_STAGES - 1)  /* states that are asked for before the first one is needed */
+#define ROW_AHEAD (NB_ROW_STAGES - 1) /* states that are asked for before the first one is needed */
 
 uint lowest_bit(uint bits) { return 31 - clz(bits & (0 - bits)); }
 
@@ -45,8 +44,10 @@ void start_ring(const row_ring *ring) {
 #endif
 }
 
-/* Starts to copy the state of a turn, the next one; turns count on from a work-group's first chunk to its second.  With wgmma an
- * item of the last warp does it, whose products all others of its warpgroup wait for: few instructions matter. */
+/*
+ * Starts to copy the state of a turn, the next one; turns count on from a work-group's first chunk to its second.  With wgmma an
+ * item of the last warp does it: the other warps of its warpgroup wait for that before their next products.
+ */
 void fetch_state_of(row_ring *ring, uint turn) {
     const uint item = get_local_id(0), fetcher = WGMMA ? NB_ITEMS - 32 : item;
     if (ring->bits != 0 && item == fetcher) {
@@ -189,6 +190,20 @@ void multiply_queries(float4 product[8], uint4 q[ROW_TILES][4], tile_rows state)
     for (uint m = 1; m < ROW_TILES; m++) {
         tile_add(product, q[m], tile_step(state, 4 * m));
     }
+    tile_end();
+}
+
+/* Adds dO S^T, dO being weighed, to the sum. */
+void add_values(float4 total[ROW_TILES][8], uint4 a[4], tile_rows state) {
+#pragma unroll
+    for (uint m = 0; m < ROW_TILES; m++) {
+        tile_start(total[m], a);
+    }
+#if NV_K == 128
+    tile_pair_add_transposed(total, a, state);
+#else
+    tile_add_transposed(total[0], a, state);
+#endif
     tile_end();
 }
 
@@ -336,15 +351,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 for (uint step = 0; step < 4; step++) {
                     a[step] = scale_rows(values[step], upper_pair, lower_pair);
                 }
-#pragma unroll
-                for (uint m = 0; m < ROW_TILES; m++) {
-                    tile_start(total[m], a);
-                }
-#pragma unroll
-                for (uint m = 0; m < ROW_TILES; m++) {
-                    tile_add_transposed(total[m], a, tile_step(state, 4 * m));
-                }
-                tile_end();
+                add_values(total, a, state);
                 /* While these products are made, what else there is to do. */
                 fetch_state_of(&ring, turn + ROW_AHEAD);
                 if (bits == n && part + 1 < ROW_PARTS) {
