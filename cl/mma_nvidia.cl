@@ -209,7 +209,8 @@ void tile_clear(float4 c[8]) {
 #define WGMMA_PAIR_OP "//WG wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPES
 #define TILE_C(c) "+f"((c).x), "+f"((c).y), "+f"((c).z), "+f"((c).w)
 #define TILE_ALL_OF(c)                                                                                                 \
-    TILE_C((c)[0]), TILE_C((c)[1]), TILE_C((c)[2]), TILE_C((c)[3]), TILE_C((c)[4]), TILE_C((c)[5]), TILE_C((c)[6]), TILE_C((c)[7])
+    TILE_C((c)[0]), TILE_C((c)[1]), TILE_C((c)[2]), TILE_C((c)[3]), TILE_C((c)[4]), TILE_C((c)[5]), TILE_C((c)[6]),    \
+        TILE_C((c)[7])
 #define TILE_ALL_C TILE_ALL_OF(c)
 #define TILE_A(i) "+r"(a[i].x), "+r"(a[i].y), "+r"(a[i].z), "+r"(a[i].w)
 
