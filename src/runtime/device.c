@@ -375,3 +375,15 @@ void loglin_device_destroy(loglin_device *device) {
         loglin_device_release(device);
     }
 }
+
+loglin_status loglin_device_check_queue(const loglin_device *device, cl_command_queue queue) {
+    cl_context context = NULL;
+    cl_device_id id = NULL;
+    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_CONTEXT, sizeof(cl_context), &context, NULL));
+    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_DEVICE, sizeof(cl_device_id), &id, NULL));
+    if (context != device->context || id != device->id) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "queue is of another %s than the loglin_device",
+                           context != device->context ? "context" : "device");
+    }
+    return LOGLIN_OK;
+}

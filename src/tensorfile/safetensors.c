@@ -306,6 +306,16 @@ size_t loglin_tensor_count(const loglin_tensor *tensor) {
     return tensor->size / loglin_tensor_dtype_size(tensor->dtype);
 }
 
+void loglin_tensor_print_shape(size_t rank, const size_t *shape, char *text, size_t capacity) {
+    size_t length = (size_t)snprintf(text, capacity, "[");
+    for (size_t i = 0; i < rank && length < capacity; i++) {
+        length += (size_t)snprintf(text + length, capacity - length, "%s%zu", i > 0 ? ", " : "", shape[i]);
+    }
+    if (length < capacity) {
+        (void)snprintf(text + length, capacity - length, "]");
+    }
+}
+
 /* ---- Writing ---------------------------------------------------------------------------------------------------- */
 
 static bool check_tensor(const loglin_tensor *tensor, loglin_tensor_error *error) {
