@@ -491,6 +491,14 @@ Test(tuner, the_command_refuses_what_does_not_go_together) {
     }
 }
 
+/* Before anything is measured, which would take longer than this test may. */
+Test(tuner, the_command_refuses_a_report_that_cannot_be_written, .timeout = 60) {
+    cr_expect_eq(command("--report /dev/null/page"), 1);
+    cr_expect_str_empty(printed);
+    cr_expect_eq(command("--report \"it's\""), 2);
+    cr_expect_str_empty(printed);
+}
+
 static const char SMALL[] = "--length 64 --dim-k 16 --dim-v 16 --engine fused";
 
 /* Not on a terminal: a head, a row, a sum, and no control characters; as JSON: nothing but that. */
@@ -599,6 +607,7 @@ Test(tuner, the_command_draws_on_a_terminal) {
 }
 
 /* A second interrupt does no harm either: the first has ended the run in good order. */
+/* Also under nohup, whose signal changes nothing. */
 Test(tuner, the_command_can_be_interrupted) {
     char *const arguments[] = {LOGLIN_COMMAND, "tune", "--quick", "--json", NULL};
     char path[96];
@@ -607,15 +616,21 @@ Test(tuner, the_command_can_be_interrupted) {
     cr_assert_geq(child, 0);
     if (child == 0) {
         (void)freopen(path, "w", stdout);
+        (void)signal(SIGINT, SIG_DFL);
+        (void)signal(SIGHUP, SIG_IGN);
         execv(LOGLIN_COMMAND, arguments);
         _exit(127);
     }
-    for (int i = 0; i < 40; i++) {
-        pause_briefly();
-    }
-    (void)kill(child, SIGINT);
-    (void)kill(child, SIGINT);
     int status;
+    for (int i = 0; i < 80; i++) {
+        pause_briefly();
+        if (i == 40) {
+            (void)kill(child, SIGHUP);
+        }
+    }
+    cr_expect_eq(waitpid(child, &status, WNOHANG), 0);
+    (void)kill(child, SIGINT);
+    (void)kill(child, SIGINT);
     cr_assert_eq(waitpid(child, &status, 0), child);
     cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 1, "status %d", status);
     json_t *report = json_load_file(path, 0, NULL);

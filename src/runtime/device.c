@@ -187,7 +187,8 @@ static loglin_status collect_devices(device_list *list) {
     if (status == LOGLIN_OK && list->count == 0) {
         status = loglin_fail(LOGLIN_NO_DEVICE,
                              "%u OpenCL platforms, but no device that can be used: check the driver and the right to "
-                             "open its device files, or install pocl-opencl-icd to run on the CPU",
+                             "open its device files (PoCL: to write to HOME or POCL_CACHE_DIR), or install "
+                             "pocl-opencl-icd to run on the CPU",
                              count);
     }
     if (status != LOGLIN_OK) {

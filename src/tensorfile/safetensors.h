@@ -72,4 +72,7 @@ bool loglin_safetensors_write(const char *path, const loglin_tensor *tensors, si
                               const loglin_tensor_metadata *metadata, size_t metadata_count,
                               loglin_tensor_error *error);
 
+/* Whether a file can be written there as things stand, so that this need not be found out after a long computation. */
+bool loglin_safetensors_can_write(const char *path, loglin_tensor_error *error);
+
 #endif
