@@ -15,10 +15,16 @@
 #define CHUNK_TILE (NB_CHUNK * 8) /* uint4 of 64 columns of a chunk's q or k */
 #define QUERY_DOTS 12
 #define SQUARE_GROUPS (NV_K > 64 ? 3 : 2) /* warpgroups that have squares of dk */
+#define MIRROR 48 /* of a row in the second tile of keys: its sixteens stand in reverse */
 #define ROW_STEP (NB_TILE_ITEMS / (8 * TILES_V)) /* rows of v that are fetched at once */
 
 /* Two neighbouring numbers. */
 float2 pair_at(const __local float *x) { return *(const __local float2 *)x; }
+
+/* A level's scales of a chunk's token t and of the next one. */
+float2 scales_of(const __local float *scales, uint level, uint t) {
+    return (float2)(scales[8 * t + level], scales[8 * t + 8 + level]);
+}
 
 /*
  * A key's sixteen and a query's: dS^T in, (P M)^T out as A.  Adds to d(q k^T)^T, adds the shares of dO . o of the
@@ -46,7 +52,7 @@ uint4 weigh_far(const float4 ds[2], uint4 product, float4 dp[2], const float2 qu
     return (uint4)(a[0], a[1], a[2], a[3]);
 }
 
-/* The diagonal: keys and queries are the same 16 tokens.  dots, scales: [level][query]; sums: of level 4. */
+/* The diagonal: keys and queries are the same 16 tokens.  dots: [level][query]; scales: [query][level]; sums: of level 4. */
 uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], const __local float2 *gates,
                  const __local float *scales, float2 *key_dots, __local float *dots, float sums[4]) {
     const uint r = lane / 4, p = lane % 4;
@@ -60,7 +66,7 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
         for (uint e = 0; e < 2; e++) {
             const uint t = 8 * half_q + 2 * p + e;
             const float2 query = gates[t];
-            const float scale = scales[bit_length(r ^ (2 * p + e)) * CHUNK_ROW + t];
+            const float scale = scales[8 * t + bit_length(r ^ (2 * p + e))];
             /* The keys of the same eight, up to the query. */
             const float near_ds = half_q == 0 ? (e == 0 ? ds[0].x : ds[0].y) : (e == 0 ? ds[1].z : ds[1].w);
             const float near_product = half_q == 0 ? (e == 0 ? products[0].x : products[0].y)
@@ -78,7 +84,7 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
                 /* The eight before. */
                 const float far_ds = e == 0 ? ds[1].x : ds[1].y;
                 const float far_product = e == 0 ? products[2].x : products[2].y;
-                const float far_kept = decay_between(query, keys[0]), far_scale = scales[4 * CHUNK_ROW + t];
+                const float far_kept = decay_between(query, keys[0]), far_scale = scales[8 * t + 4];
                 const float far_gradient = far_ds * far_kept * far_scale;
                 sums[2 + e] = far_ds * far_product * far_kept;
                 w[4 + e] = far_product * far_kept * far_scale;
@@ -155,8 +161,9 @@ void store_a(uint lane, __local uint4 *tile, uint4 a, uint key, uint query) {
     right[8 * 32] = a.w;
 }
 
-void store_rows(__global float *to, const float4 sum[8]) {
-    to += (ulong)(get_local_id(0) / 32 % 4 * 16 + warp_lane() / 4) * NV_K + 2 * (warp_lane() % 4);
+void store_rows(__global float *to, const float4 sum[8], uint mirror) {
+    const uint row = (get_local_id(0) / 32 % 4 * 16 + warp_lane() / 4) ^ mirror;
+    to += (ulong)row * NV_K + 2 * (warp_lane() % 4);
 #pragma unroll
     for (uint i = 0; i < 8; i++) {
         *(__global float2 *)(to + 8 * i) = sum[i].xy;
@@ -200,12 +207,12 @@ void store_columns(uint lane, __global ushort *to, const float4 c[8], int rows, 
     }
 }
 
-/* Starts copying a chunk's rows of q or k, 64 columns after the other. */
-void fetch_chunk(__local uint4 *to, const __global uint4 *from) {
+/* Starts copying a chunk's rows of q or k, 64 columns after the other; `mirror`: of the place of the second tile's rows. */
+void fetch_chunk(__local uint4 *to, const __global uint4 *from, uint mirror) {
 #pragma unroll 1
     for (uint i = get_local_id(0); i < NB_CHUNK * K_PIECES; i += NB_TILE_ITEMS) {
-        const uint piece = i % K_PIECES;
-        copy_16(&to[piece / 8 * CHUNK_TILE + swizzled(i / K_PIECES, 8, piece % 8)], &from[i], 1);
+        const uint row = i / K_PIECES, piece = i % K_PIECES;
+        copy_16(&to[piece / 8 * CHUNK_TILE + swizzled(row < NB_TILE ? row : row ^ mirror, 8, piece % 8)], &from[i], 1);
     }
 }
 
@@ -317,6 +324,10 @@ typedef struct tile_place {
     __global ushort *dv;
     __global weight *dlevel_scales;
     __global float *dots;
+#if WGMMA
+    const __global heads_map *maps;
+    uint sequence, first, first_head;
+#endif
     ulong padded, adjoint_stride; /* tokens of a head; uint4 of a head's tile of V */
     int rows;                     /* tokens of the chunk */
 } tile_place;
@@ -329,7 +340,7 @@ void finish_head(const __local tile_dots *dots, const __local float *scales, con
                  uint item) {
     const uint level = item % 8, first = item / 8, slot = level < 7 ? level : 8;
     const __local float *x = dots->queries + slot * CHUNK_ROW + first;
-    const __local float *scale = scales + level * CHUNK_ROW + first;
+    const __local float *scale = scales + 8 * first + level;
     const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
     __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
     float shares[8];
@@ -343,7 +354,7 @@ void finish_head(const __local tile_dots *dots, const __local float *scales, con
             gradient += x[16 * i + 2 * CHUNK_ROW] + x[16 * i + 3 * CHUNK_ROW];
         }
         gradient = level < 4 || ((first + 16 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
-        shares[i] = gradient * scale[16 * i];
+        shares[i] = gradient * scale[128 * i];
         if ((int)(16 * i) < rows) {
             store_weight(to + i * (16 * HEADS * LEVELS), 0, gradient);
         }
@@ -372,7 +383,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
     __local uint4 weights[COLUMN_TILE] __attribute__((aligned(1024))); /* the third warpgroup's (P M)^T */
     /* Of the head that is fetched, worked on, and finished. */
-    __local float scales_at[3][8 * CHUNK_ROW] __attribute__((aligned(8)));
+    __local float scales_at[3][8 * NB_CHUNK] __attribute__((aligned(128)));
     __local tile_dots dots_at[2];
 #if WGMMA
     __local arrivals here[TILE_STAGES];
@@ -388,6 +399,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     const uint first = n * NB_CHUNK, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
     const int has_adjoint = n + 1 < call.chunks;
     const ulong bg = (ulong)b * GROUPS + group;
+    const int boxes = WGMMA && (aligned & 1), scale_boxes = SCALE_BOXES && (aligned & 4);
     __local uint4 *queries = inputs[TILE_STAGES - 1].v[0]; /* before and behind all heads */
 
     __local tile_place place_of_group;
@@ -406,21 +418,32 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             dlevel_scales ? dlevel_scales + dlevel_scales_offset + row * LEVELS : dlevel_scales,
             (__global float *)place(ws, ws_offset, call.dots) +
                 (NB_DOTS - 1) * (ulong)call.batch * HEADS * padded + tokens,
+#if WGMMA
+            map_of(call, ws, ws_offset, 0),
+            b,
+            first,
+            first_head,
+#endif
             padded,
             (ulong)call.chunks * STATE,
             (int)(call.length - first),
         };
     }
 #if WGMMA
+    if (item == 96) {
+        for (uint i = 0; i < NB_MAPS; i++) {
+            use_map(map_of(call, ws, ws_offset, i));
+        }
+    }
     if (item < TILE_STAGES) {
-        arrivals_start(&here[item], has_adjoint ? 2 + TILES_V : 2);
+        arrivals_start(&here[item], 2 + (has_adjoint ? TILES_V : 0) + (boxes ? 2 * TILES_V : 0) + (scale_boxes ? 1 : 0));
         tile_publish();
     }
 #endif
     const __global uint4 *queries_from = (const __global uint4 *)place(ws, ws_offset, call.queries) +
                                          (bg * padded + first) * K_PIECES;
-    fetch_chunk(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES);
-    fetch_chunk(queries, queries_from);
+    fetch_chunk(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES, MIRROR);
+    fetch_chunk(queries, queries_from, 0);
     wait_for_copies();
     tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
@@ -453,7 +476,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         key_tile = part == 1 ? COLUMN_TILE : 0;
         query_tile = part == 0 ? 0 : COLUMN_TILE;
         const uint r = lane / 4, p = lane % 4, first_query = part == 0 ? 0 : NB_TILE;
-        const uint key = (part == 1 ? NB_TILE : 0) + own * 16; /* in the chunk */
+        const uint sixteen = part == 1 ? 3 - own : own, key = (part == 1 ? NB_TILE : 0) + sixteen * 16; /* in the chunk */
         const int has_work = h >= 0 && h < BLOCK_HEADS;
         const __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
         if (TILE_STAGES > 1) {
@@ -464,21 +487,36 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         if (wanted < BLOCK_HEADS) {
             __local tile_inputs *to = &inputs[wanted % TILE_STAGES];
             const uint level = item % 8, first_row = item / 8;
-            const __global weight *scales_from = at->level_scales + (first_row * (HEADS * LEVELS) + wanted * LEVELS + level);
             const int rows = at->rows;
-            fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows, item,
-                       aligned & 1);
+            if (!boxes) {
+                fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows,
+                           item, aligned & 1);
+            }
+            if (!scale_boxes) {
+                const __global weight *scales_from =
+                    at->level_scales + (first_row * (HEADS * LEVELS) + wanted * LEVELS + level);
 #pragma unroll
-            for (uint i = 0; i < NB_CHUNK; i += NB_TILE_ITEMS / 8) {
-                const uint row = first_row + i;
-                if (row < NB_CHUNK) {
-                    fetch_scale(&scales_at[wanted % 3][level * CHUNK_ROW + row], scales_from, i * (HEADS * LEVELS),
-                                (int)row < rows && level < LEVELS);
+                for (uint i = 0; i < NB_CHUNK; i += NB_TILE_ITEMS / 8) {
+                    const uint row = first_row + i;
+                    if (row < NB_CHUNK) {
+                        fetch_scale(&scales_at[wanted % 3][8 * row + level], scales_from, i * (HEADS * LEVELS),
+                                    (int)row < rows && level < LEVELS);
+                    }
                 }
             }
 #if WGMMA
-            if (item == NB_TILE_ITEMS - 1) {
+            if (item == 96) {
                 __local arrivals *arrived = &here[wanted % TILE_STAGES];
+                const uint head = at->first_head + wanted;
+                for (uint i = 0; boxes && i < TILES_V; i++) {
+                    const uint4 box = (uint4)(at->sequence, at->first, head, i * NB_COLUMNS);
+                    copy_box(to->v[i], &at->maps[NB_MAP_V], box, CHUNK_TILE * 16, arrived);
+                    copy_box(to->d_o[i], &at->maps[NB_MAP_D_O], box, CHUNK_TILE * 16, arrived);
+                }
+                if (scale_boxes) {
+                    copy_box(scales_at[wanted % 3], &at->maps[NB_MAP_SCALES],
+                             (uint4)(at->sequence, at->first, 0, head * LEVELS), NB_CHUNK * 32, arrived);
+                }
                 for (uint i = 0; has_adjoint && i < TILES_V; i++) {
                     copy_bulk(to->adjoint[i], at->adjoints + (wanted * TILES_V + i) * at->adjoint_stride, STATE * 16,
                               arrived);
@@ -504,8 +542,9 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             tile_publish();
             barrier(CLK_LOCAL_MEM_FENCE);
         }
-        if (h > 0 && part == 2) {
-            finish_head(&dots_at[(h - 1) % 2], scales_at[(h - 1) % 3], at, h - 1, item % 128);
+        /* Of the first two warpgroups, the warps with fewer products inside the chunk. */
+        if (h > 0 && part < 2 && sixteen > 1) {
+            finish_head(&dots_at[(h - 1) % 2], scales_at[(h - 1) % 3], at, h - 1, (2 * part + sixteen - 2) * 32 + lane);
         }
         if (!has_work) {
             continue;
@@ -529,7 +568,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 for (uint e = 0; e < 2; e++) {
                     const uint t = NB_TILE + 16 * i + 8 * e + 2 * p;
                     query_weight[e] = pair_at(&in->factors[2][t]);
-                    query_scale[e] = pair_at(&scales[7 * CHUNK_ROW + t]);
+                    query_scale[e] = scales_of(scales, 7, t);
                 }
                 const uint4 a = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i,
                                           query_weight, query_scale, key_weight, &key_dots, sums + 4 * i);
@@ -545,9 +584,10 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                     load_rows(lane, a, in->v[i], key);
                     scale_tile(a, ends.x, ends.y);
                     tile_multiply_transposed(square, a, adjoint);
-                    load_rows(lane, c, in->v[i], NB_TILE + key);
-                    scale_tile(c, in->factors[3][NB_TILE + key + r] * STATE_UNIT,
-                               in->factors[3][NB_TILE + key + r + 8] * STATE_UNIT);
+                    const uint other_key = NB_TILE + (key ^ MIRROR);
+                    load_rows(lane, c, in->v[i], other_key);
+                    scale_tile(c, in->factors[3][other_key + r] * STATE_UNIT,
+                               in->factors[3][other_key + r + 8] * STATE_UNIT);
                     tile_multiply_transposed(rest, c, adjoint);
                     tile_wait(square);
                     tile_wait(rest);
@@ -562,17 +602,17 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             /* The diagonal's gradients stand first, where no other ones are. */
             float near_sums[4];
             const uint4 diagonal =
-                weigh_near(lane, near, products[part][own * 128 + own * 32 + lane], gradients, in->gates + key,
-                           scales + key, &key_dots, dots->queries + key, near_sums);
+                weigh_near(lane, near, products[part][own * 128 + sixteen * 32 + lane], gradients, in->gates + key,
+                           scales + 8 * key, &key_dots, dots->queries + key, near_sums);
 #pragma unroll
             for (uint i = 0; i < 4; i++) {
-                a[i] = i == own ? diagonal : (uint4)(0);
+                a[i] = i == sixteen ? diagonal : (uint4)(0);
 #pragma unroll
                 for (uint e = 0; e < 4; e++) {
                     sums[4 * i + e] = near_sums[e];
                 }
-                if (i > 0 && i > own) {
-                    const uint query = first_query + 16 * i, level = 4 + bit_length(i ^ own);
+                if (i > 0 && i > sixteen) {
+                    const uint query = first_query + 16 * i, level = 4 + bit_length(i ^ sixteen);
                     float4 ds[2];
                     multiply_values(lane, ds, in, key, query);
                     const float between = decay_between(in->gates[query - 1], last_key);
@@ -581,7 +621,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                     for (uint e = 0; e < 2; e++) {
                         const uint t = query + 8 * e + 2 * p;
                         query_weight[e] = pair_at(&in->factors[0][t]) * between;
-                        query_scale[e] = pair_at(&scales[level * CHUNK_ROW + t]);
+                        query_scale[e] = scales_of(scales, level, t);
                     }
                     a[i] = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i, query_weight,
                                      query_scale, key_weight, &key_dots, sums + 4 * i);
@@ -589,8 +629,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             }
             /* The item's two queries: level 4 of the keys' own sixteen, 5 or 6 of one behind. */
             const float2 own_sums = sum_queries(lane, sums);
-            const uint sixteen = r / 2, slot = sixteen == own ? 4 : (sixteen ^ own) == 1 ? 5 : 6 + own;
-            if (sixteen >= own) {
+            const uint other = r / 2, slot = other == sixteen ? 4 : (other ^ sixteen) == 1 ? 5 : 6 + sixteen;
+            if (other >= sixteen) {
                 *(__local float2 *)&dots->queries[slot * CHUNK_ROW + first_query + 2 * lane] = own_sums;
             }
             for (uint i = 0; i < TILES_V; i++) {
@@ -629,20 +669,21 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         }
         key_dots = (float2)(sum_quad(key_dots.x), sum_quad(key_dots.y));
         if (p == 0) {
-            dots->keys[part][16 * own + r] = key_dots.x;
-            dots->keys[part][16 * own + r + 8] = key_dots.y;
+            dots->keys[part][16 * sixteen + r] = key_dots.x;
+            dots->keys[part][16 * sixteen + r + 8] = key_dots.y;
         }
     }
 
     /* What all heads have added up to. */
     barrier(CLK_LOCAL_MEM_FENCE);
-    fetch_chunk(queries, queries_from);
+    fetch_chunk(queries, queries_from, 0);
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         float4 left = gradients[2 * i], right = gradients[2 * i + 1];
         if (part < 2) {
-            left = i == own ? gradients[0] : i > own ? left : (float4)(0.0f);
-            right = i == own ? gradients[1] : i > own ? right : (float4)(0.0f);
+            const uint sixteen = part == 1 ? 3 - own : own;
+            left = i == sixteen ? gradients[0] : i > sixteen ? left : (float4)(0.0f);
+            right = i == sixteen ? gradients[1] : i > sixteen ? right : (float4)(0.0f);
         }
         left *= call.scale;
         right *= call.scale;
@@ -660,27 +701,27 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     if (part != 1 && part < SQUARE_GROUPS) {
         add_keys(square, products[0], own_queries);
         add_keys(square, products[2], own_queries + COLUMN_TILE);
-        store_rows(to, square);
+        store_rows(to, square, 0);
     }
     if (part == 1) {
         add_keys(square, products[1], own_queries + COLUMN_TILE);
-        store_rows(to + NB_TILE * NV_K, square);
+        store_rows(to + NB_TILE * NV_K, square, MIRROR);
     }
     if (NV_K > 64 && part == 2) {
         add_keys(rest, products[1], own_queries + COLUMN_TILE);
-        store_rows(to + NB_TILE * NV_K, rest);
+        store_rows(to + NB_TILE * NV_K, rest, MIRROR);
     }
     to = (__global float *)place(ws, ws_offset, call.query_parts) +
          (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K + column;
     if (part != 1 && part < SQUARE_GROUPS) {
         tile_clear(square);
         add_queries(square, products[0], own_keys);
-        store_rows(to, square);
+        store_rows(to, square, 0);
     }
     if (part > 0 && part < SQUARE_GROUPS) {
         tile_clear(square);
         add_queries(square, products[1], own_keys + COLUMN_TILE);
         add_queries(square, products[2], own_keys);
-        store_rows(to + NB_TILE * NV_K, square);
+        store_rows(to + NB_TILE * NV_K, square, 0);
     }
 }
