@@ -237,6 +237,19 @@ void load_rows(uint lane, uint4 a[4], const __local uint4 *tile, uint row) {
     }
 }
 
+#if WGMMA
+/* Rounds 16 rows to a tile. */
+void store_rows_of(uint lane, __local uint4 *tile, const float4 c[8]) {
+    const uint address = rows_address(tile, lane % 16, lane / 16);
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        const float4 left = c[2 * step], right = c[2 * step + 1];
+        store_matrices_at(address ^ (32 * step), (uint4)(pack(left.x, left.y), pack(left.z, left.w),
+                                                         pack(right.x, right.y), pack(right.z, right.w)));
+    }
+}
+#endif
+
 /* v dO^T of 16 keys and 16 queries. */
 void multiply_values(uint lane, float4 ds[2], const __local tile_inputs *in, uint key, uint query) {
     ds[0] = ds[1] = (float4)(0.0f);
@@ -386,6 +399,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local float scales_at[3][8 * NB_CHUNK] __attribute__((aligned(128)));
     __local tile_dots dots_at[2];
 #if WGMMA
+    __local uint4 dv_at[CHUNK_TILE] __attribute__((aligned(1024)));
     __local arrivals here[TILE_STAGES];
 #endif
     uint item = get_local_id(0), lane = item % 32;
@@ -663,6 +677,23 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 }
                 tile_wait(rest);
                 tile_wait(square);
+#if WGMMA
+                if (aligned & 2) {
+                    __local uint4 *rows = &dv_at[warp * (16 * 8)];
+                    if (lane == 0) {
+                        wait_for_boxes();
+                    }
+                    meet_in_warp();
+                    store_rows_of(lane, rows, rest);
+                    tile_publish();
+                    meet_in_warp();
+                    if (lane == 0) {
+                        store_box(&at->maps[NB_MAP_DV],
+                                  (uint4)(at->sequence, at->first + key, at->first_head + h, i * NB_COLUMNS), rows);
+                    }
+                    continue;
+                }
+#endif
                 store_columns(lane, at->dv + (ulong)(key + r) * (HEADS * DIM_V) + h * DIM_V + i * NB_COLUMNS, rest,
                               at->rows - (int)(key + r), DIM_V - (int)i * NB_COLUMNS, aligned >> 1);
             }
@@ -724,4 +755,9 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         add_queries(square, products[2], own_keys);
         store_rows(to + NB_TILE * NV_K, square, 0);
     }
+#if WGMMA
+    if (lane == 0) {
+        wait_for_boxes();
+    }
+#endif
 }
