@@ -346,30 +346,47 @@ typedef struct tile_place {
 } tile_place;
 
 /*
- * The gradients of the level scales, and what is summed up for dg.  An item of 128 has a level of eight tokens, so that neighbours
- * write next to each other; then it has the sum of one of these tokens.
+ * The gradients of the level scales, and what is summed up for dg.  A warp has 32 tokens, an item a level of eight of these, so
+ * that neighbours write next to each other; then it has the sum of one token.  `scales` is not used any more behind this.
  */
-void finish_head(const __local tile_dots *dots, const __local float *scales, const __local tile_place *at, uint h,
-                 uint item) {
-    const uint level = item % 8, first = item / 8, slot = level < 7 ? level : 8;
+void finish_head(const __local tile_dots *dots, __local float *scales, const __local tile_place *at, uint h, uint warp,
+                 uint lane, int boxes) {
+    const uint level = lane % 8, first = 32 * warp + lane / 8, slot = level < 7 ? level : 8;
     const __local float *x = dots->queries + slot * CHUNK_ROW + first;
-    const __local float *scale = scales + 8 * first + level;
-    const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
-    __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
+    __local float *scale = scales + 8 * first + level;
     float shares[8];
 #pragma unroll
     for (uint i = 0; i < 8; i++) {
-        float gradient = x[16 * i];
+        float gradient = x[4 * i];
         if (level >= 6) {
-            gradient += x[16 * i + CHUNK_ROW];
+            gradient += x[4 * i + CHUNK_ROW];
         }
-        if (i >= 4 && level == 7) {
-            gradient += x[16 * i + 2 * CHUNK_ROW] + x[16 * i + 3 * CHUNK_ROW];
+        if (warp >= 2 && level == 7) {
+            gradient += x[4 * i + 2 * CHUNK_ROW] + x[4 * i + 3 * CHUNK_ROW];
         }
-        gradient = level < 4 || ((first + 16 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
-        shares[i] = gradient * scale[128 * i];
-        if ((int)(16 * i) < rows) {
-            store_weight(to + i * (16 * HEADS * LEVELS), 0, gradient);
+        gradient = level < 4 || ((first + 4 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
+        shares[i] = gradient * scale[32 * i];
+        scale[32 * i] = gradient;
+    }
+#if SCALE_BOXES
+    if (boxes) {
+        tile_publish();
+        meet_in_warp();
+        if (lane == 0 && at->dlevel_scales) {
+            store_box(&at->maps[NB_MAP_DSCALES],
+                      (uint4)(at->sequence, at->first + 32 * warp, 0, (at->first_head + h) * LEVELS),
+                      scales + 8 * 32 * warp);
+        }
+    }
+#endif
+    if (!boxes) {
+        const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
+        __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
+#pragma unroll
+        for (uint i = 0; i < 8; i++) {
+            if ((int)(4 * i) < rows) {
+                store_weight(to + i * (4 * HEADS * LEVELS), 0, scale[32 * i]);
+            }
         }
     }
 #pragma unroll
@@ -381,7 +398,7 @@ void finish_head(const __local tile_dots *dots, const __local float *scales, con
             shares[i] = (high ? right : left) + as_float(shuffle_xor(as_uint(high ? left : right), width));
         }
     }
-    const uint row = first + 16 * level;
+    const uint row = first + 4 * level;
     at->dots[h * at->padded + row] =
         shares[0] - dots->keys[row / NB_TILE][row % NB_TILE] - (row < NB_TILE ? dots->keys[2][row] : 0.0f);
 }
@@ -493,6 +510,11 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         const uint sixteen = part == 1 ? 3 - own : own, key = (part == 1 ? NB_TILE : 0) + sixteen * 16; /* in the chunk */
         const int has_work = h >= 0 && h < BLOCK_HEADS;
         const __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
+#if WGMMA
+        if (lane == 0) {
+            wait_for_boxes();
+        }
+#endif
         if (TILE_STAGES > 1) {
             wait_for_copies();
             tile_publish();
@@ -558,7 +580,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         }
         /* Of the first two warpgroups, the warps with fewer products inside the chunk. */
         if (h > 0 && part < 2 && sixteen > 1) {
-            finish_head(&dots_at[(h - 1) % 2], scales_at[(h - 1) % 3], at, h - 1, (2 * part + sixteen - 2) * 32 + lane);
+            finish_head(&dots_at[(h - 1) % 2], scales_at[(h - 1) % 3], at, h - 1, 2 * part + sixteen - 2, lane, scale_boxes);
         }
         if (!has_work) {
             continue;
@@ -680,10 +702,12 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #if WGMMA
                 if (aligned & 2) {
                     __local uint4 *rows = &dv_at[warp * (16 * 8)];
-                    if (lane == 0) {
-                        wait_for_boxes();
+                    if (i > 0) {
+                        if (lane == 0) {
+                            wait_for_boxes();
+                        }
+                        meet_in_warp();
                     }
-                    meet_in_warp();
                     store_rows_of(lane, rows, rest);
                     tile_publish();
                     meet_in_warp();
