@@ -15,7 +15,6 @@
 #define CHUNK_TILE (NB_CHUNK * 8) /* uint4 of 64 columns of a chunk's q or k */
 #define QUERY_DOTS 12
 #define SQUARE_GROUPS (NV_K > 64 ? 3 : 2) /* warpgroups that have squares of dk */
-#define MIRROR 48 /* of a row in the second tile of keys: its sixteens stand in reverse */
 #define ROW_STEP (NB_TILE_ITEMS / (8 * TILES_V)) /* rows of v that are fetched at once */
 
 /* Two neighbouring numbers. */
@@ -24,6 +23,45 @@ float2 pair_at(const __local float *x) { return *(const __local float2 *)x; }
 /* A level's scales of a chunk's token t and of the next one. */
 float2 scales_of(const __local float *scales, uint level, uint t) {
     return (float2)(scales[8 * t + level], scales[8 * t + 8 + level]);
+}
+
+/* Adds two numbers of each of the row's items up over the warp's keys: items whose lane / 4 has bit 2 get the second one. */
+float sum_two(uint lane, float first, float second) {
+    const int high = (lane & 16) != 0;
+    float sum = high ? second : first;
+    sum += as_float(shuffle_xor(as_uint(high ? first : second), 16));
+    sum += as_float(shuffle_xor(as_uint(sum), 8));
+    return sum + as_float(shuffle_xor(as_uint(sum), 4));
+}
+
+/* Adds sums of 16 queries up over a warp's keys, and writes them. */
+void store_sums(uint lane, __local float *to, const float sums[4]) {
+    const int high = (lane & 16) != 0, odd = (lane & 8) != 0;
+    const float left = (high ? sums[2] : sums[0]) + as_float(shuffle_xor(as_uint(high ? sums[0] : sums[2]), 16));
+    const float right = (high ? sums[3] : sums[1]) + as_float(shuffle_xor(as_uint(high ? sums[1] : sums[3]), 16));
+    float sum = odd ? right : left;
+    sum += as_float(shuffle_xor(as_uint(odd ? left : right), 8));
+    sum += as_float(shuffle_xor(as_uint(sum), 4));
+    if ((lane & 4) == 0) {
+        to[lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2] = sum;
+    }
+}
+
+/* A warp's sums for its keys. */
+void store_key_dots(uint lane, __local float *to, float2 dots) {
+    dots = (float2)(sum_quad(dots.x), sum_quad(dots.y));
+    if (lane % 4 == 0) {
+        to[lane / 4] = dots.x;
+        to[lane / 4 + 8] = dots.y;
+    }
+}
+
+void add_key_dots(uint lane, __local float *to, float2 dots) {
+    dots = (float2)(sum_quad(dots.x), sum_quad(dots.y));
+    if (lane % 4 == 0) {
+        to[lane / 4] += dots.x;
+        to[lane / 4 + 8] += dots.y;
+    }
 }
 
 /*
@@ -52,14 +90,13 @@ uint4 weigh_far(const float4 ds[2], uint4 product, float4 dp[2], const float2 qu
     return (uint4)(a[0], a[1], a[2], a[3]);
 }
 
-/* The diagonal: keys and queries are the same 16 tokens.  dots: [level][query]; scales: [query][level]; sums: of level 4. */
+/* The diagonal: keys and queries are the same 16 tokens.  dots: [level][query]; scales: [query][level]. */
 uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], const __local float2 *gates,
-                 const __local float *scales, float2 *key_dots, __local float *dots, float sums[4]) {
+                 const __local float *scales, float2 *key_dots, __local float *dots) {
     const uint r = lane / 4, p = lane % 4;
     const float2 products[4] = {unpack(product.x), unpack(product.y), unpack(product.z), unpack(product.w)};
     const float2 keys[2] = {gates[r], gates[r + 8]};
-    float w[8], x[4];
-    sums[0] = sums[1] = 0.0f;
+    float w[8], x[4], sums[2];
 #pragma unroll
     for (uint half_q = 0; half_q < 2; half_q++) {
 #pragma unroll
@@ -86,7 +123,7 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
                 const float far_product = e == 0 ? products[2].x : products[2].y;
                 const float far_kept = decay_between(query, keys[0]), far_scale = scales[8 * t + 4];
                 const float far_gradient = far_ds * far_kept * far_scale;
-                sums[2 + e] = far_ds * far_product * far_kept;
+                sums[e] = far_ds * far_product * far_kept;
                 w[4 + e] = far_product * far_kept * far_scale;
                 w[6 + e] = near_weight;
                 key_dots->x = fma(far_ds, w[4 + e], key_dots->x);
@@ -123,32 +160,11 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
             own[3 * CHUNK_ROW] = odd ? four[2 * i + 1] : four[2 * i];
         }
     }
+    const float sum = sum_two(lane, sums[0], sums[1]);
+    if ((r & 3) == 0) {
+        dots[4 * CHUNK_ROW + 8 + 2 * p + r / 4] = sum;
+    }
     return (uint4)(pack(w[0], w[1]), pack(w[2], w[3]), pack(w[4], w[5]), pack(w[6], w[7]));
-}
-
-/*
- * Adds sums of 64 queries up over a warp's keys.  An item has four of each sixteen, of the columns of its products; it gets
- * those of queries 2 lane and 2 lane + 1.
- */
-float2 sum_queries(uint lane, const float sums[16]) {
-    const uint r = lane / 4;
-    float half_sums[8], quarter[4];
-    float2 own;
-#pragma unroll
-    for (uint i = 0; i < 8; i++) {
-        half_sums[i] = r & 4 ? sums[8 + i] : sums[i];
-        half_sums[i] += as_float(shuffle_xor(as_uint(r & 4 ? sums[i] : sums[8 + i]), 16));
-    }
-#pragma unroll
-    for (uint i = 0; i < 4; i++) {
-        quarter[i] = r & 2 ? half_sums[4 + i] : half_sums[i];
-        quarter[i] += as_float(shuffle_xor(as_uint(r & 2 ? half_sums[i] : half_sums[4 + i]), 8));
-    }
-    own.x = r & 1 ? quarter[2] : quarter[0];
-    own.y = r & 1 ? quarter[3] : quarter[1];
-    own.x += as_float(shuffle_xor(as_uint(r & 1 ? quarter[0] : quarter[2]), 4));
-    own.y += as_float(shuffle_xor(as_uint(r & 1 ? quarter[1] : quarter[3]), 4));
-    return own;
 }
 
 /* Puts a sixteen of keys by queries, as A, into a tile of keys' rows. */
@@ -161,9 +177,15 @@ void store_a(uint lane, __local uint4 *tile, uint4 a, uint key, uint query) {
     right[8 * 32] = a.w;
 }
 
-void store_rows(__global float *to, const float4 sum[8], uint mirror) {
-    const uint row = (get_local_id(0) / 32 % 4 * 16 + warp_lane() / 4) ^ mirror;
-    to += (ulong)row * NV_K + 2 * (warp_lane() % 4);
+/* A block of d(q k^T)^T. */
+void store_gradients(uint lane, __local uint4 *tile, const float4 dp[2], float scale, uint keys, uint queries) {
+    const float4 left = dp[0] * scale, right = dp[1] * scale;
+    store_a(lane, tile, (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y), pack(right.z, right.w)),
+            16 * keys, 16 * queries);
+}
+
+void store_rows(__global float *to, const float4 sum[8]) {
+    to += (ulong)(get_local_id(0) / 32 % 4 * 16 + warp_lane() / 4) * NV_K + 2 * (warp_lane() % 4);
 #pragma unroll
     for (uint i = 0; i < 8; i++) {
         *(__global float2 *)(to + 8 * i) = sum[i].xy;
@@ -207,12 +229,12 @@ void store_columns(uint lane, __global ushort *to, const float4 c[8], int rows, 
     }
 }
 
-/* Starts copying a chunk's rows of q or k, 64 columns after the other; `mirror`: of the place of the second tile's rows. */
-void fetch_chunk(__local uint4 *to, const __global uint4 *from, uint mirror) {
+/* Starts copying a chunk's rows of q or k, 64 columns after the other. */
+void fetch_chunk(__local uint4 *to, const __global uint4 *from) {
 #pragma unroll 1
     for (uint i = get_local_id(0); i < NB_CHUNK * K_PIECES; i += NB_TILE_ITEMS) {
         const uint row = i / K_PIECES, piece = i % K_PIECES;
-        copy_16(&to[piece / 8 * CHUNK_TILE + swizzled(row < NB_TILE ? row : row ^ mirror, 8, piece % 8)], &from[i], 1);
+        copy_16(&to[piece / 8 * CHUNK_TILE + swizzled(row, 8, piece % 8)], &from[i], 1);
     }
 }
 
@@ -266,10 +288,21 @@ void multiply_values(uint lane, float4 ds[2], const __local tile_inputs *in, uin
     }
 }
 
-void scale_tile(uint4 a[4], float upper, float lower) {
+/* Decays rows to a chunk's end, as states are. */
+void scale_tile(uint4 a[4], const __local float *decays) {
+    const float upper = decays[0] * STATE_UNIT, lower = decays[8] * STATE_UNIT;
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
         a[step] = scale_rows(a[step], pack(upper, upper), pack(lower, lower));
+    }
+}
+
+/* Starts sum = K A. */
+void multiply_keys(float4 sum[8], const __local uint4 *keys, const __local uint4 *adjoint) {
+    tile_clear(sum);
+#pragma unroll
+    for (uint j = 0; j < NV_K / 64; j++) {
+        tile_multiply_local(sum, tile_at(keys + j * CHUNK_TILE), tile_at(adjoint + j * COLUMN_TILE));
     }
 }
 
@@ -324,9 +357,12 @@ void fetch_both(__local uint4 *to_v, __local uint4 *to_d_o, const __global ushor
     }
 }
 
-/* Sums of a head, written level scales' gradients: by query, a level's parts one after the other, and by key. */
+/*
+ * Sums of a head, written level scales' gradients: by query, a level's parts one after the other, and by key; `last`: of a tile's
+ * first keys and last queries.
+ */
 typedef struct tile_dots {
-    float queries[QUERY_DOTS * CHUNK_ROW], keys[3][NB_TILE];
+    float queries[QUERY_DOTS * CHUNK_ROW], keys[3][NB_TILE], last[2][16];
 } tile_dots __attribute__((aligned(8)));
 
 /* Where a work-group's inputs and outputs start, of its first head: not in registers, of which there are few. */
@@ -344,6 +380,87 @@ typedef struct tile_place {
     ulong padded, adjoint_stride; /* tokens of a head; uint4 of a head's tile of V */
     int rows;                     /* tokens of the chunk */
 } tile_place;
+
+/*
+ * A block of 16 keys and 16 queries behind them: v dO^T, weighed, to `weights`.  Adds to d(q k^T)^T and to the keys' dots, and
+ * writes the queries' sums.  scales: of the block's level.
+ */
+void add_block(uint lane, const __local tile_inputs *in, uint key, uint query, uint4 product, float4 dp[2],
+               const float2 query_weight[2], const __local float *scales, float2 key_weight, float2 *key_dots,
+               __local uint4 *weights, __local float *queries) {
+    float4 ds[2];
+    float2 query_scale[2];
+    float sums[4];
+    multiply_values(lane, ds, in, key, query);
+#pragma unroll
+    for (uint e = 0; e < 2; e++) {
+        const __local float *own = scales + 8 * (query + 8 * e + 2 * (lane % 4));
+        query_scale[e] = (float2)(own[0], own[8]);
+    }
+    const uint4 a = weigh_far(ds, product, dp, query_weight, query_scale, key_weight, key_dots, sums);
+    store_a(lane, weights, a, key % NB_TILE, query % NB_TILE);
+    store_sums(lane, queries + query, sums);
+}
+
+/* The first tile's keys with the second one's queries: a warp has 16 keys. */
+void add_across(uint lane, uint own, const __local tile_inputs *in, const __local uint4 *products, float4 gradients[8],
+                const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
+    const uint key = 16 * own, r = lane / 4;
+    const float2 key_weight = (float2)(in->factors[2][key + r], in->factors[2][key + r + 8]);
+    float2 key_dots = (float2)(0.0f);
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        const uint query = NB_TILE + 16 * i;
+        const __local float *factors = &in->factors[2][query + 2 * (lane % 4)];
+        const float2 query_weight[2] = {pair_at(factors), pair_at(factors + 8)};
+        add_block(lane, in, key, query, products[own * 128 + i * 32 + lane], gradients + 2 * i, query_weight, scales + 7,
+                  key_weight, &key_dots, weights, dots->queries + (8 + own) * CHUNK_ROW);
+    }
+    store_key_dots(lane, dots->keys[2] + key, key_dots);
+}
+
+/*
+ * Inside a tile, of ten blocks of 16 keys and 16 queries, a warp has the diagonal's `sixteen`, and one or two more.  In the two
+ * tiles these are different ones, so that all schedulers have equally many.
+ */
+uint sixteen_of(uint part, uint own) { return part == 1 ? 3 - own : own; }
+uint next_keys(uint sixteen) { return sixteen == 3 ? 0 : sixteen; }
+uint next_queries(uint sixteen) { return sixteen == 3 ? 3 : sixteen + 1; }
+
+void add_behind(uint lane, uint tile, uint keys, uint queries, const __local tile_inputs *in,
+                const __local uint4 *products, float4 dp[2], const __local float *scales, float2 *key_dots,
+                __local uint4 *weights, __local tile_dots *dots) {
+    const uint key = NB_TILE * tile + 16 * keys, query = NB_TILE * tile + 16 * queries, r = lane / 4;
+    const uint level = 4 + bit_length(keys ^ queries), slot = level == 5 ? 5 : 6 + keys;
+    const float between = decay_between(in->gates[query - 1], in->gates[key + 15]);
+    const __local float *factors = &in->factors[0][query + 2 * (lane % 4)];
+    const float2 query_weight[2] = {pair_at(factors) * between, pair_at(factors + 8) * between};
+    const float2 key_weight = (float2)(in->factors[1][key + r], in->factors[1][key + r + 8]);
+    add_block(lane, in, key, query, products[keys * 128 + queries * 32 + lane], dp, query_weight, scales + level,
+              key_weight, key_dots, weights, dots->queries + slot * CHUNK_ROW);
+}
+
+void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *in, const __local uint4 *products,
+                float4 gradients[8], const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
+    const uint token = NB_TILE * tile + 16 * sixteen;
+    float4 ds[2];
+    float2 key_dots = (float2)(0.0f), next_dots = key_dots;
+    multiply_values(lane, ds, in, token, token);
+    const uint4 a = weigh_near(lane, ds, products[sixteen * 160 + lane], gradients, in->gates + token,
+                               scales + 8 * token, &key_dots, dots->queries + token);
+    store_a(lane, weights, a, 16 * sixteen, 16 * sixteen);
+    add_behind(lane, tile, next_keys(sixteen), next_queries(sixteen), in, products, gradients + 2, scales, &next_dots,
+               weights, dots);
+    if (sixteen < 2) {
+        add_behind(lane, tile, sixteen, sixteen + 2, in, products, gradients + 4, scales, &next_dots, weights, dots);
+    }
+    if (sixteen == 3) {
+        store_key_dots(lane, dots->last[tile], next_dots);
+    } else {
+        key_dots += next_dots;
+    }
+    store_key_dots(lane, dots->keys[tile] + 16 * sixteen, key_dots);
+}
 
 /*
  * The gradients of the level scales, and what is summed up for dg.  A warp has 32 tokens, an item a level of eight of these, so
@@ -398,9 +515,10 @@ void finish_head(const __local tile_dots *dots, __local float *scales, const __l
             shares[i] = (high ? right : left) + as_float(shuffle_xor(as_uint(high ? left : right), width));
         }
     }
-    const uint row = first + 4 * level;
-    at->dots[h * at->padded + row] =
-        shares[0] - dots->keys[row / NB_TILE][row % NB_TILE] - (row < NB_TILE ? dots->keys[2][row] : 0.0f);
+    const uint row = first + 4 * level, tile = row / NB_TILE;
+    at->dots[h * at->padded + row] = shares[0] - dots->keys[tile][row % NB_TILE] -
+                                     (row % NB_TILE < 16 ? dots->last[tile][row % NB_TILE] : 0.0f) -
+                                     (tile == 0 ? dots->keys[2][row] : 0.0f);
 }
 
 __kernel __attribute__((reqd_work_group_size(NB_TILE_ITEMS, 1, 1))) void
@@ -411,7 +529,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local tile_inputs inputs[TILE_STAGES] __attribute__((aligned(1024)));
     __local uint4 keys[NV_K / 64 * CHUNK_TILE] __attribute__((aligned(1024)));
     __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
-    __local uint4 weights[COLUMN_TILE] __attribute__((aligned(1024))); /* the third warpgroup's (P M)^T */
+    __local uint4 weights[3][COLUMN_TILE] __attribute__((aligned(1024))); /* (P M)^T */
     /* Of the head that is fetched, worked on, and finished. */
     __local float scales_at[3][8 * NB_CHUNK] __attribute__((aligned(128)));
     __local tile_dots dots_at[2];
@@ -473,8 +591,15 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #endif
     const __global uint4 *queries_from = (const __global uint4 *)place(ws, ws_offset, call.queries) +
                                          (bg * padded + first) * K_PIECES;
-    fetch_chunk(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES, MIRROR);
-    fetch_chunk(queries, queries_from, 0);
+    fetch_chunk(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES);
+    fetch_chunk(queries, queries_from);
+    /* No query is before its key; nothing comes from behind the last chunk. */
+    for (uint i = 0; part < 2 && i < own; i++) {
+        store_a(lane, weights[part], (uint4)(0), 16 * own, 16 * i);
+    }
+    for (uint i = item; !has_adjoint && i < TILE_STAGES * TILES_V * STATE; i += NB_TILE_ITEMS) {
+        inputs[i / (TILES_V * STATE)].adjoint[0][i % (TILES_V * STATE)] = (uint4)(0);
+    }
     wait_for_copies();
     tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
@@ -506,8 +631,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         own = warp % 4;
         key_tile = part == 1 ? COLUMN_TILE : 0;
         query_tile = part == 0 ? 0 : COLUMN_TILE;
-        const uint r = lane / 4, p = lane % 4, first_query = part == 0 ? 0 : NB_TILE;
-        const uint sixteen = part == 1 ? 3 - own : own, key = (part == 1 ? NB_TILE : 0) + sixteen * 16; /* in the chunk */
+        const uint r = lane / 4, sixteen = sixteen_of(part, own);
+        const uint key = (part == 1 ? NB_TILE : 0) + own * 16; /* in the chunk */
         const int has_work = h >= 0 && h < BLOCK_HEADS;
         const __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
 #if WGMMA
@@ -590,112 +715,52 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #endif
         __local tile_dots *dots = &dots_at[h % 2];
         const __local float *scales = scales_at[h % 3];
-        const float2 ends = (float2)(in->factors[3][key + r], in->factors[3][key + r + 8]) * STATE_UNIT;
-        float2 key_dots = (float2)(0.0f);
-        float sums[16];
         if (part == 2) {
-            const float2 key_weight = (float2)(in->factors[2][key + r], in->factors[2][key + r + 8]);
-#pragma unroll
-            for (uint i = 0; i < 4; i++) {
-                float4 ds[2];
-                float2 query_weight[2], query_scale[2];
-                multiply_values(lane, ds, in, key, NB_TILE + 16 * i);
-#pragma unroll
-                for (uint e = 0; e < 2; e++) {
-                    const uint t = NB_TILE + 16 * i + 8 * e + 2 * p;
-                    query_weight[e] = pair_at(&in->factors[2][t]);
-                    query_scale[e] = scales_of(scales, 7, t);
-                }
-                const uint4 a = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i,
-                                          query_weight, query_scale, key_weight, &key_dots, sums + 4 * i);
-                store_a(lane, weights, a, key, 16 * i);
-            }
+            add_across(lane, own, in, products[2], gradients, scales, weights[2], dots);
             tile_publish();
             announce(1, 256);
-            *(__local float2 *)&dots->queries[(8 + own) * CHUNK_ROW + NB_TILE + 2 * lane] = sum_queries(lane, sums);
-            if (NV_K > 64 && has_adjoint) {
-                for (uint i = 0; i < TILES_V; i++) {
-                    const tile_rows adjoint = tile_at(in->adjoint[i] + COLUMN_TILE);
-                    uint4 a[4], c[4];
-                    load_rows(lane, a, in->v[i], key);
-                    scale_tile(a, ends.x, ends.y);
-                    tile_multiply_transposed(square, a, adjoint);
-                    const uint other_key = NB_TILE + (key ^ MIRROR);
-                    load_rows(lane, c, in->v[i], other_key);
-                    scale_tile(c, in->factors[3][other_key + r] * STATE_UNIT,
-                               in->factors[3][other_key + r + 8] * STATE_UNIT);
-                    tile_multiply_transposed(rest, c, adjoint);
-                    tile_wait(square);
-                    tile_wait(rest);
-                }
+            for (uint i = 0; NV_K > 64 && i < TILES_V; i++) {
+                const tile_rows adjoint = tile_at(in->adjoint[i] + COLUMN_TILE);
+                uint4 upper[4], lower[4];
+                load_rows(lane, upper, in->v[i], key);
+                scale_tile(upper, in->factors[3] + key + r);
+                tile_multiply_transposed(square, upper, adjoint);
+                load_rows(lane, lower, in->v[i], NB_TILE + key);
+                scale_tile(lower, in->factors[3] + NB_TILE + key + r);
+                tile_multiply_transposed(rest, lower, adjoint);
+                tile_wait(square);
+                tile_wait(rest);
             }
         } else {
-            const float2 last_key = in->gates[key + 15];
-            const float2 key_weight = (float2)(in->factors[1][key + r], in->factors[1][key + r + 8]);
-            uint4 a[4];
-            float4 near[2];
-            multiply_values(lane, near, in, key, key);
-            /* The diagonal's gradients stand first, where no other ones are. */
-            float near_sums[4];
-            const uint4 diagonal =
-                weigh_near(lane, near, products[part][own * 128 + sixteen * 32 + lane], gradients, in->gates + key,
-                           scales + 8 * key, &key_dots, dots->queries + key, near_sums);
-#pragma unroll
-            for (uint i = 0; i < 4; i++) {
-                a[i] = i == sixteen ? diagonal : (uint4)(0);
-#pragma unroll
-                for (uint e = 0; e < 4; e++) {
-                    sums[4 * i + e] = near_sums[e];
-                }
-                if (i > 0 && i > sixteen) {
-                    const uint query = first_query + 16 * i, level = 4 + bit_length(i ^ sixteen);
-                    float4 ds[2];
-                    multiply_values(lane, ds, in, key, query);
-                    const float between = decay_between(in->gates[query - 1], last_key);
-                    float2 query_weight[2], query_scale[2];
-#pragma unroll
-                    for (uint e = 0; e < 2; e++) {
-                        const uint t = query + 8 * e + 2 * p;
-                        query_weight[e] = pair_at(&in->factors[0][t]) * between;
-                        query_scale[e] = scales_of(scales, level, t);
-                    }
-                    a[i] = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i, query_weight,
-                                     query_scale, key_weight, &key_dots, sums + 4 * i);
-                }
-            }
-            /* The item's two queries: level 4 of the keys' own sixteen, 5 or 6 of one behind. */
-            const float2 own_sums = sum_queries(lane, sums);
-            const uint other = r / 2, slot = other == sixteen ? 4 : (other ^ sixteen) == 1 ? 5 : 6 + sixteen;
-            if (other >= sixteen) {
-                *(__local float2 *)&dots->queries[slot * CHUNK_ROW + first_query + 2 * lane] = own_sums;
-            }
+            multiply_keys(rest, keys + key_tile, in->adjoint[0]);
+            add_inside(lane, part, sixteen, in, products[part], gradients, scales, weights[part], dots);
+            tile_publish();
+            warpgroup_barrier(part + 1);
+            const float2 ends = (float2)(in->factors[3][key + r], in->factors[3][key + r + 8]) * STATE_UNIT;
+            float2 key_dots = (float2)(0.0f);
             for (uint i = 0; i < TILES_V; i++) {
                 uint4 values[4];
-                tile_clear(rest);
-                if (has_adjoint) {
-                    load_rows(lane, values, in->v[i], key);
-                    for (uint j = 0; j < NV_K / 64; j++) {
-                        tile_multiply_local(rest, tile_at(keys + j * CHUNK_TILE + key_tile),
-                                            tile_at(in->adjoint[i] + j * COLUMN_TILE));
-                    }
-                    tile_wait(rest);
-#pragma unroll
-                    for (uint j = 0; j < 8; j++) {
-                        rest[j] *= ends.xxyy;
-                        const float2 upper = unpack(j % 2 == 0 ? values[j / 2].x : values[j / 2].z);
-                        const float2 lower = unpack(j % 2 == 0 ? values[j / 2].y : values[j / 2].w);
-                        key_dots.x = fma(upper.x, rest[j].x, fma(upper.y, rest[j].y, key_dots.x));
-                        key_dots.y = fma(lower.x, rest[j].z, fma(lower.y, rest[j].w, key_dots.y));
-                    }
-                    scale_tile(values, ends.x, ends.y);
-                    tile_multiply_transposed(square, values, tile_at(in->adjoint[i]));
+                if (i > 0) {
+                    multiply_keys(rest, keys + key_tile, in->adjoint[i]);
                 }
-                tile_multiply(rest, a, tile_at(in->d_o[i] + query_tile));
+                load_rows(lane, values, in->v[i], key);
+                tile_wait(rest);
+#pragma unroll
+                for (uint j = 0; j < 8; j++) {
+                    rest[j] *= ends.xxyy;
+                    const float2 upper = unpack(j % 2 == 0 ? values[j / 2].x : values[j / 2].z);
+                    const float2 lower = unpack(j % 2 == 0 ? values[j / 2].y : values[j / 2].w);
+                    key_dots.x = fma(upper.x, rest[j].x, fma(upper.y, rest[j].y, key_dots.x));
+                    key_dots.y = fma(lower.x, rest[j].z, fma(lower.y, rest[j].w, key_dots.y));
+                }
+                scale_tile(values, in->factors[3] + key + r);
+                tile_multiply_transposed(square, values, tile_at(in->adjoint[i]));
+                tile_multiply_local(rest, tile_at(weights[part]), tile_at(in->d_o[i] + query_tile));
                 if (part == 0) {
                     if (i == 0) {
                         meet(1, 256);
                     }
-                    tile_multiply_local(rest, tile_at(weights), tile_at(in->d_o[i] + COLUMN_TILE));
+                    tile_multiply_local(rest, tile_at(weights[2]), tile_at(in->d_o[i] + COLUMN_TILE));
                 }
                 tile_wait(rest);
                 tile_wait(square);
@@ -721,30 +786,28 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 store_columns(lane, at->dv + (ulong)(key + r) * (HEADS * DIM_V) + h * DIM_V + i * NB_COLUMNS, rest,
                               at->rows - (int)(key + r), DIM_V - (int)i * NB_COLUMNS, aligned >> 1);
             }
-        }
-        key_dots = (float2)(sum_quad(key_dots.x), sum_quad(key_dots.y));
-        if (p == 0) {
-            dots->keys[part][16 * sixteen + r] = key_dots.x;
-            dots->keys[part][16 * sixteen + r + 8] = key_dots.y;
+            add_key_dots(lane, dots->keys[part] + 16 * own, key_dots);
         }
     }
 
     /* What all heads have added up to. */
     barrier(CLK_LOCAL_MEM_FENCE);
-    fetch_chunk(queries, queries_from, 0);
+    fetch_chunk(queries, queries_from);
+    if (part == 2) {
 #pragma unroll
-    for (uint i = 0; i < 4; i++) {
-        float4 left = gradients[2 * i], right = gradients[2 * i + 1];
-        if (part < 2) {
-            const uint sixteen = part == 1 ? 3 - own : own;
-            left = i == sixteen ? gradients[0] : i > sixteen ? left : (float4)(0.0f);
-            right = i == sixteen ? gradients[1] : i > sixteen ? right : (float4)(0.0f);
+        for (uint i = 0; i < 4; i++) {
+            store_gradients(lane, products[2], gradients + 2 * i, call.scale, own, i);
         }
-        left *= call.scale;
-        right *= call.scale;
-        store_a(lane, products[part],
-                (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y), pack(right.z, right.w)),
-                16 * own, 16 * i);
+    } else {
+        const uint sixteen = sixteen_of(part, own);
+        for (uint i = 0; i < own; i++) {
+            store_a(lane, products[part], (uint4)(0), 16 * own, 16 * i);
+        }
+        store_gradients(lane, products[part], gradients, call.scale, sixteen, sixteen);
+        store_gradients(lane, products[part], gradients + 2, call.scale, next_keys(sixteen), next_queries(sixteen));
+        if (sixteen < 2) {
+            store_gradients(lane, products[part], gradients + 4, call.scale, sixteen, sixteen + 2);
+        }
     }
     wait_for_copies();
     tile_publish();
@@ -756,28 +819,28 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     if (part != 1 && part < SQUARE_GROUPS) {
         add_keys(square, products[0], own_queries);
         add_keys(square, products[2], own_queries + COLUMN_TILE);
-        store_rows(to, square, 0);
+        store_rows(to, square);
     }
     if (part == 1) {
         add_keys(square, products[1], own_queries + COLUMN_TILE);
-        store_rows(to + NB_TILE * NV_K, square, MIRROR);
+        store_rows(to + NB_TILE * NV_K, square);
     }
     if (NV_K > 64 && part == 2) {
         add_keys(rest, products[1], own_queries + COLUMN_TILE);
-        store_rows(to + NB_TILE * NV_K, rest, MIRROR);
+        store_rows(to + NB_TILE * NV_K, rest);
     }
     to = (__global float *)place(ws, ws_offset, call.query_parts) +
          (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K + column;
     if (part != 1 && part < SQUARE_GROUPS) {
         tile_clear(square);
         add_queries(square, products[0], own_keys);
-        store_rows(to, square, 0);
+        store_rows(to, square);
     }
     if (part > 0 && part < SQUARE_GROUPS) {
         tile_clear(square);
         add_queries(square, products[1], own_keys + COLUMN_TILE);
         add_queries(square, products[2], own_keys);
-        store_rows(to + NB_TILE * NV_K, square, 0);
+        store_rows(to + NB_TILE * NV_K, square);
     }
 #if WGMMA
     if (lane == 0) {
