@@ -382,16 +382,14 @@ typedef struct tile_place {
 } tile_place;
 
 /*
- * A block of 16 keys and 16 queries behind them: v dO^T, weighed, to `weights`.  Adds to d(q k^T)^T and to the keys' dots, and
- * writes the queries' sums.  scales: of the block's level.
+ * A block of 16 keys and 16 queries behind them: its v dO^T is weighed, to `weights`.  Adds to d(q k^T)^T and to the keys' dots,
+ * and writes the queries' sums.  scales: of the block's level.
  */
-void add_block(uint lane, const __local tile_inputs *in, uint key, uint query, uint4 product, float4 dp[2],
+void add_block(uint lane, const float4 ds[2], uint key, uint query, uint4 product, float4 dp[2],
                const float2 query_weight[2], const __local float *scales, float2 key_weight, float2 *key_dots,
                __local uint4 *weights, __local float *queries) {
-    float4 ds[2];
     float2 query_scale[2];
     float sums[4];
-    multiply_values(lane, ds, in, key, query);
 #pragma unroll
     for (uint e = 0; e < 2; e++) {
         const __local float *own = scales + 8 * (query + 8 * e + 2 * (lane % 4));
@@ -402,19 +400,24 @@ void add_block(uint lane, const __local tile_inputs *in, uint key, uint query, u
     store_sums(lane, queries + query, sums);
 }
 
-/* The first tile's keys with the second one's queries: a warp has 16 keys. */
+/* The first tile's keys with the second one's queries: a warp has 16 keys.  A block's v dO^T is made while the one before is weighed. */
 void add_across(uint lane, uint own, const __local tile_inputs *in, const __local uint4 *products, float4 gradients[8],
                 const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
     const uint key = 16 * own, r = lane / 4;
     const float2 key_weight = (float2)(in->factors[2][key + r], in->factors[2][key + r + 8]);
     float2 key_dots = (float2)(0.0f);
+    float4 ds[2][2];
+    multiply_values(lane, ds[0], in, key, NB_TILE);
 #pragma unroll
     for (uint i = 0; i < 4; i++) {
         const uint query = NB_TILE + 16 * i;
+        if (i < 3) {
+            multiply_values(lane, ds[(i + 1) % 2], in, key, query + 16);
+        }
         const __local float *factors = &in->factors[2][query + 2 * (lane % 4)];
         const float2 query_weight[2] = {pair_at(factors), pair_at(factors + 8)};
-        add_block(lane, in, key, query, products[own * 128 + i * 32 + lane], gradients + 2 * i, query_weight, scales + 7,
-                  key_weight, &key_dots, weights, dots->queries + (8 + own) * CHUNK_ROW);
+        add_block(lane, ds[i % 2], key, query, products[own * 128 + i * 32 + lane], gradients + 2 * i, query_weight,
+                  scales + 7, key_weight, &key_dots, weights, dots->queries + (8 + own) * CHUNK_ROW);
     }
     store_key_dots(lane, dots->keys[2] + key, key_dots);
 }
@@ -427,7 +430,7 @@ uint sixteen_of(uint part, uint own) { return part == 1 ? 3 - own : own; }
 uint next_keys(uint sixteen) { return sixteen == 3 ? 0 : sixteen; }
 uint next_queries(uint sixteen) { return sixteen == 3 ? 3 : sixteen + 1; }
 
-void add_behind(uint lane, uint tile, uint keys, uint queries, const __local tile_inputs *in,
+void add_behind(uint lane, const float4 ds[2], uint tile, uint keys, uint queries, const __local tile_inputs *in,
                 const __local uint4 *products, float4 dp[2], const __local float *scales, float2 *key_dots,
                 __local uint4 *weights, __local tile_dots *dots) {
     const uint key = NB_TILE * tile + 16 * keys, query = NB_TILE * tile + 16 * queries, r = lane / 4;
@@ -436,23 +439,30 @@ void add_behind(uint lane, uint tile, uint keys, uint queries, const __local til
     const __local float *factors = &in->factors[0][query + 2 * (lane % 4)];
     const float2 query_weight[2] = {pair_at(factors) * between, pair_at(factors + 8) * between};
     const float2 key_weight = (float2)(in->factors[1][key + r], in->factors[1][key + r + 8]);
-    add_block(lane, in, key, query, products[keys * 128 + queries * 32 + lane], dp, query_weight, scales + level,
+    add_block(lane, ds, key, query, products[keys * 128 + queries * 32 + lane], dp, query_weight, scales + level,
               key_weight, key_dots, weights, dots->queries + slot * CHUNK_ROW);
 }
 
+/* Starts rest = K A behind its other products. */
 void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *in, const __local uint4 *products,
-                float4 gradients[8], const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
-    const uint token = NB_TILE * tile + 16 * sixteen;
-    float4 ds[2];
+                float4 gradients[8], const __local float *scales, __local uint4 *weights, __local tile_dots *dots,
+                float4 rest[8], const __local uint4 *keys) {
+    const uint first = NB_TILE * tile, token = first + 16 * sixteen;
+    float4 near[2], next[2];
     float2 key_dots = (float2)(0.0f), next_dots = key_dots;
-    multiply_values(lane, ds, in, token, token);
-    const uint4 a = weigh_near(lane, ds, products[sixteen * 160 + lane], gradients, in->gates + token,
+    multiply_values(lane, near, in, token, token);
+    multiply_values(lane, next, in, first + 16 * next_keys(sixteen), first + 16 * next_queries(sixteen));
+    const uint4 a = weigh_near(lane, near, products[sixteen * 160 + lane], gradients, in->gates + token,
                                scales + 8 * token, &key_dots, dots->queries + token);
     store_a(lane, weights, a, 16 * sixteen, 16 * sixteen);
-    add_behind(lane, tile, next_keys(sixteen), next_queries(sixteen), in, products, gradients + 2, scales, &next_dots,
-               weights, dots);
     if (sixteen < 2) {
-        add_behind(lane, tile, sixteen, sixteen + 2, in, products, gradients + 4, scales, &next_dots, weights, dots);
+        multiply_values(lane, near, in, token, token + 32);
+    }
+    multiply_keys(rest, keys, in->adjoint[0]);
+    add_behind(lane, next, tile, next_keys(sixteen), next_queries(sixteen), in, products, gradients + 2, scales,
+               &next_dots, weights, dots);
+    if (sixteen < 2) {
+        add_behind(lane, near, tile, sixteen, sixteen + 2, in, products, gradients + 4, scales, &next_dots, weights, dots);
     }
     if (sixteen == 3) {
         store_key_dots(lane, dots->last[tile], next_dots);
@@ -732,8 +742,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 tile_wait(rest);
             }
         } else {
-            multiply_keys(rest, keys + key_tile, in->adjoint[0]);
-            add_inside(lane, part, sixteen, in, products[part], gradients, scales, weights[part], dots);
+            add_inside(lane, part, sixteen, in, products[part], gradients, scales, weights[part], dots, rest,
+                       keys + key_tile);
             tile_publish();
             warpgroup_barrier(part + 1);
             const float2 ends = (float2)(in->factors[3][key + r], in->factors[3][key + r + 8]) * STATE_UNIT;
