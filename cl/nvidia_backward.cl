@@ -63,7 +63,7 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
-/* Level scales of a chunk's tokens inside it come as boxes: rows of multiples of 16 bytes, and those of eight levels are floats. */
+/* Level scales come as boxes: floats in rows of multiples of 16 bytes, and of a head not fewer than a chunk has. */
 #define SCALE_BOXES (WGMMA && WEIGHT_STORAGE == 0 && HEADS * LEVELS % 4 == 0 && LEVELS >= CHUNK_LEVEL)
 
 #if WGMMA
@@ -252,19 +252,15 @@ nb_prepare(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 __kernel __attribute__((reqd_work_group_size(32, 1, 1))) void
 nb_since(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
          ulong v_offset, const __global ushort *d_o, ulong d_o_offset, const __global ushort *dv, ulong dv_offset,
-         const __global weight *level_scales, ulong level_scales_offset, const __global weight *dlevel_scales,
-         ulong dlevel_scales_offset) {
+         const __global weight *level_scales, ulong level_scales_offset) {
 #if WGMMA
     if (get_global_id(0) == 0) {
         const uint4 sizes = (uint4)(call.batch, call.length, HEADS, DIM_V);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_V), v + v_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, 1);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_D_O), d_o + d_o_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, 1);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_DV), dv + dv_offset, sizes, 2, 16, NB_COLUMNS, 1);
-        const uint4 scale_sizes = (uint4)(sizes.xy, 1, HEADS * LEVELS);
-        map_heads(map_of(call, ws, ws_offset, NB_MAP_SCALES), level_scales + level_scales_offset, scale_sizes, 4,
-                  NB_CHUNK, CHUNK_LEVEL, 0);
-        map_heads(map_of(call, ws, ws_offset, NB_MAP_DSCALES), dlevel_scales + dlevel_scales_offset, scale_sizes, 4, 32,
-                  CHUNK_LEVEL, 0);
+        map_heads(map_of(call, ws, ws_offset, NB_MAP_SCALES), level_scales + level_scales_offset,
+                  (uint4)(sizes.xy, 1, HEADS * LEVELS), 4, NB_CHUNK, NB_SCALES_ROW, 0);
     }
 #endif
     __global float2 *since = (__global float2 *)place(ws, ws_offset, call.since) + get_group_id(0) * (call.chunks + 1);

@@ -35,14 +35,14 @@
 
 /*
  * Maps for copies of boxes (heads_map in mma_nvidia.cl): of v and dO, 64 columns of a chunk; of dv, those of 16 tokens; of the
- * level scales, a chunk's eight inside it; of their gradients, those of 32 tokens.
+ * level scales, twelve of a chunk's tokens from a multiple of four on, among which are a head's eight inside a chunk.
  */
 #define NB_MAP_V 0
 #define NB_MAP_D_O 1
 #define NB_MAP_DV 2
 #define NB_MAP_SCALES 3
-#define NB_MAP_DSCALES 4
-#define NB_MAPS 5
+#define NB_MAPS 4
+#define NB_SCALES_ROW 12
 
 typedef struct loglin_nvidia_gradients {
     unsigned long maps;          /* NB_MAPS heads_map, from a multiple of 128 bytes on */

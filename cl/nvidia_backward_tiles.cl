@@ -20,11 +20,6 @@
 /* Two neighbouring numbers. */
 float2 pair_at(const __local float *x) { return *(const __local float2 *)x; }
 
-/* A level's scales of a chunk's token t and of the next one. */
-float2 scales_of(const __local float *scales, uint level, uint t) {
-    return (float2)(scales[8 * t + level], scales[8 * t + 8 + level]);
-}
-
 /* Adds two numbers of each of the row's items up over the warp's keys: items whose lane / 4 has bit 2 get the second one. */
 float sum_two(uint lane, float first, float second) {
     const int high = (lane & 16) != 0;
@@ -103,7 +98,7 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
         for (uint e = 0; e < 2; e++) {
             const uint t = 8 * half_q + 2 * p + e;
             const float2 query = gates[t];
-            const float scale = scales[8 * t + bit_length(r ^ (2 * p + e))];
+            const float scale = scales[NB_SCALES_ROW * t + bit_length(r ^ (2 * p + e))];
             /* The keys of the same eight, up to the query. */
             const float near_ds = half_q == 0 ? (e == 0 ? ds[0].x : ds[0].y) : (e == 0 ? ds[1].z : ds[1].w);
             const float near_product = half_q == 0 ? (e == 0 ? products[0].x : products[0].y)
@@ -121,7 +116,7 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
                 /* The eight before. */
                 const float far_ds = e == 0 ? ds[1].x : ds[1].y;
                 const float far_product = e == 0 ? products[2].x : products[2].y;
-                const float far_kept = decay_between(query, keys[0]), far_scale = scales[8 * t + 4];
+                const float far_kept = decay_between(query, keys[0]), far_scale = scales[NB_SCALES_ROW * t + 4];
                 const float far_gradient = far_ds * far_kept * far_scale;
                 sums[e] = far_ds * far_product * far_kept;
                 w[4 + e] = far_product * far_kept * far_scale;
@@ -375,8 +370,8 @@ typedef struct tile_place {
     __global float *dots;
 #if WGMMA
     const __global heads_map *maps;
-    uint sequence, first, first_head;
 #endif
+    uint sequence, first, first_head;
     ulong padded, adjoint_stride; /* tokens of a head; uint4 of a head's tile of V */
     int rows;                     /* tokens of the chunk */
 } tile_place;
@@ -392,8 +387,8 @@ void add_block(uint lane, const float4 ds[2], uint key, uint query, uint4 produc
     float sums[4];
 #pragma unroll
     for (uint e = 0; e < 2; e++) {
-        const __local float *own = scales + 8 * (query + 8 * e + 2 * (lane % 4));
-        query_scale[e] = (float2)(own[0], own[8]);
+        const __local float *own = scales + NB_SCALES_ROW * (query + 8 * e + 2 * (lane % 4));
+        query_scale[e] = (float2)(own[0], own[NB_SCALES_ROW]);
     }
     const uint4 a = weigh_far(ds, product, dp, query_weight, query_scale, key_weight, key_dots, sums);
     store_a(lane, weights, a, key % NB_TILE, query % NB_TILE);
@@ -453,7 +448,7 @@ void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *i
     multiply_values(lane, near, in, token, token);
     multiply_values(lane, next, in, first + 16 * next_keys(sixteen), first + 16 * next_queries(sixteen));
     const uint4 a = weigh_near(lane, near, products[sixteen * 160 + lane], gradients, in->gates + token,
-                               scales + 8 * token, &key_dots, dots->queries + token);
+                               scales + NB_SCALES_ROW * token, &key_dots, dots->queries + token);
     store_a(lane, weights, a, 16 * sixteen, 16 * sixteen);
     if (sixteen < 2) {
         multiply_values(lane, near, in, token, token + 32);
@@ -472,15 +467,23 @@ void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *i
     store_key_dots(lane, dots->keys[tile] + 16 * sixteen, key_dots);
 }
 
+/* Where a head's level scales start. */
+const __local float *scales_of(const __local float scales[3][NB_SCALES_ROW * NB_CHUNK], const __local tile_place *at,
+                               int h, int boxes) {
+    return scales[h % 3] + (boxes ? (at->first_head + h) * LEVELS % 4 : 0);
+}
+
 /*
  * The gradients of the level scales, and what is summed up for dg.  A warp has 32 tokens, an item a level of eight of these, so
- * that neighbours write next to each other; then it has the sum of one token.  `scales` is not used any more behind this.
+ * that neighbours write next to each other; then it has the sum of one token.
  */
-void finish_head(const __local tile_dots *dots, __local float *scales, const __local tile_place *at, uint h, uint warp,
-                 uint lane, int boxes) {
+void finish_head(const __local tile_dots *dots, const __local float *scales, const __local tile_place *at, uint h,
+                 uint warp, uint lane) {
     const uint level = lane % 8, first = 32 * warp + lane / 8, slot = level < 7 ? level : 8;
     const __local float *x = dots->queries + slot * CHUNK_ROW + first;
-    __local float *scale = scales + 8 * first + level;
+    const __local float *scale = scales + NB_SCALES_ROW * first + level;
+    const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
+    __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
     float shares[8];
 #pragma unroll
     for (uint i = 0; i < 8; i++) {
@@ -492,28 +495,9 @@ void finish_head(const __local tile_dots *dots, __local float *scales, const __l
             gradient += x[4 * i + 2 * CHUNK_ROW] + x[4 * i + 3 * CHUNK_ROW];
         }
         gradient = level < 4 || ((first + 4 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
-        shares[i] = gradient * scale[32 * i];
-        scale[32 * i] = gradient;
-    }
-#if SCALE_BOXES
-    if (boxes) {
-        tile_publish();
-        meet_in_warp();
-        if (lane == 0 && at->dlevel_scales) {
-            store_box(&at->maps[NB_MAP_DSCALES],
-                      (uint4)(at->sequence, at->first + 32 * warp, 0, (at->first_head + h) * LEVELS),
-                      scales + 8 * 32 * warp);
-        }
-    }
-#endif
-    if (!boxes) {
-        const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
-        __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
-#pragma unroll
-        for (uint i = 0; i < 8; i++) {
-            if ((int)(4 * i) < rows) {
-                store_weight(to + i * (4 * HEADS * LEVELS), 0, scale[32 * i]);
-            }
+        shares[i] = gradient * scale[4 * NB_SCALES_ROW * i];
+        if ((int)(4 * i) < rows) {
+            store_weight(to + i * (4 * HEADS * LEVELS), 0, gradient);
         }
     }
 #pragma unroll
@@ -541,10 +525,9 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
     __local uint4 weights[3][COLUMN_TILE] __attribute__((aligned(1024))); /* (P M)^T */
     /* Of the head that is fetched, worked on, and finished. */
-    __local float scales_at[3][8 * NB_CHUNK] __attribute__((aligned(128)));
+    __local float scales_at[3][NB_SCALES_ROW * NB_CHUNK] __attribute__((aligned(128)));
     __local tile_dots dots_at[2];
 #if WGMMA
-    __local uint4 dv_at[CHUNK_TILE] __attribute__((aligned(1024)));
     __local arrivals here[TILE_STAGES];
 #endif
     uint item = get_local_id(0), lane = item % 32;
@@ -579,10 +562,10 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 (NB_DOTS - 1) * (ulong)call.batch * HEADS * padded + tokens,
 #if WGMMA
             map_of(call, ws, ws_offset, 0),
+#endif
             b,
             first,
             first_head,
-#endif
             padded,
             (ulong)call.chunks * STATE,
             (int)(call.length - first),
@@ -644,13 +627,13 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         const uint r = lane / 4, sixteen = sixteen_of(part, own);
         const uint key = (part == 1 ? NB_TILE : 0) + own * 16; /* in the chunk */
         const int has_work = h >= 0 && h < BLOCK_HEADS;
-        const __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
+        __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
 #if WGMMA
         if (lane == 0) {
             wait_for_boxes();
         }
 #endif
-        if (TILE_STAGES > 1) {
+        if (TILE_STAGES > 1 && !(boxes && scale_boxes)) {
             wait_for_copies();
             tile_publish();
         }
@@ -670,7 +653,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 for (uint i = 0; i < NB_CHUNK; i += NB_TILE_ITEMS / 8) {
                     const uint row = first_row + i;
                     if (row < NB_CHUNK) {
-                        fetch_scale(&scales_at[wanted % 3][8 * row + level], scales_from, i * (HEADS * LEVELS),
+                        fetch_scale(&scales_at[wanted % 3][NB_SCALES_ROW * row + level], scales_from, i * (HEADS * LEVELS),
                                     (int)row < rows && level < LEVELS);
                     }
                 }
@@ -686,7 +669,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 }
                 if (scale_boxes) {
                     copy_box(scales_at[wanted % 3], &at->maps[NB_MAP_SCALES],
-                             (uint4)(at->sequence, at->first, 0, head * LEVELS), NB_CHUNK * 32, arrived);
+                             (uint4)(at->sequence, at->first, 0, head * LEVELS / 4 * 4), NB_CHUNK * NB_SCALES_ROW * 4,
+                             arrived);
                 }
                 for (uint i = 0; has_adjoint && i < TILES_V; i++) {
                     copy_bulk(to->adjoint[i], at->adjoints + (wanted * TILES_V + i) * at->adjoint_stride, STATE * 16,
@@ -715,7 +699,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         }
         /* Of the first two warpgroups, the warps with fewer products inside the chunk. */
         if (h > 0 && part < 2 && sixteen > 1) {
-            finish_head(&dots_at[(h - 1) % 2], scales_at[(h - 1) % 3], at, h - 1, 2 * part + sixteen - 2, lane, scale_boxes);
+            finish_head(&dots_at[(h - 1) % 2], scales_of(scales_at, at, h - 1, scale_boxes), at, h - 1,
+                        2 * part + sixteen - 2, lane);
         }
         if (!has_work) {
             continue;
@@ -724,18 +709,23 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         arrivals_wait(&here[h % TILE_STAGES], h / TILE_STAGES % 2);
 #endif
         __local tile_dots *dots = &dots_at[h % 2];
-        const __local float *scales = scales_at[h % 3];
+        const __local float *scales = scales_of(scales_at, at, h, scale_boxes);
         if (part == 2) {
             add_across(lane, own, in, products[2], gradients, scales, weights[2], dots);
             tile_publish();
-            announce(1, 256);
+            if (NV_K == 64) {
+                announce(1, NB_TILE_ITEMS);
+            }
             for (uint i = 0; NV_K > 64 && i < TILES_V; i++) {
                 const tile_rows adjoint = tile_at(in->adjoint[i] + COLUMN_TILE);
                 uint4 upper[4], lower[4];
                 load_rows(lane, upper, in->v[i], key);
+                load_rows(lane, lower, in->v[i], NB_TILE + key);
+                if (i + 1 == TILES_V) {
+                    announce(1, NB_TILE_ITEMS);
+                }
                 scale_tile(upper, in->factors[3] + key + r);
                 tile_multiply_transposed(square, upper, adjoint);
-                load_rows(lane, lower, in->v[i], NB_TILE + key);
                 scale_tile(lower, in->factors[3] + NB_TILE + key + r);
                 tile_multiply_transposed(rest, lower, adjoint);
                 tile_wait(square);
@@ -766,23 +756,17 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 scale_tile(values, in->factors[3] + key + r);
                 tile_multiply_transposed(square, values, tile_at(in->adjoint[i]));
                 tile_multiply_local(rest, tile_at(weights[part]), tile_at(in->d_o[i] + query_tile));
+                if (i == 0) {
+                    meet(1, NB_TILE_ITEMS); /* the third warpgroup has its weights, and its v */
+                }
                 if (part == 0) {
-                    if (i == 0) {
-                        meet(1, 256);
-                    }
                     tile_multiply_local(rest, tile_at(weights[2]), tile_at(in->d_o[i] + COLUMN_TILE));
                 }
                 tile_wait(rest);
                 tile_wait(square);
 #if WGMMA
                 if (aligned & 2) {
-                    __local uint4 *rows = &dv_at[warp * (16 * 8)];
-                    if (i > 0) {
-                        if (lane == 0) {
-                            wait_for_boxes();
-                        }
-                        meet_in_warp();
-                    }
+                    __local uint4 *rows = &in->v[i][8 * key]; /* not used any more */
                     store_rows_of(lane, rows, rest);
                     tile_publish();
                     meet_in_warp();

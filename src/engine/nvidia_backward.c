@@ -222,9 +222,10 @@ static size_t tiles_bytes(const backward_shape *shape) {
     const size_t chunk = NB_CHUNK, row = (size_t)NB_COLUMNS * 2, tile = NB_TILE * row,
                  level = (chunk + 4) * sizeof(float);
     const size_t head = shape->tiles_v * (2 * chunk + shape->padded_k) * row + chunk * sizeof(float[6]);
-    const size_t dots = 12 * level + sizeof(float[3][NB_TILE]), others = 1024; /* places and arrivals */
-    const size_t dv = shape->wgmma ? chunk * row : 0;
-    return shape->tile_stages * head + chunk * shape->padded_k * 2 + 4 * tile + 3 * chunk * sizeof(float[8]) + 2 * dots + dv + others;
+    const size_t scales = 3 * chunk * NB_SCALES_ROW * sizeof(float);
+    const size_t dots = 12 * level + sizeof(float[3][NB_TILE]) + sizeof(float[2][16]);
+    const size_t others = 1024; /* places and arrivals */
+    return shape->tile_stages * head + chunk * shape->padded_k * 2 + 6 * tile + scales + 2 * dots + others;
 }
 
 /* The most that a work-group takes. */
@@ -292,19 +293,18 @@ static loglin_status enqueue(const loglin_nvidia_backward *backward, loglin_nvid
     const loglin_inputs *in = &call->in;
     const loglin_gradients *out = &call->out;
     const cl_uint inputs_are = loglin_nvidia_is_aligned(in->v) && loglin_nvidia_is_aligned(call->d_o);
-    const cl_uint scales_are =
-        loglin_nvidia_is_aligned(in->level_scales) && loglin_nvidia_is_aligned(out->dlevel_scales);
-    const cl_uint all_are = inputs_are | (cl_uint)loglin_nvidia_is_aligned(out->dv) << 1 | scales_are << 2;
+    const cl_uint all_are = inputs_are | (cl_uint)loglin_nvidia_is_aligned(out->dv) << 1 |
+                            (cl_uint)loglin_nvidia_is_aligned(in->level_scales) << 2;
     const loglin_nvidia_argument inputs_aligned = {sizeof inputs_are, &inputs_are};
     const loglin_nvidia_argument all_aligned = {sizeof all_are, &all_are};
     const loglin_buffer prepare[] = {in->q, in->k, in->g};
-    const loglin_buffer since[] = {in->v, call->d_o, out->dv, in->level_scales, out->dlevel_scales};
+    const loglin_buffer since[] = {in->v, call->d_o, out->dv, in->level_scales};
     const loglin_buffer sums[] = {in->v, call->d_o};
     const loglin_buffer rows[] = {call->d_o, in->level_scales, out->dlevel_scales};
     const loglin_buffer tiles[] = {in->v, call->d_o, in->level_scales, out->dv, out->dlevel_scales};
     const loglin_buffer reduce[] = {in->q, in->k, out->dq, out->dk};
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_prepare], prepare, 3, NULL, NULL));
-    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_since], since, 5, NULL, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_since], since, 4, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_weights], &in->level_scales, 1, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_sums], sums, 2, &inputs_aligned, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tree], NULL, 0, NULL, NULL));
