@@ -447,9 +447,9 @@ void arrivals_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : 
 
 #if WGMMA
 /*
- * Where x[b][token][head][column] lies, for bulk copies of a head's tokens and columns, a box: opaque, made by map_heads in a
- * launch before.  A box comes token by token, with zeros for what is not in x; "tile": 64 columns of 16 bits, whose pieces come
- * to places as above.
+ * Where x[b][token][head][column] lies, for bulk copies of a head's tokens and columns, a box: opaque, made by map_heads, also
+ * in a launch before.  A box starts at a multiple of 16 bytes.  It comes token by token, with zeros for what is not in x;
+ * "tile": 64 columns of 16 bits, whose pieces come to places as above.
  */
 typedef struct heads_map {
     ulong words[16];

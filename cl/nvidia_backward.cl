@@ -7,7 +7,7 @@
  * such block, the left one of a pair.  A block's adjoint is what its right neighbour gives; adjoints flow down the tree
  * until each chunk has one that holds everything behind it.
  *     prepare   q and k, normalised and padded; the gates' running sums
- *     since     the gates' sums over chunks
+ *     since     the gates' sums over chunks; with wgmma, maps for copies of boxes
  *     weights   what weighs tokens in states and adjoints
  *     sums      states of blocks of up to 2^UNIT_BITS chunks, and adjoints of all blocks, larger ones in parts
  *     tree      states up, adjoints down
@@ -260,7 +260,7 @@ nb_since(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         map_heads(map_of(call, ws, ws_offset, NB_MAP_D_O), d_o + d_o_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, 1);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_DV), dv + dv_offset, sizes, 2, 16, NB_COLUMNS, 1);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_SCALES), level_scales + level_scales_offset,
-                  (uint4)(sizes.xy, 1, HEADS * LEVELS), 4, NB_CHUNK, NB_SCALES_ROW, 0);
+                  (uint4)(sizes.xy, 1, HEADS * LEVELS), 4, NB_CHUNK, NB_BOX_SCALES, 0);
     }
 #endif
     __global float2 *since = (__global float2 *)place(ws, ws_offset, call.since) + get_group_id(0) * (call.chunks + 1);

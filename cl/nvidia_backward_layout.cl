@@ -42,7 +42,10 @@
 #define NB_MAP_DV 2
 #define NB_MAP_SCALES 3
 #define NB_MAPS 4
-#define NB_SCALES_ROW 12
+
+/* Level scales that a token has in local memory: those of a box, or the eight inside a chunk. */
+#define NB_BOX_SCALES 12
+#define NB_SCALES 8
 
 typedef struct loglin_nvidia_gradients {
     unsigned long maps;          /* NB_MAPS heads_map, from a multiple of 128 bytes on */

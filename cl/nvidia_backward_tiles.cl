@@ -6,15 +6,18 @@
 /*
  * A work-group has a chunk and goes through heads.  Inside the chunk there are three products of 64 keys and 64 queries, one
  * for each warpgroup: of the chunk's first tile, of its second one, and of the first one's keys with the second one's queries.
- * A warp has 16 keys; its products are transposed, a key to a row, so that (P M)^T is A of its product with dO.  dv adds up
- * in the warpgroup of its tile, which gets the third one's (P M)^T through local memory.  dk adds up by squares of 64 keys
- * and 64 columns of K: the first two warpgroups have the left square of their keys, the third one both right ones.
+ * They are made by warps in blocks of 16 keys and 16 queries, and transposed, a key to a row: (P M)^T lies in local memory as A
+ * of its product with dO.  dv adds up in the warpgroup of its tile, a warp has 16 keys.  dk adds up by squares of 64 keys and
+ * 64 columns of K: the first two warpgroups have the left square of their keys, the third one both right ones.  What a head
+ * takes from memory comes by bulk copies that one item starts; its dv goes back as boxes, from where its v was.
  */
 
 #define CHUNK_ROW (NB_CHUNK + 4) /* of arrays by level and token: neighbours in both directions lie in different banks */
 #define CHUNK_TILE (NB_CHUNK * 8) /* uint4 of 64 columns of a chunk's q or k */
+#define FETCHING_ITEM 96 /* a warp that has few blocks */
 #define QUERY_DOTS 12
 #define SQUARE_GROUPS (NV_K > 64 ? 3 : 2) /* warpgroups that have squares of dk */
+#define TOKEN_SCALES (SCALE_BOXES ? NB_BOX_SCALES : NB_SCALES) /* from a token's level scales to the next one's */
 #define ROW_STEP (NB_TILE_ITEMS / (8 * TILES_V)) /* rows of v that are fetched at once */
 
 /* Two neighbouring numbers. */
@@ -98,7 +101,7 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
         for (uint e = 0; e < 2; e++) {
             const uint t = 8 * half_q + 2 * p + e;
             const float2 query = gates[t];
-            const float scale = scales[NB_SCALES_ROW * t + bit_length(r ^ (2 * p + e))];
+            const float scale = scales[TOKEN_SCALES * t + bit_length(r ^ (2 * p + e))];
             /* The keys of the same eight, up to the query. */
             const float near_ds = half_q == 0 ? (e == 0 ? ds[0].x : ds[0].y) : (e == 0 ? ds[1].z : ds[1].w);
             const float near_product = half_q == 0 ? (e == 0 ? products[0].x : products[0].y)
@@ -116,7 +119,7 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
                 /* The eight before. */
                 const float far_ds = e == 0 ? ds[1].x : ds[1].y;
                 const float far_product = e == 0 ? products[2].x : products[2].y;
-                const float far_kept = decay_between(query, keys[0]), far_scale = scales[NB_SCALES_ROW * t + 4];
+                const float far_kept = decay_between(query, keys[0]), far_scale = scales[TOKEN_SCALES * t + 4];
                 const float far_gradient = far_ds * far_kept * far_scale;
                 sums[e] = far_ds * far_product * far_kept;
                 w[4 + e] = far_product * far_kept * far_scale;
@@ -353,8 +356,8 @@ void fetch_both(__local uint4 *to_v, __local uint4 *to_d_o, const __global ushor
 }
 
 /*
- * Sums of a head, written level scales' gradients: by query, a level's parts one after the other, and by key; `last`: of a tile's
- * first keys and last queries.
+ * Sums of a head, written level scales' gradients: by query, a level's parts one after the other, and by key; `last`: of a
+ * tile's first keys and last queries.
  */
 typedef struct tile_dots {
     float queries[QUERY_DOTS * CHUNK_ROW], keys[3][NB_TILE], last[2][16];
@@ -377,8 +380,8 @@ typedef struct tile_place {
 } tile_place;
 
 /*
- * A block of 16 keys and 16 queries behind them: its v dO^T is weighed, to `weights`.  Adds to d(q k^T)^T and to the keys' dots,
- * and writes the queries' sums.  scales: of the block's level.
+ * A block of 16 keys and 16 queries behind them: its v dO^T is weighed, to `weights`.  Adds to d(q k^T)^T and to the keys'
+ * dots, and writes the queries' sums.  scales: of the block's level.
  */
 void add_block(uint lane, const float4 ds[2], uint key, uint query, uint4 product, float4 dp[2],
                const float2 query_weight[2], const __local float *scales, float2 key_weight, float2 *key_dots,
@@ -387,15 +390,18 @@ void add_block(uint lane, const float4 ds[2], uint key, uint query, uint4 produc
     float sums[4];
 #pragma unroll
     for (uint e = 0; e < 2; e++) {
-        const __local float *own = scales + NB_SCALES_ROW * (query + 8 * e + 2 * (lane % 4));
-        query_scale[e] = (float2)(own[0], own[NB_SCALES_ROW]);
+        const __local float *own = scales + TOKEN_SCALES * (query + 8 * e + 2 * (lane % 4));
+        query_scale[e] = (float2)(own[0], own[TOKEN_SCALES]);
     }
     const uint4 a = weigh_far(ds, product, dp, query_weight, query_scale, key_weight, key_dots, sums);
     store_a(lane, weights, a, key % NB_TILE, query % NB_TILE);
     store_sums(lane, queries + query, sums);
 }
 
-/* The first tile's keys with the second one's queries: a warp has 16 keys.  A block's v dO^T is made while the one before is weighed. */
+/*
+ * The first tile's keys with the second one's queries: a warp has 16 keys.  A block's v dO^T is made while the one before is
+ * weighed.
+ */
 void add_across(uint lane, uint own, const __local tile_inputs *in, const __local uint4 *products, float4 gradients[8],
                 const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
     const uint key = 16 * own, r = lane / 4;
@@ -438,22 +444,19 @@ void add_behind(uint lane, const float4 ds[2], uint tile, uint keys, uint querie
               key_weight, key_dots, weights, dots->queries + slot * CHUNK_ROW);
 }
 
-/* Starts rest = K A behind its other products. */
 void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *in, const __local uint4 *products,
-                float4 gradients[8], const __local float *scales, __local uint4 *weights, __local tile_dots *dots,
-                float4 rest[8], const __local uint4 *keys) {
+                float4 gradients[8], const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
     const uint first = NB_TILE * tile, token = first + 16 * sixteen;
     float4 near[2], next[2];
     float2 key_dots = (float2)(0.0f), next_dots = key_dots;
     multiply_values(lane, near, in, token, token);
     multiply_values(lane, next, in, first + 16 * next_keys(sixteen), first + 16 * next_queries(sixteen));
     const uint4 a = weigh_near(lane, near, products[sixteen * 160 + lane], gradients, in->gates + token,
-                               scales + NB_SCALES_ROW * token, &key_dots, dots->queries + token);
+                               scales + TOKEN_SCALES * token, &key_dots, dots->queries + token);
     store_a(lane, weights, a, 16 * sixteen, 16 * sixteen);
     if (sixteen < 2) {
         multiply_values(lane, near, in, token, token + 32);
     }
-    multiply_keys(rest, keys, in->adjoint[0]);
     add_behind(lane, next, tile, next_keys(sixteen), next_queries(sixteen), in, products, gradients + 2, scales,
                &next_dots, weights, dots);
     if (sixteen < 2) {
@@ -468,7 +471,7 @@ void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *i
 }
 
 /* Where a head's level scales start. */
-const __local float *scales_of(const __local float scales[3][NB_SCALES_ROW * NB_CHUNK], const __local tile_place *at,
+const __local float *scales_of(const __local float scales[3][TOKEN_SCALES * NB_CHUNK], const __local tile_place *at,
                                int h, int boxes) {
     return scales[h % 3] + (boxes ? (at->first_head + h) * LEVELS % 4 : 0);
 }
@@ -481,7 +484,7 @@ void finish_head(const __local tile_dots *dots, const __local float *scales, con
                  uint warp, uint lane) {
     const uint level = lane % 8, first = 32 * warp + lane / 8, slot = level < 7 ? level : 8;
     const __local float *x = dots->queries + slot * CHUNK_ROW + first;
-    const __local float *scale = scales + NB_SCALES_ROW * first + level;
+    const __local float *scale = scales + TOKEN_SCALES * first + level;
     const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
     __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
     float shares[8];
@@ -495,7 +498,7 @@ void finish_head(const __local tile_dots *dots, const __local float *scales, con
             gradient += x[4 * i + 2 * CHUNK_ROW] + x[4 * i + 3 * CHUNK_ROW];
         }
         gradient = level < 4 || ((first + 4 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
-        shares[i] = gradient * scale[4 * NB_SCALES_ROW * i];
+        shares[i] = gradient * scale[4 * TOKEN_SCALES * i];
         if ((int)(4 * i) < rows) {
             store_weight(to + i * (4 * HEADS * LEVELS), 0, gradient);
         }
@@ -525,7 +528,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
     __local uint4 weights[3][COLUMN_TILE] __attribute__((aligned(1024))); /* (P M)^T */
     /* Of the head that is fetched, worked on, and finished. */
-    __local float scales_at[3][NB_SCALES_ROW * NB_CHUNK] __attribute__((aligned(128)));
+    __local float scales_at[3][TOKEN_SCALES * NB_CHUNK] __attribute__((aligned(128)));
     __local tile_dots dots_at[2];
 #if WGMMA
     __local arrivals here[TILE_STAGES];
@@ -572,7 +575,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         };
     }
 #if WGMMA
-    if (item == 96) {
+    if (item == FETCHING_ITEM) {
         for (uint i = 0; i < NB_MAPS; i++) {
             use_map(map_of(call, ws, ws_offset, i));
         }
@@ -630,7 +633,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
 #if WGMMA
         if (lane == 0) {
-            wait_for_boxes();
+            wait_for_boxes(); /* of the head before, whose place is taken now */
         }
 #endif
         if (TILE_STAGES > 1 && !(boxes && scale_boxes)) {
@@ -653,13 +656,13 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 for (uint i = 0; i < NB_CHUNK; i += NB_TILE_ITEMS / 8) {
                     const uint row = first_row + i;
                     if (row < NB_CHUNK) {
-                        fetch_scale(&scales_at[wanted % 3][NB_SCALES_ROW * row + level], scales_from, i * (HEADS * LEVELS),
+                        fetch_scale(&scales_at[wanted % 3][TOKEN_SCALES * row + level], scales_from, i * (HEADS * LEVELS),
                                     (int)row < rows && level < LEVELS);
                     }
                 }
             }
 #if WGMMA
-            if (item == 96) {
+            if (item == FETCHING_ITEM) {
                 __local arrivals *arrived = &here[wanted % TILE_STAGES];
                 const uint head = at->first_head + wanted;
                 for (uint i = 0; boxes && i < TILES_V; i++) {
@@ -669,7 +672,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 }
                 if (scale_boxes) {
                     copy_box(scales_at[wanted % 3], &at->maps[NB_MAP_SCALES],
-                             (uint4)(at->sequence, at->first, 0, head * LEVELS / 4 * 4), NB_CHUNK * NB_SCALES_ROW * 4,
+                             (uint4)(at->sequence, at->first, 0, head * LEVELS / 4 * 4), NB_CHUNK * TOKEN_SCALES * 4,
                              arrived);
                 }
                 for (uint i = 0; has_adjoint && i < TILES_V; i++) {
@@ -697,10 +700,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             tile_publish();
             barrier(CLK_LOCAL_MEM_FENCE);
         }
-        /* Of the first two warpgroups, the warps with fewer products inside the chunk. */
-        if (h > 0 && part < 2 && sixteen > 1) {
-            finish_head(&dots_at[(h - 1) % 2], scales_of(scales_at, at, h - 1, scale_boxes), at, h - 1,
-                        2 * part + sixteen - 2, lane);
+        if (h > 0 && part == 2) {
+            finish_head(&dots_at[(h - 1) % 2], scales_of(scales_at, at, h - 1, scale_boxes), at, h - 1, own, lane);
         }
         if (!has_work) {
             continue;
@@ -732,17 +733,14 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 tile_wait(rest);
             }
         } else {
-            add_inside(lane, part, sixteen, in, products[part], gradients, scales, weights[part], dots, rest,
-                       keys + key_tile);
+            add_inside(lane, part, sixteen, in, products[part], gradients, scales, weights[part], dots);
             tile_publish();
             warpgroup_barrier(part + 1);
             const float2 ends = (float2)(in->factors[3][key + r], in->factors[3][key + r + 8]) * STATE_UNIT;
             float2 key_dots = (float2)(0.0f);
             for (uint i = 0; i < TILES_V; i++) {
                 uint4 values[4];
-                if (i > 0) {
-                    multiply_keys(rest, keys + key_tile, in->adjoint[i]);
-                }
+                multiply_keys(rest, keys + key_tile, in->adjoint[i]);
                 load_rows(lane, values, in->v[i], key);
                 tile_wait(rest);
 #pragma unroll
@@ -836,9 +834,4 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         add_queries(square, products[2], own_keys);
         store_rows(to + NB_TILE * NV_K, square);
     }
-#if WGMMA
-    if (lane == 0) {
-        wait_for_boxes();
-    }
-#endif
 }

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Does the device do what the NVIDIA engine relies on?  Matrix units, one warp's and a warpgroup's, copies into local
- * memory, also of boxes, loads of matrices and shuffles through PTX, and PROBE_BYTES of local memory (at least 16384, for a and b),
- * whatever the driver says it has.
+ * memory, with wgmma also of boxes, loads of matrices and shuffles through PTX, and PROBE_BYTES of local memory (at least
+ * 16384, for a and b), whatever the driver says it has.
  *
  * LOGLIN_BUILD_OPTIONS=-DNV_NO_WGMMA makes the trial of wgmma fail: so mma.sync is tried where the device has both.
  */
