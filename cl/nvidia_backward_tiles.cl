@@ -471,9 +471,9 @@ void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *i
 }
 
 /* Where a head's level scales start. */
-const __local float *scales_of(const __local float scales[3][TOKEN_SCALES * NB_CHUNK], const __local tile_place *at,
-                               int h, int boxes) {
-    return scales[h % 3] + (boxes ? (at->first_head + h) * LEVELS % 4 : 0);
+const __local float *scales_of(const __local float scales[TILE_STAGES + 1][TOKEN_SCALES * NB_CHUNK],
+                               const __local tile_place *at, int h, int boxes) {
+    return scales[h % (TILE_STAGES + 1)] + (boxes ? (at->first_head + h) * LEVELS % 4 : 0);
 }
 
 /*
@@ -527,9 +527,9 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local uint4 keys[NV_K / 64 * CHUNK_TILE] __attribute__((aligned(1024)));
     __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
     __local uint4 weights[3][COLUMN_TILE] __attribute__((aligned(1024))); /* (P M)^T */
-    /* Of the head that is fetched, worked on, and finished. */
-    __local float scales_at[3][TOKEN_SCALES * NB_CHUNK] __attribute__((aligned(128)));
-    __local tile_dots dots_at[2];
+    /* Of the head that is fetched, worked on, and finished; the first two are one where there is room for one head only. */
+    __local float scales_at[TILE_STAGES + 1][TOKEN_SCALES * NB_CHUNK] __attribute__((aligned(128)));
+    __local tile_dots dots_at[TILE_STAGES];
 #if WGMMA
     __local arrivals here[TILE_STAGES];
 #endif
@@ -649,6 +649,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows,
                            item, aligned & 1);
             }
+            __local float *to_scales = scales_at[wanted % (TILE_STAGES + 1)];
             if (!scale_boxes) {
                 const __global weight *scales_from =
                     at->level_scales + (first_row * (HEADS * LEVELS) + wanted * LEVELS + level);
@@ -656,7 +657,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 for (uint i = 0; i < NB_CHUNK; i += NB_TILE_ITEMS / 8) {
                     const uint row = first_row + i;
                     if (row < NB_CHUNK) {
-                        fetch_scale(&scales_at[wanted % 3][TOKEN_SCALES * row + level], scales_from, i * (HEADS * LEVELS),
+                        fetch_scale(&to_scales[TOKEN_SCALES * row + level], scales_from, i * (HEADS * LEVELS),
                                     (int)row < rows && level < LEVELS);
                     }
                 }
@@ -671,7 +672,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                     copy_box(to->d_o[i], &at->maps[NB_MAP_D_O], box, CHUNK_TILE * 16, arrived);
                 }
                 if (scale_boxes) {
-                    copy_box(scales_at[wanted % 3], &at->maps[NB_MAP_SCALES],
+                    copy_box(to_scales, &at->maps[NB_MAP_SCALES],
                              (uint4)(at->sequence, at->first, 0, head * LEVELS / 4 * 4), NB_CHUNK * TOKEN_SCALES * 4,
                              arrived);
                 }
@@ -695,13 +696,13 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             }
 #endif
         }
+        if (h > 0 && part == 2) {
+            finish_head(&dots_at[(h - 1) % TILE_STAGES], scales_of(scales_at, at, h - 1, scale_boxes), at, h - 1, own, lane);
+        }
         if (TILE_STAGES == 1) {
             wait_for_copies();
             tile_publish();
             barrier(CLK_LOCAL_MEM_FENCE);
-        }
-        if (h > 0 && part == 2) {
-            finish_head(&dots_at[(h - 1) % 2], scales_of(scales_at, at, h - 1, scale_boxes), at, h - 1, own, lane);
         }
         if (!has_work) {
             continue;
@@ -709,7 +710,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #if WGMMA
         arrivals_wait(&here[h % TILE_STAGES], h / TILE_STAGES % 2);
 #endif
-        __local tile_dots *dots = &dots_at[h % 2];
+        __local tile_dots *dots = &dots_at[h % TILE_STAGES];
         const __local float *scales = scales_of(scales_at, at, h, scale_boxes);
         if (part == 2) {
             add_across(lane, own, in, products[2], gradients, scales, weights[2], dots);
