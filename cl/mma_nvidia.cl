@@ -490,6 +490,95 @@ void wait_for_stores(void) { asm volatile("cp.async.bulk.wait_group.read 0;" : :
 void arrivals_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 #endif
 
+#if WGMMA
+/*
+ * Where x[b][token][head][column] lies, for bulk copies of a head's tokens and columns, a box: opaque, made by map_heads, also
+ * in a launch before.  A box starts at a multiple of 16 bytes.  It comes token by token, with zeros for what is not in x;
+ * "tile": 64 columns of 16 bits, whose pieces come to places as above.
+ */
+typedef struct heads_map {
+    ulong words[16];
+} heads_map __attribute__((aligned(128)));
+
+#define MAP_SET(field, type, values) "//WG tensormap.replace.tile." field ".global.b1024." type " [%0], " values ";\n"
+#define MAP_DIMENSION(i, size, box)                                                                                    \
+    asm volatile(MAP_SET("global_dim", "b32", #i ", %1") MAP_SET("box_dim", "b32", #i ", %2")                          \
+                     MAP_SET("element_stride", "b32", #i ", 1")                                                        \
+                 :                                                                                                     \
+                 : "l"(map), "r"(size), "r"(box)                                                                       \
+                 : "memory")
+#define MAP_STRIDE(i, bytes)                                                                                           \
+    asm volatile(MAP_SET("global_stride", "b64", #i ", %1") : : "l"(map), "l"((ulong)(bytes)) : "memory")
+
+/* All strides are multiples of 16 bytes, as is x.  sizes: of batch, tokens, heads, columns; an element has 4 bytes, or 2. */
+void map_heads(__global heads_map *map, const __global void *x, uint4 sizes, uint bytes, uint tokens, uint columns,
+               int is_tile) {
+    const ulong head = (ulong)sizes.w * bytes, token = head * sizes.z;
+    for (uint i = 0; i < 16; i++) {
+        map->words[i] = 0;
+    }
+    asm volatile(MAP_SET("global_address", "b64", "%1") MAP_SET("rank", "b32", "3") MAP_SET("interleave_layout", "b32", "0")
+                     MAP_SET("fill_mode", "b32", "0")
+                 :
+                 : "l"(map), "l"(x)
+                 : "memory");
+    MAP_DIMENSION(0, sizes.w, columns);
+    MAP_DIMENSION(1, sizes.z, 1);
+    MAP_DIMENSION(2, sizes.y, tokens);
+    MAP_DIMENSION(3, sizes.x, 1);
+    MAP_STRIDE(0, head);
+    MAP_STRIDE(1, token);
+    MAP_STRIDE(2, token * sizes.y);
+    if (bytes == 4) {
+        asm volatile(MAP_SET("elemtype", "b32", "2") : : "l"(map) : "memory");
+    } else {
+        asm volatile(MAP_SET("elemtype", "b32", "1") : : "l"(map) : "memory");
+    }
+    if (is_tile) {
+        asm volatile(MAP_SET("swizzle_mode", "b32", "3") : : "l"(map) : "memory");
+    }
+    asm volatile("fence.proxy.tensormap::generic.release.gpu;" : : : "memory");
+}
+
+/* This item will copy boxes by the map. */
+void use_map(const __global heads_map *map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" : : "l"(map) : "memory");
+}
+
+/* Arrives, and starts to copy a box of `bytes` that arrives too; at: of batch, tokens, heads, columns. */
+void copy_box(__local void *to, const __global heads_map *map, uint4 at, uint bytes, __local arrivals *arrived) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :
+                 : "r"(local_address(arrived)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%2, %3, %4, %5}], [%6];"
+                 :
+                 : "r"(local_address(to)), "l"(map), "r"(at.w), "r"(at.z), "r"(at.y), "r"(at.x), "r"(local_address(arrived))
+                 : "memory");
+}
+
+/* Starts to copy a box to where it belongs in x; what is outside of x is left out.  What is copied has been published. */
+void store_box(const __global heads_map *map, uint4 at, const __local void *from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
+                 "cp.async.bulk.commit_group;"
+                 :
+                 : "l"(map), "r"(at.w), "r"(at.z), "r"(at.y), "r"(at.x), "r"(local_address(from))
+                 : "memory");
+}
+
+/* Waits until all boxes that this item stores have been read. */
+void wait_for_boxes(void) { asm volatile("cp.async.bulk.wait_group.read 0;" : : : "memory"); }
+
+/* The reverse of load_matrices_at. */
+void store_matrices_at(uint row, uint4 x) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(row), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+#endif
+
 /* An 8 x 8 matrix, transposed: item i holds elements 2 (i % 4) and the next of row i / 4. */
 uint transpose_matrix(uint x) {
     uint y;

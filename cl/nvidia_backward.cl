@@ -7,7 +7,7 @@
  * such block, the left one of a pair.  A block's adjoint is what its right neighbour gives; adjoints flow down the tree
  * until each chunk has one that holds everything behind it.
  *     prepare   q and k, normalised and padded; the gates' running sums
- *     since     the gates' sums over chunks
+ *     since     the gates' sums over chunks; with wgmma, maps for copies of boxes
  *     weights   what weighs tokens in states and adjoints
  *     sums      states of blocks of up to 2^UNIT_BITS chunks, and adjoints of all blocks, larger ones in parts
  *     tree      states up, adjoints down
@@ -62,6 +62,15 @@ float decay_between(float2 late, float2 early) { return decay((late.x - early.x)
 __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
+
+/* Level scales come as boxes: floats in rows of multiples of 16 bytes, and of a head not fewer than a chunk has. */
+#define SCALE_BOXES (WGMMA && WEIGHT_STORAGE == 0 && HEADS * LEVELS % 4 == 0 && LEVELS >= CHUNK_LEVEL)
+
+#if WGMMA
+__global heads_map *map_of(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, uint i) {
+    return (__global heads_map *)(((ulong)place(ws, ws_offset, call.maps) + 127) & ~(ulong)127) + i;
+}
+#endif
 
 /* Where an item finds its row of an 8 x 8 matrix: for A of a tile as it lies, or for B of columns. */
 uint near_row(void) { return warp_lane() & 15; }
@@ -239,9 +248,21 @@ nb_prepare(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
     }
 }
 
-/* A warp sums the gates of a head's chunks. */
+/* A warp sums the gates of a head's chunks; an item makes the maps. */
 __kernel __attribute__((reqd_work_group_size(32, 1, 1))) void
-nb_since(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset) {
+nb_since(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
+         ulong v_offset, const __global ushort *d_o, ulong d_o_offset, const __global ushort *dv, ulong dv_offset,
+         const __global weight *level_scales, ulong level_scales_offset) {
+#if WGMMA
+    if (get_global_id(0) == 0) {
+        const uint4 sizes = (uint4)(call.batch, call.length, HEADS, DIM_V);
+        map_heads(map_of(call, ws, ws_offset, NB_MAP_V), v + v_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, 1);
+        map_heads(map_of(call, ws, ws_offset, NB_MAP_D_O), d_o + d_o_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, 1);
+        map_heads(map_of(call, ws, ws_offset, NB_MAP_DV), dv + dv_offset, sizes, 2, 16, NB_COLUMNS, 1);
+        map_heads(map_of(call, ws, ws_offset, NB_MAP_SCALES), level_scales + level_scales_offset,
+                  (uint4)(sizes.xy, 1, HEADS * LEVELS), 4, NB_CHUNK, NB_BOX_SCALES, 0);
+    }
+#endif
     __global float2 *since = (__global float2 *)place(ws, ws_offset, call.since) + get_group_id(0) * (call.chunks + 1);
     __local double last;
     double start = 0.0;

@@ -33,7 +33,22 @@
  * v . dv. */
 #define NB_DOTS 2
 
+/*
+ * Maps for copies of boxes (heads_map in mma_nvidia.cl): of v and dO, 64 columns of a chunk; of dv, those of 16 tokens; of the
+ * level scales, twelve of a chunk's tokens from a multiple of four on, among which are a head's eight inside a chunk.
+ */
+#define NB_MAP_V 0
+#define NB_MAP_D_O 1
+#define NB_MAP_DV 2
+#define NB_MAP_SCALES 3
+#define NB_MAPS 4
+
+/* Level scales that a token has in local memory: those of a box, or the eight inside a chunk. */
+#define NB_BOX_SCALES 12
+#define NB_SCALES 8
+
 typedef struct loglin_nvidia_gradients {
+    unsigned long maps;          /* NB_MAPS heads_map, from a multiple of 128 bytes on */
     unsigned long queries, keys; /* [b][group][128 N][NV_K] normalised, with zeros behind the last token and column */
     unsigned long gates;         /* [b][head][128 N] the gates' running sum from the chunk's start, and its remainder */
     unsigned long factors;       /* [b][head][N][4][128] decays, see sum_gates */

@@ -6,19 +6,61 @@
 /*
  * A work-group has a chunk and goes through heads.  Inside the chunk there are three products of 64 keys and 64 queries, one
  * for each warpgroup: of the chunk's first tile, of its second one, and of the first one's keys with the second one's queries.
- * A warp has 16 keys; its products are transposed, a key to a row, so that (P M)^T is A of its product with dO.  dv adds up
- * in the warpgroup of its tile, which gets the third one's (P M)^T through local memory.  dk adds up by squares of 64 keys
- * and 64 columns of K: the first two warpgroups have the left square of their keys, the third one both right ones.
+ * They are made by warps in blocks of 16 keys and 16 queries, and transposed, a key to a row: (P M)^T lies in local memory as A
+ * of its product with dO.  dv adds up in the warpgroup of its tile, a warp has 16 keys.  dk adds up by squares of 64 keys and
+ * 64 columns of K: the first two warpgroups have the left square of their keys, the third one both right ones.  What a head
+ * takes from memory comes by bulk copies that one item starts; its dv goes back as boxes, from where its v was.
  */
 
 #define CHUNK_ROW (NB_CHUNK + 4) /* of arrays by level and token: neighbours in both directions lie in different banks */
 #define CHUNK_TILE (NB_CHUNK * 8) /* uint4 of 64 columns of a chunk's q or k */
+#define FETCHING_ITEM 96 /* a warp that has few blocks */
 #define QUERY_DOTS 12
 #define SQUARE_GROUPS (NV_K > 64 ? 3 : 2) /* warpgroups that have squares of dk */
+#define TOKEN_SCALES (SCALE_BOXES ? NB_BOX_SCALES : NB_SCALES) /* from a token's level scales to the next one's */
 #define ROW_STEP (NB_TILE_ITEMS / (8 * TILES_V)) /* rows of v that are fetched at once */
 
 /* Two neighbouring numbers. */
 float2 pair_at(const __local float *x) { return *(const __local float2 *)x; }
+
+/* Adds two numbers of each of the row's items up over the warp's keys: items whose lane / 4 has bit 2 get the second one. */
+float sum_two(uint lane, float first, float second) {
+    const int high = (lane & 16) != 0;
+    float sum = high ? second : first;
+    sum += as_float(shuffle_xor(as_uint(high ? first : second), 16));
+    sum += as_float(shuffle_xor(as_uint(sum), 8));
+    return sum + as_float(shuffle_xor(as_uint(sum), 4));
+}
+
+/* Adds sums of 16 queries up over a warp's keys, and writes them. */
+void store_sums(uint lane, __local float *to, const float sums[4]) {
+    const int high = (lane & 16) != 0, odd = (lane & 8) != 0;
+    const float left = (high ? sums[2] : sums[0]) + as_float(shuffle_xor(as_uint(high ? sums[0] : sums[2]), 16));
+    const float right = (high ? sums[3] : sums[1]) + as_float(shuffle_xor(as_uint(high ? sums[1] : sums[3]), 16));
+    float sum = odd ? right : left;
+    sum += as_float(shuffle_xor(as_uint(odd ? left : right), 8));
+    sum += as_float(shuffle_xor(as_uint(sum), 4));
+    if ((lane & 4) == 0) {
+        to[lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2] = sum;
+    }
+}
+
+/* A warp's sums for its keys. */
+void store_key_dots(uint lane, __local float *to, float2 dots) {
+    dots = (float2)(sum_quad(dots.x), sum_quad(dots.y));
+    if (lane % 4 == 0) {
+        to[lane / 4] = dots.x;
+        to[lane / 4 + 8] = dots.y;
+    }
+}
+
+void add_key_dots(uint lane, __local float *to, float2 dots) {
+    dots = (float2)(sum_quad(dots.x), sum_quad(dots.y));
+    if (lane % 4 == 0) {
+        to[lane / 4] += dots.x;
+        to[lane / 4 + 8] += dots.y;
+    }
+}
 
 /*
  * A key's sixteen and a query's: dS^T in, (P M)^T out as A.  Adds to d(q k^T)^T, adds the shares of dO . o of the
@@ -46,21 +88,20 @@ uint4 weigh_far(const float4 ds[2], uint4 product, float4 dp[2], const float2 qu
     return (uint4)(a[0], a[1], a[2], a[3]);
 }
 
-/* The diagonal: keys and queries are the same 16 tokens.  dots, scales: [level][query]; sums: of level 4. */
+/* The diagonal: keys and queries are the same 16 tokens.  dots: [level][query]; scales: [query][level]. */
 uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], const __local float2 *gates,
-                 const __local float *scales, float2 *key_dots, __local float *dots, float sums[4]) {
+                 const __local float *scales, float2 *key_dots, __local float *dots) {
     const uint r = lane / 4, p = lane % 4;
     const float2 products[4] = {unpack(product.x), unpack(product.y), unpack(product.z), unpack(product.w)};
     const float2 keys[2] = {gates[r], gates[r + 8]};
-    float w[8], x[4];
-    sums[0] = sums[1] = 0.0f;
+    float w[8], x[4], sums[2];
 #pragma unroll
     for (uint half_q = 0; half_q < 2; half_q++) {
 #pragma unroll
         for (uint e = 0; e < 2; e++) {
             const uint t = 8 * half_q + 2 * p + e;
             const float2 query = gates[t];
-            const float scale = scales[bit_length(r ^ (2 * p + e)) * CHUNK_ROW + t];
+            const float scale = scales[TOKEN_SCALES * t + bit_length(r ^ (2 * p + e))];
             /* The keys of the same eight, up to the query. */
             const float near_ds = half_q == 0 ? (e == 0 ? ds[0].x : ds[0].y) : (e == 0 ? ds[1].z : ds[1].w);
             const float near_product = half_q == 0 ? (e == 0 ? products[0].x : products[0].y)
@@ -78,9 +119,9 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
                 /* The eight before. */
                 const float far_ds = e == 0 ? ds[1].x : ds[1].y;
                 const float far_product = e == 0 ? products[2].x : products[2].y;
-                const float far_kept = decay_between(query, keys[0]), far_scale = scales[4 * CHUNK_ROW + t];
+                const float far_kept = decay_between(query, keys[0]), far_scale = scales[TOKEN_SCALES * t + 4];
                 const float far_gradient = far_ds * far_kept * far_scale;
-                sums[2 + e] = far_ds * far_product * far_kept;
+                sums[e] = far_ds * far_product * far_kept;
                 w[4 + e] = far_product * far_kept * far_scale;
                 w[6 + e] = near_weight;
                 key_dots->x = fma(far_ds, w[4 + e], key_dots->x);
@@ -117,32 +158,11 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
             own[3 * CHUNK_ROW] = odd ? four[2 * i + 1] : four[2 * i];
         }
     }
+    const float sum = sum_two(lane, sums[0], sums[1]);
+    if ((r & 3) == 0) {
+        dots[4 * CHUNK_ROW + 8 + 2 * p + r / 4] = sum;
+    }
     return (uint4)(pack(w[0], w[1]), pack(w[2], w[3]), pack(w[4], w[5]), pack(w[6], w[7]));
-}
-
-/*
- * Adds sums of 64 queries up over a warp's keys.  An item has four of each sixteen, of the columns of its products; it gets
- * those of queries 2 lane and 2 lane + 1.
- */
-float2 sum_queries(uint lane, const float sums[16]) {
-    const uint r = lane / 4;
-    float half_sums[8], quarter[4];
-    float2 own;
-#pragma unroll
-    for (uint i = 0; i < 8; i++) {
-        half_sums[i] = r & 4 ? sums[8 + i] : sums[i];
-        half_sums[i] += as_float(shuffle_xor(as_uint(r & 4 ? sums[i] : sums[8 + i]), 16));
-    }
-#pragma unroll
-    for (uint i = 0; i < 4; i++) {
-        quarter[i] = r & 2 ? half_sums[4 + i] : half_sums[i];
-        quarter[i] += as_float(shuffle_xor(as_uint(r & 2 ? half_sums[i] : half_sums[4 + i]), 8));
-    }
-    own.x = r & 1 ? quarter[2] : quarter[0];
-    own.y = r & 1 ? quarter[3] : quarter[1];
-    own.x += as_float(shuffle_xor(as_uint(r & 1 ? quarter[0] : quarter[2]), 4));
-    own.y += as_float(shuffle_xor(as_uint(r & 1 ? quarter[1] : quarter[3]), 4));
-    return own;
 }
 
 /* Puts a sixteen of keys by queries, as A, into a tile of keys' rows. */
@@ -153,6 +173,13 @@ void store_a(uint lane, __local uint4 *tile, uint4 a, uint key, uint query) {
     left[8 * 32] = a.y;
     right[0] = a.z;
     right[8 * 32] = a.w;
+}
+
+/* A block of d(q k^T)^T. */
+void store_gradients(uint lane, __local uint4 *tile, const float4 dp[2], float scale, uint keys, uint queries) {
+    const float4 left = dp[0] * scale, right = dp[1] * scale;
+    store_a(lane, tile, (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y), pack(right.z, right.w)),
+            16 * keys, 16 * queries);
 }
 
 void store_rows(__global float *to, const float4 sum[8]) {
@@ -204,8 +231,8 @@ void store_columns(uint lane, __global ushort *to, const float4 c[8], int rows, 
 void fetch_chunk(__local uint4 *to, const __global uint4 *from) {
 #pragma unroll 1
     for (uint i = get_local_id(0); i < NB_CHUNK * K_PIECES; i += NB_TILE_ITEMS) {
-        const uint piece = i % K_PIECES;
-        copy_16(&to[piece / 8 * CHUNK_TILE + swizzled(i / K_PIECES, 8, piece % 8)], &from[i], 1);
+        const uint row = i / K_PIECES, piece = i % K_PIECES;
+        copy_16(&to[piece / 8 * CHUNK_TILE + swizzled(row, 8, piece % 8)], &from[i], 1);
     }
 }
 
@@ -230,6 +257,19 @@ void load_rows(uint lane, uint4 a[4], const __local uint4 *tile, uint row) {
     }
 }
 
+#if WGMMA
+/* Rounds 16 rows to a tile. */
+void store_rows_of(uint lane, __local uint4 *tile, const float4 c[8]) {
+    const uint address = rows_address(tile, lane % 16, lane / 16);
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        const float4 left = c[2 * step], right = c[2 * step + 1];
+        store_matrices_at(address ^ (32 * step), (uint4)(pack(left.x, left.y), pack(left.z, left.w),
+                                                         pack(right.x, right.y), pack(right.z, right.w)));
+    }
+}
+#endif
+
 /* v dO^T of 16 keys and 16 queries. */
 void multiply_values(uint lane, float4 ds[2], const __local tile_inputs *in, uint key, uint query) {
     ds[0] = ds[1] = (float4)(0.0f);
@@ -246,10 +286,21 @@ void multiply_values(uint lane, float4 ds[2], const __local tile_inputs *in, uin
     }
 }
 
-void scale_tile(uint4 a[4], float upper, float lower) {
+/* Decays rows to a chunk's end, as states are. */
+void scale_tile(uint4 a[4], const __local float *decays) {
+    const float upper = decays[0] * STATE_UNIT, lower = decays[8] * STATE_UNIT;
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
         a[step] = scale_rows(a[step], pack(upper, upper), pack(lower, lower));
+    }
+}
+
+/* Starts sum = K A. */
+void multiply_keys(float4 sum[8], const __local uint4 *keys, const __local uint4 *adjoint) {
+    tile_clear(sum);
+#pragma unroll
+    for (uint j = 0; j < NV_K / 64; j++) {
+        tile_multiply_local(sum, tile_at(keys + j * CHUNK_TILE), tile_at(adjoint + j * COLUMN_TILE));
     }
 }
 
@@ -304,9 +355,12 @@ void fetch_both(__local uint4 *to_v, __local uint4 *to_d_o, const __global ushor
     }
 }
 
-/* Sums of a head, written level scales' gradients: by query, a level's parts one after the other, and by key. */
+/*
+ * Sums of a head, written level scales' gradients: by query, a level's parts one after the other, and by key; `last`: of a
+ * tile's first keys and last queries.
+ */
 typedef struct tile_dots {
-    float queries[QUERY_DOTS * CHUNK_ROW], keys[3][NB_TILE];
+    float queries[QUERY_DOTS * CHUNK_ROW], keys[3][NB_TILE], last[2][16];
 } tile_dots __attribute__((aligned(8)));
 
 /* Where a work-group's inputs and outputs start, of its first head: not in registers, of which there are few. */
@@ -317,35 +371,136 @@ typedef struct tile_place {
     __global ushort *dv;
     __global weight *dlevel_scales;
     __global float *dots;
+#if WGMMA
+    const __global heads_map *maps;
+#endif
+    uint sequence, first, first_head;
     ulong padded, adjoint_stride; /* tokens of a head; uint4 of a head's tile of V */
     int rows;                     /* tokens of the chunk */
 } tile_place;
 
 /*
- * The gradients of the level scales, and what is summed up for dg.  An item of 128 has a level of eight tokens, so that neighbours
- * write next to each other; then it has the sum of one of these tokens.
+ * A block of 16 keys and 16 queries behind them: its v dO^T is weighed, to `weights`.  Adds to d(q k^T)^T and to the keys'
+ * dots, and writes the queries' sums.  scales: of the block's level.
+ */
+void add_block(uint lane, const float4 ds[2], uint key, uint query, uint4 product, float4 dp[2],
+               const float2 query_weight[2], const __local float *scales, float2 key_weight, float2 *key_dots,
+               __local uint4 *weights, __local float *queries) {
+    float2 query_scale[2];
+    float sums[4];
+#pragma unroll
+    for (uint e = 0; e < 2; e++) {
+        const __local float *own = scales + TOKEN_SCALES * (query + 8 * e + 2 * (lane % 4));
+        query_scale[e] = (float2)(own[0], own[TOKEN_SCALES]);
+    }
+    const uint4 a = weigh_far(ds, product, dp, query_weight, query_scale, key_weight, key_dots, sums);
+    store_a(lane, weights, a, key % NB_TILE, query % NB_TILE);
+    store_sums(lane, queries + query, sums);
+}
+
+/*
+ * The first tile's keys with the second one's queries: a warp has 16 keys.  A block's v dO^T is made while the one before is
+ * weighed.
+ */
+void add_across(uint lane, uint own, const __local tile_inputs *in, const __local uint4 *products, float4 gradients[8],
+                const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
+    const uint key = 16 * own, r = lane / 4;
+    const float2 key_weight = (float2)(in->factors[2][key + r], in->factors[2][key + r + 8]);
+    float2 key_dots = (float2)(0.0f);
+    float4 ds[2][2];
+    multiply_values(lane, ds[0], in, key, NB_TILE);
+#pragma unroll
+    for (uint i = 0; i < 4; i++) {
+        const uint query = NB_TILE + 16 * i;
+        if (i < 3) {
+            multiply_values(lane, ds[(i + 1) % 2], in, key, query + 16);
+        }
+        const __local float *factors = &in->factors[2][query + 2 * (lane % 4)];
+        const float2 query_weight[2] = {pair_at(factors), pair_at(factors + 8)};
+        add_block(lane, ds[i % 2], key, query, products[own * 128 + i * 32 + lane], gradients + 2 * i, query_weight,
+                  scales + 7, key_weight, &key_dots, weights, dots->queries + (8 + own) * CHUNK_ROW);
+    }
+    store_key_dots(lane, dots->keys[2] + key, key_dots);
+}
+
+/*
+ * Inside a tile, of ten blocks of 16 keys and 16 queries, a warp has the diagonal's `sixteen`, and one or two more.  In the two
+ * tiles these are different ones, so that all schedulers have equally many.
+ */
+uint sixteen_of(uint part, uint own) { return part == 1 ? 3 - own : own; }
+uint next_keys(uint sixteen) { return sixteen == 3 ? 0 : sixteen; }
+uint next_queries(uint sixteen) { return sixteen == 3 ? 3 : sixteen + 1; }
+
+void add_behind(uint lane, const float4 ds[2], uint tile, uint keys, uint queries, const __local tile_inputs *in,
+                const __local uint4 *products, float4 dp[2], const __local float *scales, float2 *key_dots,
+                __local uint4 *weights, __local tile_dots *dots) {
+    const uint key = NB_TILE * tile + 16 * keys, query = NB_TILE * tile + 16 * queries, r = lane / 4;
+    const uint level = 4 + bit_length(keys ^ queries), slot = level == 5 ? 5 : 6 + keys;
+    const float between = decay_between(in->gates[query - 1], in->gates[key + 15]);
+    const __local float *factors = &in->factors[0][query + 2 * (lane % 4)];
+    const float2 query_weight[2] = {pair_at(factors) * between, pair_at(factors + 8) * between};
+    const float2 key_weight = (float2)(in->factors[1][key + r], in->factors[1][key + r + 8]);
+    add_block(lane, ds, key, query, products[keys * 128 + queries * 32 + lane], dp, query_weight, scales + level,
+              key_weight, key_dots, weights, dots->queries + slot * CHUNK_ROW);
+}
+
+void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *in, const __local uint4 *products,
+                float4 gradients[8], const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
+    const uint first = NB_TILE * tile, token = first + 16 * sixteen;
+    float4 near[2], next[2];
+    float2 key_dots = (float2)(0.0f), next_dots = key_dots;
+    multiply_values(lane, near, in, token, token);
+    multiply_values(lane, next, in, first + 16 * next_keys(sixteen), first + 16 * next_queries(sixteen));
+    const uint4 a = weigh_near(lane, near, products[sixteen * 160 + lane], gradients, in->gates + token,
+                               scales + TOKEN_SCALES * token, &key_dots, dots->queries + token);
+    store_a(lane, weights, a, 16 * sixteen, 16 * sixteen);
+    if (sixteen < 2) {
+        multiply_values(lane, near, in, token, token + 32);
+    }
+    add_behind(lane, next, tile, next_keys(sixteen), next_queries(sixteen), in, products, gradients + 2, scales,
+               &next_dots, weights, dots);
+    if (sixteen < 2) {
+        add_behind(lane, near, tile, sixteen, sixteen + 2, in, products, gradients + 4, scales, &next_dots, weights, dots);
+    }
+    if (sixteen == 3) {
+        store_key_dots(lane, dots->last[tile], next_dots);
+    } else {
+        key_dots += next_dots;
+    }
+    store_key_dots(lane, dots->keys[tile] + 16 * sixteen, key_dots);
+}
+
+/* Where a head's level scales start. */
+const __local float *scales_of(const __local float scales[TILE_STAGES + 1][TOKEN_SCALES * NB_CHUNK],
+                               const __local tile_place *at, int h, int boxes) {
+    return scales[h % (TILE_STAGES + 1)] + (boxes ? (at->first_head + h) * LEVELS % 4 : 0);
+}
+
+/*
+ * The gradients of the level scales, and what is summed up for dg.  A warp has 32 tokens, an item a level of eight of these, so
+ * that neighbours write next to each other; then it has the sum of one token.
  */
 void finish_head(const __local tile_dots *dots, const __local float *scales, const __local tile_place *at, uint h,
-                 uint item) {
-    const uint level = item % 8, first = item / 8, slot = level < 7 ? level : 8;
+                 uint warp, uint lane) {
+    const uint level = lane % 8, first = 32 * warp + lane / 8, slot = level < 7 ? level : 8;
     const __local float *x = dots->queries + slot * CHUNK_ROW + first;
-    const __local float *scale = scales + level * CHUNK_ROW + first;
+    const __local float *scale = scales + TOKEN_SCALES * first + level;
     const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
     __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
     float shares[8];
 #pragma unroll
     for (uint i = 0; i < 8; i++) {
-        float gradient = x[16 * i];
+        float gradient = x[4 * i];
         if (level >= 6) {
-            gradient += x[16 * i + CHUNK_ROW];
+            gradient += x[4 * i + CHUNK_ROW];
         }
-        if (i >= 4 && level == 7) {
-            gradient += x[16 * i + 2 * CHUNK_ROW] + x[16 * i + 3 * CHUNK_ROW];
+        if (warp >= 2 && level == 7) {
+            gradient += x[4 * i + 2 * CHUNK_ROW] + x[4 * i + 3 * CHUNK_ROW];
         }
-        gradient = level < 4 || ((first + 16 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
-        shares[i] = gradient * scale[16 * i];
-        if ((int)(16 * i) < rows) {
-            store_weight(to + i * (16 * HEADS * LEVELS), 0, gradient);
+        gradient = level < 4 || ((first + 4 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
+        shares[i] = gradient * scale[4 * TOKEN_SCALES * i];
+        if ((int)(4 * i) < rows) {
+            store_weight(to + i * (4 * HEADS * LEVELS), 0, gradient);
         }
     }
 #pragma unroll
@@ -357,9 +512,10 @@ void finish_head(const __local tile_dots *dots, const __local float *scales, con
             shares[i] = (high ? right : left) + as_float(shuffle_xor(as_uint(high ? left : right), width));
         }
     }
-    const uint row = first + 16 * level;
-    at->dots[h * at->padded + row] =
-        shares[0] - dots->keys[row / NB_TILE][row % NB_TILE] - (row < NB_TILE ? dots->keys[2][row] : 0.0f);
+    const uint row = first + 4 * level, tile = row / NB_TILE;
+    at->dots[h * at->padded + row] = shares[0] - dots->keys[tile][row % NB_TILE] -
+                                     (row % NB_TILE < 16 ? dots->last[tile][row % NB_TILE] : 0.0f) -
+                                     (tile == 0 ? dots->keys[2][row] : 0.0f);
 }
 
 __kernel __attribute__((reqd_work_group_size(NB_TILE_ITEMS, 1, 1))) void
@@ -370,10 +526,10 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local tile_inputs inputs[TILE_STAGES] __attribute__((aligned(1024)));
     __local uint4 keys[NV_K / 64 * CHUNK_TILE] __attribute__((aligned(1024)));
     __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
-    __local uint4 weights[COLUMN_TILE] __attribute__((aligned(1024))); /* the third warpgroup's (P M)^T */
-    /* Of the head that is fetched, worked on, and finished. */
-    __local float scales_at[3][8 * CHUNK_ROW] __attribute__((aligned(8)));
-    __local tile_dots dots_at[2];
+    __local uint4 weights[3][COLUMN_TILE] __attribute__((aligned(1024))); /* (P M)^T */
+    /* Of the head that is fetched, worked on, and finished; the first two are one where there is room for one head only. */
+    __local float scales_at[TILE_STAGES + 1][TOKEN_SCALES * NB_CHUNK] __attribute__((aligned(128)));
+    __local tile_dots dots_at[TILE_STAGES];
 #if WGMMA
     __local arrivals here[TILE_STAGES];
 #endif
@@ -388,6 +544,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     const uint first = n * NB_CHUNK, first_head = group * GROUP_HEADS + block * BLOCK_HEADS;
     const int has_adjoint = n + 1 < call.chunks;
     const ulong bg = (ulong)b * GROUPS + group;
+    const int boxes = WGMMA && (aligned & 1), scale_boxes = SCALE_BOXES && (aligned & 4);
     __local uint4 *queries = inputs[TILE_STAGES - 1].v[0]; /* before and behind all heads */
 
     __local tile_place place_of_group;
@@ -406,14 +563,25 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             dlevel_scales ? dlevel_scales + dlevel_scales_offset + row * LEVELS : dlevel_scales,
             (__global float *)place(ws, ws_offset, call.dots) +
                 (NB_DOTS - 1) * (ulong)call.batch * HEADS * padded + tokens,
+#if WGMMA
+            map_of(call, ws, ws_offset, 0),
+#endif
+            b,
+            first,
+            first_head,
             padded,
             (ulong)call.chunks * STATE,
             (int)(call.length - first),
         };
     }
 #if WGMMA
+    if (item == FETCHING_ITEM) {
+        for (uint i = 0; i < NB_MAPS; i++) {
+            use_map(map_of(call, ws, ws_offset, i));
+        }
+    }
     if (item < TILE_STAGES) {
-        arrivals_start(&here[item], has_adjoint ? 2 + TILES_V : 2);
+        arrivals_start(&here[item], 2 + (has_adjoint ? TILES_V : 0) + (boxes ? 2 * TILES_V : 0) + (scale_boxes ? 1 : 0));
         tile_publish();
     }
 #endif
@@ -421,6 +589,13 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                                          (bg * padded + first) * K_PIECES;
     fetch_chunk(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES);
     fetch_chunk(queries, queries_from);
+    /* No query is before its key; nothing comes from behind the last chunk. */
+    for (uint i = 0; part < 2 && i < own; i++) {
+        store_a(lane, weights[part], (uint4)(0), 16 * own, 16 * i);
+    }
+    for (uint i = item; !has_adjoint && i < TILE_STAGES * TILES_V * STATE; i += NB_TILE_ITEMS) {
+        inputs[i / (TILES_V * STATE)].adjoint[0][i % (TILES_V * STATE)] = (uint4)(0);
+    }
     wait_for_copies();
     tile_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
@@ -452,11 +627,16 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         own = warp % 4;
         key_tile = part == 1 ? COLUMN_TILE : 0;
         query_tile = part == 0 ? 0 : COLUMN_TILE;
-        const uint r = lane / 4, p = lane % 4, first_query = part == 0 ? 0 : NB_TILE;
+        const uint r = lane / 4, sixteen = sixteen_of(part, own);
         const uint key = (part == 1 ? NB_TILE : 0) + own * 16; /* in the chunk */
         const int has_work = h >= 0 && h < BLOCK_HEADS;
-        const __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
-        if (TILE_STAGES > 1) {
+        __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
+#if WGMMA
+        if (lane == 0) {
+            wait_for_boxes(); /* of the head before, whose place is taken now */
+        }
+#endif
+        if (TILE_STAGES > 1 && !(boxes && scale_boxes)) {
             wait_for_copies();
             tile_publish();
         }
@@ -464,21 +644,38 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         if (wanted < BLOCK_HEADS) {
             __local tile_inputs *to = &inputs[wanted % TILE_STAGES];
             const uint level = item % 8, first_row = item / 8;
-            const __global weight *scales_from = at->level_scales + (first_row * (HEADS * LEVELS) + wanted * LEVELS + level);
             const int rows = at->rows;
-            fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows, item,
-                       aligned & 1);
+            if (!boxes) {
+                fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows,
+                           item, aligned & 1);
+            }
+            __local float *to_scales = scales_at[wanted % (TILE_STAGES + 1)];
+            if (!scale_boxes) {
+                const __global weight *scales_from =
+                    at->level_scales + (first_row * (HEADS * LEVELS) + wanted * LEVELS + level);
 #pragma unroll
-            for (uint i = 0; i < NB_CHUNK; i += NB_TILE_ITEMS / 8) {
-                const uint row = first_row + i;
-                if (row < NB_CHUNK) {
-                    fetch_scale(&scales_at[wanted % 3][level * CHUNK_ROW + row], scales_from, i * (HEADS * LEVELS),
-                                (int)row < rows && level < LEVELS);
+                for (uint i = 0; i < NB_CHUNK; i += NB_TILE_ITEMS / 8) {
+                    const uint row = first_row + i;
+                    if (row < NB_CHUNK) {
+                        fetch_scale(&to_scales[TOKEN_SCALES * row + level], scales_from, i * (HEADS * LEVELS),
+                                    (int)row < rows && level < LEVELS);
+                    }
                 }
             }
 #if WGMMA
-            if (item == NB_TILE_ITEMS - 1) {
+            if (item == FETCHING_ITEM) {
                 __local arrivals *arrived = &here[wanted % TILE_STAGES];
+                const uint head = at->first_head + wanted;
+                for (uint i = 0; boxes && i < TILES_V; i++) {
+                    const uint4 box = (uint4)(at->sequence, at->first, head, i * NB_COLUMNS);
+                    copy_box(to->v[i], &at->maps[NB_MAP_V], box, CHUNK_TILE * 16, arrived);
+                    copy_box(to->d_o[i], &at->maps[NB_MAP_D_O], box, CHUNK_TILE * 16, arrived);
+                }
+                if (scale_boxes) {
+                    copy_box(to_scales, &at->maps[NB_MAP_SCALES],
+                             (uint4)(at->sequence, at->first, 0, head * LEVELS / 4 * 4), NB_CHUNK * TOKEN_SCALES * 4,
+                             arrived);
+                }
                 for (uint i = 0; has_adjoint && i < TILES_V; i++) {
                     copy_bulk(to->adjoint[i], at->adjoints + (wanted * TILES_V + i) * at->adjoint_stride, STATE * 16,
                               arrived);
@@ -499,13 +696,13 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             }
 #endif
         }
+        if (h > 0 && part == 2) {
+            finish_head(&dots_at[(h - 1) % TILE_STAGES], scales_of(scales_at, at, h - 1, scale_boxes), at, h - 1, own, lane);
+        }
         if (TILE_STAGES == 1) {
             wait_for_copies();
             tile_publish();
             barrier(CLK_LOCAL_MEM_FENCE);
-        }
-        if (h > 0 && part == 2) {
-            finish_head(&dots_at[(h - 1) % 2], scales_at[(h - 1) % 3], at, h - 1, item % 128);
         }
         if (!has_work) {
             continue;
@@ -513,142 +710,97 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #if WGMMA
         arrivals_wait(&here[h % TILE_STAGES], h / TILE_STAGES % 2);
 #endif
-        __local tile_dots *dots = &dots_at[h % 2];
-        const __local float *scales = scales_at[h % 3];
-        const float2 ends = (float2)(in->factors[3][key + r], in->factors[3][key + r + 8]) * STATE_UNIT;
-        float2 key_dots = (float2)(0.0f);
-        float sums[16];
+        __local tile_dots *dots = &dots_at[h % TILE_STAGES];
+        const __local float *scales = scales_of(scales_at, at, h, scale_boxes);
         if (part == 2) {
-            const float2 key_weight = (float2)(in->factors[2][key + r], in->factors[2][key + r + 8]);
-#pragma unroll
-            for (uint i = 0; i < 4; i++) {
-                float4 ds[2];
-                float2 query_weight[2], query_scale[2];
-                multiply_values(lane, ds, in, key, NB_TILE + 16 * i);
-#pragma unroll
-                for (uint e = 0; e < 2; e++) {
-                    const uint t = NB_TILE + 16 * i + 8 * e + 2 * p;
-                    query_weight[e] = pair_at(&in->factors[2][t]);
-                    query_scale[e] = pair_at(&scales[7 * CHUNK_ROW + t]);
-                }
-                const uint4 a = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i,
-                                          query_weight, query_scale, key_weight, &key_dots, sums + 4 * i);
-                store_a(lane, weights, a, key, 16 * i);
-            }
+            add_across(lane, own, in, products[2], gradients, scales, weights[2], dots);
             tile_publish();
-            announce(1, 256);
-            *(__local float2 *)&dots->queries[(8 + own) * CHUNK_ROW + NB_TILE + 2 * lane] = sum_queries(lane, sums);
-            if (NV_K > 64 && has_adjoint) {
-                for (uint i = 0; i < TILES_V; i++) {
-                    const tile_rows adjoint = tile_at(in->adjoint[i] + COLUMN_TILE);
-                    uint4 a[4], c[4];
-                    load_rows(lane, a, in->v[i], key);
-                    scale_tile(a, ends.x, ends.y);
-                    tile_multiply_transposed(square, a, adjoint);
-                    load_rows(lane, c, in->v[i], NB_TILE + key);
-                    scale_tile(c, in->factors[3][NB_TILE + key + r] * STATE_UNIT,
-                               in->factors[3][NB_TILE + key + r + 8] * STATE_UNIT);
-                    tile_multiply_transposed(rest, c, adjoint);
-                    tile_wait(square);
-                    tile_wait(rest);
+            if (NV_K == 64) {
+                announce(1, NB_TILE_ITEMS);
+            }
+            for (uint i = 0; NV_K > 64 && i < TILES_V; i++) {
+                const tile_rows adjoint = tile_at(in->adjoint[i] + COLUMN_TILE);
+                uint4 upper[4], lower[4];
+                load_rows(lane, upper, in->v[i], key);
+                load_rows(lane, lower, in->v[i], NB_TILE + key);
+                if (i + 1 == TILES_V) {
+                    announce(1, NB_TILE_ITEMS);
                 }
+                scale_tile(upper, in->factors[3] + key + r);
+                tile_multiply_transposed(square, upper, adjoint);
+                scale_tile(lower, in->factors[3] + NB_TILE + key + r);
+                tile_multiply_transposed(rest, lower, adjoint);
+                tile_wait(square);
+                tile_wait(rest);
             }
         } else {
-            const float2 last_key = in->gates[key + 15];
-            const float2 key_weight = (float2)(in->factors[1][key + r], in->factors[1][key + r + 8]);
-            uint4 a[4];
-            float4 near[2];
-            multiply_values(lane, near, in, key, key);
-            /* The diagonal's gradients stand first, where no other ones are. */
-            float near_sums[4];
-            const uint4 diagonal =
-                weigh_near(lane, near, products[part][own * 128 + own * 32 + lane], gradients, in->gates + key,
-                           scales + key, &key_dots, dots->queries + key, near_sums);
-#pragma unroll
-            for (uint i = 0; i < 4; i++) {
-                a[i] = i == own ? diagonal : (uint4)(0);
-#pragma unroll
-                for (uint e = 0; e < 4; e++) {
-                    sums[4 * i + e] = near_sums[e];
-                }
-                if (i > 0 && i > own) {
-                    const uint query = first_query + 16 * i, level = 4 + bit_length(i ^ own);
-                    float4 ds[2];
-                    multiply_values(lane, ds, in, key, query);
-                    const float between = decay_between(in->gates[query - 1], last_key);
-                    float2 query_weight[2], query_scale[2];
-#pragma unroll
-                    for (uint e = 0; e < 2; e++) {
-                        const uint t = query + 8 * e + 2 * p;
-                        query_weight[e] = pair_at(&in->factors[0][t]) * between;
-                        query_scale[e] = pair_at(&scales[level * CHUNK_ROW + t]);
-                    }
-                    a[i] = weigh_far(ds, products[part][own * 128 + i * 32 + lane], gradients + 2 * i, query_weight,
-                                     query_scale, key_weight, &key_dots, sums + 4 * i);
-                }
-            }
-            /* The item's two queries: level 4 of the keys' own sixteen, 5 or 6 of one behind. */
-            const float2 own_sums = sum_queries(lane, sums);
-            const uint sixteen = r / 2, slot = sixteen == own ? 4 : (sixteen ^ own) == 1 ? 5 : 6 + own;
-            if (sixteen >= own) {
-                *(__local float2 *)&dots->queries[slot * CHUNK_ROW + first_query + 2 * lane] = own_sums;
-            }
+            add_inside(lane, part, sixteen, in, products[part], gradients, scales, weights[part], dots);
+            tile_publish();
+            warpgroup_barrier(part + 1);
+            const float2 ends = (float2)(in->factors[3][key + r], in->factors[3][key + r + 8]) * STATE_UNIT;
+            float2 key_dots = (float2)(0.0f);
             for (uint i = 0; i < TILES_V; i++) {
                 uint4 values[4];
-                tile_clear(rest);
-                if (has_adjoint) {
-                    load_rows(lane, values, in->v[i], key);
-                    for (uint j = 0; j < NV_K / 64; j++) {
-                        tile_multiply_local(rest, tile_at(keys + j * CHUNK_TILE + key_tile),
-                                            tile_at(in->adjoint[i] + j * COLUMN_TILE));
-                    }
-                    tile_wait(rest);
+                multiply_keys(rest, keys + key_tile, in->adjoint[i]);
+                load_rows(lane, values, in->v[i], key);
+                tile_wait(rest);
 #pragma unroll
-                    for (uint j = 0; j < 8; j++) {
-                        rest[j] *= ends.xxyy;
-                        const float2 upper = unpack(j % 2 == 0 ? values[j / 2].x : values[j / 2].z);
-                        const float2 lower = unpack(j % 2 == 0 ? values[j / 2].y : values[j / 2].w);
-                        key_dots.x = fma(upper.x, rest[j].x, fma(upper.y, rest[j].y, key_dots.x));
-                        key_dots.y = fma(lower.x, rest[j].z, fma(lower.y, rest[j].w, key_dots.y));
-                    }
-                    scale_tile(values, ends.x, ends.y);
-                    tile_multiply_transposed(square, values, tile_at(in->adjoint[i]));
+                for (uint j = 0; j < 8; j++) {
+                    rest[j] *= ends.xxyy;
+                    const float2 upper = unpack(j % 2 == 0 ? values[j / 2].x : values[j / 2].z);
+                    const float2 lower = unpack(j % 2 == 0 ? values[j / 2].y : values[j / 2].w);
+                    key_dots.x = fma(upper.x, rest[j].x, fma(upper.y, rest[j].y, key_dots.x));
+                    key_dots.y = fma(lower.x, rest[j].z, fma(lower.y, rest[j].w, key_dots.y));
                 }
-                tile_multiply(rest, a, tile_at(in->d_o[i] + query_tile));
+                scale_tile(values, in->factors[3] + key + r);
+                tile_multiply_transposed(square, values, tile_at(in->adjoint[i]));
+                tile_multiply_local(rest, tile_at(weights[part]), tile_at(in->d_o[i] + query_tile));
+                if (i == 0) {
+                    meet(1, NB_TILE_ITEMS); /* the third warpgroup has its weights, and its v */
+                }
                 if (part == 0) {
-                    if (i == 0) {
-                        meet(1, 256);
-                    }
-                    tile_multiply_local(rest, tile_at(weights), tile_at(in->d_o[i] + COLUMN_TILE));
+                    tile_multiply_local(rest, tile_at(weights[2]), tile_at(in->d_o[i] + COLUMN_TILE));
                 }
                 tile_wait(rest);
                 tile_wait(square);
+#if WGMMA
+                if (aligned & 2) {
+                    __local uint4 *rows = &in->v[i][8 * key]; /* not used any more */
+                    store_rows_of(lane, rows, rest);
+                    tile_publish();
+                    meet_in_warp();
+                    if (lane == 0) {
+                        store_box(&at->maps[NB_MAP_DV],
+                                  (uint4)(at->sequence, at->first + key, at->first_head + h, i * NB_COLUMNS), rows);
+                    }
+                    continue;
+                }
+#endif
                 store_columns(lane, at->dv + (ulong)(key + r) * (HEADS * DIM_V) + h * DIM_V + i * NB_COLUMNS, rest,
                               at->rows - (int)(key + r), DIM_V - (int)i * NB_COLUMNS, aligned >> 1);
             }
-        }
-        key_dots = (float2)(sum_quad(key_dots.x), sum_quad(key_dots.y));
-        if (p == 0) {
-            dots->keys[part][16 * own + r] = key_dots.x;
-            dots->keys[part][16 * own + r + 8] = key_dots.y;
+            add_key_dots(lane, dots->keys[part] + 16 * own, key_dots);
         }
     }
 
     /* What all heads have added up to. */
     barrier(CLK_LOCAL_MEM_FENCE);
     fetch_chunk(queries, queries_from);
+    if (part == 2) {
 #pragma unroll
-    for (uint i = 0; i < 4; i++) {
-        float4 left = gradients[2 * i], right = gradients[2 * i + 1];
-        if (part < 2) {
-            left = i == own ? gradients[0] : i > own ? left : (float4)(0.0f);
-            right = i == own ? gradients[1] : i > own ? right : (float4)(0.0f);
+        for (uint i = 0; i < 4; i++) {
+            store_gradients(lane, products[2], gradients + 2 * i, call.scale, own, i);
         }
-        left *= call.scale;
-        right *= call.scale;
-        store_a(lane, products[part],
-                (uint4)(pack(left.x, left.y), pack(left.z, left.w), pack(right.x, right.y), pack(right.z, right.w)),
-                16 * own, 16 * i);
+    } else {
+        const uint sixteen = sixteen_of(part, own);
+        for (uint i = 0; i < own; i++) {
+            store_a(lane, products[part], (uint4)(0), 16 * own, 16 * i);
+        }
+        store_gradients(lane, products[part], gradients, call.scale, sixteen, sixteen);
+        store_gradients(lane, products[part], gradients + 2, call.scale, next_keys(sixteen), next_queries(sixteen));
+        if (sixteen < 2) {
+            store_gradients(lane, products[part], gradients + 4, call.scale, sixteen, sixteen + 2);
+        }
     }
     wait_for_copies();
     tile_publish();

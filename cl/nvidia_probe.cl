@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Does the device do what the NVIDIA engine relies on?  Matrix units, one warp's and a warpgroup's, copies into local
- * memory, loads of matrices and shuffles through PTX, and PROBE_BYTES of local memory (at least 16384, for a and b),
- * whatever the driver says it has.
+ * memory, with wgmma also of boxes, loads of matrices and shuffles through PTX, and PROBE_BYTES of local memory (at least
+ * 16384, for a and b), whatever the driver says it has.
  *
  * LOGLIN_BUILD_OPTIONS=-DNV_NO_WGMMA makes the trial of wgmma fail: so mma.sync is tried where the device has both.
  */
@@ -74,6 +74,26 @@ nvidia_probe(const __global uint4 *a, const __global uint4 *b, __global float *p
     for (uint j = 0; j < 8; j++) {
         wrong += differs(other[j], transposed[j]);
     }
+#if WGMMA
+    /* Of b as 32 tokens of two heads, the second head. */
+    __global heads_map *map = (__global heads_map *)(products + group * 64 * 64);
+    __local arrivals *arrived = (__local arrivals *)&area[PROBE_BYTES / 16 - 1];
+    barrier(CLK_LOCAL_MEM_FENCE);
+    if (item == 0) {
+        arrivals_start(arrived, 1);
+        arrivals_publish();
+        map_heads(map, b, (uint4)(1, 32, 2, 64), 2, 32, 64, 1);
+        use_map(map);
+        copy_box(rows_of_a, map, (uint4)(0, 0, 1, 0), 32 * 128, arrived);
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    arrivals_wait(arrived, 0);
+    for (uint i = item; i < 32 * 8; i += NV_ITEMS) {
+        const uint row = i / 8, piece = i % 8;
+        const uint4 x = rows_of_a[row * 8 + (piece ^ row % 8)], y = area[(2 * row + 1) * 8 + (piece ^ (2 * row + 1) % 8)];
+        wrong += x.x != y.x || x.y != y.y || x.z != y.z || x.w != y.w;
+    }
+#endif
     const uint4 quad = transpose_quad((uint4)(p * 4, p * 4 + 1, p * 4 + 2, p * 4 + 3));
     wrong += quad.x != p || quad.y != 4 + p || quad.z != 8 + p || quad.w != 12 + p;
     const float2 same = unpack(multiply_pairs(pack(3.0f, -5.0f), pack(0.5f, 2.0f)));

@@ -122,6 +122,7 @@ static void lay_out(const loglin_problem *problem, const backward_shape *shape, 
     const size_t slices = shape->padded_k / 4;
     size_t end = 0;
     backward->call = (loglin_nvidia_gradients){
+        .maps = loglin_nvidia_reserve(&end, ((size_t)NB_MAPS + 1) * 128),
         .queries = loglin_nvidia_reserve(&end, group_rows * 2),
         .keys = loglin_nvidia_reserve(&end, group_rows * 2),
         .gates = loglin_nvidia_reserve(&end, head_tokens * sizeof(float[2])),
@@ -217,8 +218,10 @@ static size_t tiles_bytes(const backward_shape *shape) {
     const size_t chunk = NB_CHUNK, row = (size_t)NB_COLUMNS * 2, tile = NB_TILE * row,
                  level = (chunk + 4) * sizeof(float);
     const size_t head = shape->tiles_v * (2 * chunk + shape->padded_k) * row + chunk * sizeof(float[6]);
-    const size_t dots = 12 * level + sizeof(float[3][NB_TILE]), others = 1024; /* places and arrivals */
-    return shape->tile_stages * head + chunk * shape->padded_k * 2 + 4 * tile + 24 * level + 2 * dots + others;
+    const size_t scales = chunk * (shape->wgmma ? NB_BOX_SCALES : NB_SCALES) * sizeof(float);
+    const size_t dots = 12 * level + sizeof(float[3][NB_TILE]) + sizeof(float[2][16]);
+    const size_t others = 512; /* places and arrivals */
+    return shape->tile_stages * (head + scales + dots) + scales + chunk * shape->padded_k * 2 + 6 * tile + others;
 }
 
 /* The most that a work-group takes. */
@@ -231,16 +234,17 @@ static size_t local_bytes(const backward_shape *shape) {
 /* The most that is asked for; the trial run says whether the device has it. */
 static const size_t most_local_bytes = (size_t)226 << 10;
 
-/* Units of four chunks and two heads at a time where local memory has room for them, else fewer. */
+/* wgmma where it is; units of four chunks and two heads at a time where local memory has room for them, else fewer. */
 static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
     loglin_status status = LOGLIN_UNSUPPORTED;
-    for (size_t i = 6; status == LOGLIN_UNSUPPORTED && i-- > 2;) {
-        *shape = find_shape(device, problem, i / 2);
+    for (size_t i = 8; status == LOGLIN_UNSUPPORTED && i-- > 0;) {
+        *shape = find_shape(device, problem, 1 + i % 4 / 2);
         shape->tile_stages = 1 + i % 2;
+        shape->wgmma = i >= 4;
         const size_t bytes = local_bytes(shape);
-        if (bytes <= most_local_bytes || i == 2) {
-            shape->wgmma = loglin_nvidia_probe_wgmma(device, problem->dtype, bytes) == LOGLIN_OK;
-            status = shape->wgmma ? LOGLIN_OK : loglin_nvidia_probe(device, problem->dtype, bytes);
+        if (bytes <= most_local_bytes || i % 4 == 0) {
+            status = shape->wgmma ? loglin_nvidia_probe_wgmma(device, problem->dtype, bytes)
+                                  : loglin_nvidia_probe(device, problem->dtype, bytes);
         }
     }
     return status;
@@ -285,16 +289,18 @@ static loglin_status enqueue(const loglin_nvidia_backward *backward, loglin_nvid
     const loglin_inputs *in = &call->in;
     const loglin_gradients *out = &call->out;
     const cl_uint inputs_are = loglin_nvidia_is_aligned(in->v) && loglin_nvidia_is_aligned(call->d_o);
-    const cl_uint all_are = inputs_are | (cl_uint)loglin_nvidia_is_aligned(out->dv) << 1;
+    const cl_uint all_are = inputs_are | (cl_uint)loglin_nvidia_is_aligned(out->dv) << 1 |
+                            (cl_uint)loglin_nvidia_is_aligned(in->level_scales) << 2;
     const loglin_nvidia_argument inputs_aligned = {sizeof inputs_are, &inputs_are};
     const loglin_nvidia_argument all_aligned = {sizeof all_are, &all_are};
     const loglin_buffer prepare[] = {in->q, in->k, in->g};
+    const loglin_buffer since[] = {in->v, call->d_o, out->dv, in->level_scales};
     const loglin_buffer sums[] = {in->v, call->d_o};
     const loglin_buffer rows[] = {call->d_o, in->level_scales, out->dlevel_scales};
     const loglin_buffer tiles[] = {in->v, call->d_o, in->level_scales, out->dv, out->dlevel_scales};
     const loglin_buffer reduce[] = {in->q, in->k, out->dq, out->dk};
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_prepare], prepare, 3, NULL, NULL));
-    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_since], NULL, 0, NULL, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_since], since, 4, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_weights], &in->level_scales, 1, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_sums], sums, 2, &inputs_aligned, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tree], NULL, 0, NULL, NULL));
