@@ -4,18 +4,18 @@
  *
  * There are as many work-groups as are on the device together, and each takes its share of every product.  What it will
  * need of the weights is known from the start, so one item of a warp of its own has them copied into a ring of local
- * memory, always some slots ahead: over norms, attention and waiting the memory is not idle.  The other LOCAL items
- * compute.  A layer is five phases:
+ * memory, always some slots ahead: over norms, attention and waiting the memory is not idle.  LOCAL items compute, and
+ * HELPERS others read and write the states.  A layer is five phases:
  *
  *     in          p = W norm(x) + bias
  *     attention   convolution, gates, level states: runs of 8 columns ("octets") of a head's v; y = gated o, not yet scaled
- *     out         parts = W norm(y)           every group keeps all of x, to which it adds the parts of what a product
- *     gate, up    y = silu(W x') * (W' x')    adds, each over some of the columns: so that there is work for all groups
- *     down        parts = W y
+ *     out         parts = W norm(y)           a product that adds to x makes parts, each over some of the columns: so there
+ *     gate, up    y = silu(W x') * (W' x')    is work for all groups.  Who has a row of x adds up its parts, and tells what
+ *     down        parts = W y                 x is then
  *
  * What a group makes it tells the others: each float goes to memory with a number, which is the layer's and launch's, in one
  * store, and who needs it looks until the number is there.  No float is told anew before all have it, since every group has
- * something to tell in every phase, and in norms waits for all of them.
+ * something to tell in every phase, and what it tells follows from all that the phase before told.
  *
  * A product is made by matrix units: a vector's float is three bfloat16 parts, three columns of a matrix, as in
  * nvidia_product.cl.
@@ -34,15 +34,11 @@
 #define SLOTS 2       /* of the ring */
 #define STAGED 1      /* levels of octets in local memory */
 #endif
-/* Slots that are being copied at once: more only make everybody else's reads wait. */
-#ifndef ON_THEIR_WAY
-#define ON_THEIR_WAY 2
-#endif
+#define ON_THEIR_WAY 2 /* slots that are being copied at once: more only make everybody else's reads wait */
 
 #define INLINE __attribute__((always_inline)) /* all: what goes through memory is slow, since local memory has the cache's room */
 #define WARPS (LOCAL / 32)
-/* Items beside those that compute: some read and write the states, one copies weights. */
-#define HELPERS 128
+#define HELPERS 128 /* items that read and write the states */
 #define HELPER_WARPS (HELPERS / 32)
 #define ITEMS_BARRIER() meet(1, LOCAL) /* of those that compute */
 #define HELPERS_BARRIER() meet(2, HELPERS)
@@ -163,7 +159,7 @@ INLINE void hear_all(told *seen, uint n, a_layer at, uint word, uint start, uint
 
 /* ---- The stream of weights ---- */
 
-#define SLOT_COLUMNS 512                      /* of a block of 16 rows */
+#define SLOT_COLUMNS 512 /* of a block of 16 rows */
 #define COLUMN_BYTES 32
 #define SLOT_BYTES (SLOT_COLUMNS * COLUMN_BYTES)
 
@@ -312,7 +308,7 @@ INLINE uint4 load_weights(const __local uint4 *tile) {
     return (uint4)(low_halves(x.x, x.y), high_halves(x.x, x.y), low_halves(x.z, x.w), high_halves(x.z, x.w));
 }
 
-/* Warps that multiply a slot, one after another's by one crew after another: so what they wait for overlaps. */
+/* Warps that multiply a slot, a crew; the crews take slots in turn: so what they wait for overlaps. */
 #define CREW 4
 #define CREWS (WARPS / CREW)
 #define TILES 4 /* that a warp multiplies at once */
@@ -363,7 +359,8 @@ INLINE void multiply_units(ring *from, const __local share *of, uint first, uint
         const uint columns = max(columns_of_part(of, of->part + next), start) - start;
         float4 sums[2] = {(float4)(0.0f), (float4)(0.0f)};
         arrivals_wait(&from->full[slot], turn / SLOTS % 2);
-        multiply_slot(sums, from->slots + slot * SLOT_COLUMNS * 2, own + next * of->width + start, min(columns, (uint)SLOT_COLUMNS) / 16);
+        multiply_slot(sums, from->slots + slot * SLOT_COLUMNS * 2, own + next * of->width + start,
+                      min(columns, (uint)SLOT_COLUMNS) / 16);
         meet_in_warp();
         if (lane == 0) {
             arrive(&from->empty[slot]);
@@ -504,9 +501,9 @@ INLINE void prepare_x(a_layer at, uint x_at, const __global float *norm, float e
 
 /* ---- Attention ---- */
 
-#define MOST_OCTETS 4                       /* that a group takes at once */
-#define LEVEL_ROWS (DIM_K / 16)             /* rows of a level that an item holds, 16 apart, 4 columns each */
-#define TILE_PIECES (DIM_K * 2)             /* pieces of 16 bytes of a level of an octet */
+#define MOST_OCTETS 4           /* that a group takes at once */
+#define LEVEL_ROWS (DIM_K / 16) /* rows of an octet's level that an item of one warp has, 16 apart, 4 columns each */
+#define LEVEL_PIECES (DIM_K * 2) /* of 16 bytes, of an octet's level */
 #undef SEGMENTS
 #define SEGMENTS (INNER / SEGMENT)
 
@@ -521,8 +518,8 @@ INLINE void prepare_x(a_layer at, uint x_at, const __global float *norm, float e
 #define INPUTS (VALUES_AT + MOST_OCTETS * 8)
 
 typedef struct attention_area {
-    float4 staged[STAGED][TILE_PIECES + 2]; /* existing levels, of all octets in turn; 2 keep banks apart */
-    float2 inputs[INPUTS];              /* what came before this token, and its own weight; then the value */
+    float4 staged[STAGED][LEVEL_PIECES + 2]; /* existing levels, of all octets in turn; 2 keep banks apart */
+    float2 inputs[INPUTS]; /* what came before this token, and its own weight; then the value */
     float decay[MOST_OCTETS][LEVELS], weights[MOST_OCTETS][LEVELS]; /* until this token */
     float dt_bias[MOST_OCTETS], a[MOST_OCTETS];
     float forget[MOST_OCTETS], writing[MOST_OCTETS]; /* this token's decay; beta, or the time step */
@@ -543,15 +540,16 @@ typedef struct input {
 } input;
 
 INLINE input find_input(uint first, uint octets, uint i) {
-    const uint of_keys = count_inputs(first, octets) - octets * 8, key = key_of(first) + i / (2 * DIM_K), row = i % (2 * DIM_K);
+    const uint of_keys = count_inputs(first, octets) - octets * 8;
+    const uint key = key_of(first) + i / (2 * DIM_K), row = i % (2 * DIM_K);
     const input of_key = {i, row < DIM_K ? Q_AT + key * DIM_K + row : K_AT + key * DIM_K + row - DIM_K};
     const input of_value = {VALUES_AT + i - of_keys, V_AT + first * 8 + i - of_keys};
     return i < of_keys ? of_key : of_value;
 }
 
 /*
- * The levels that exist after `now` tokens follow from the bits of `now`: this token merges those up to the lowest bit into the
- * level above it, `merged`, which there was none of, and writes its own, level 0.
+ * The levels that exist after `now` tokens follow from the bits of `now`: this token merges those up to the lowest bit
+ * into the level above it, `merged`, which there was none of, and writes its own, level 0.
  */
 INLINE uint existing_levels(uint now) { return now > 0 ? (now - 1) << 1 | 1 : 0; }
 INLINE uint merged_level(uint now) { return 32 - clz(now & -now); }
@@ -587,11 +585,11 @@ INLINE void stage_levels(a_layer at, uint first, uint octets, uint now, __local 
     const row_piece of = find_row_piece(item() - LOCAL);
     uint left = existing_levels(now);
 #pragma unroll 1
-    for (uint tile = of.octet; of.octet < octets && left != 0 && tile - of.octet + octets <= STAGED; left &= left - 1, tile += octets) {
+    for (uint others = 0; of.octet < octets && left != 0 && others + octets <= STAGED; left &= left - 1, others += octets) {
         const __global float4 *from = place_in_level(at, first + of.octet, lowest_level(left), 0, of.half_of_octet);
 #pragma unroll 1
         for (uint row = of.row; row < DIM_K; row += ROWS_OF(HELPERS)) {
-            copy_16(&area->staged[tile][row * 2 + of.half_of_octet], from + row * (DIM_V / 4), 1);
+            copy_16(&area->staged[others + of.octet][row * 2 + of.half_of_octet], from + row * (DIM_V / 4), 1);
         }
     }
 }
@@ -632,10 +630,11 @@ INLINE float limited_time_step(a_layer at, float dt) { return clamp(softplusv(dt
 
 INLINE uint find_word(uint first, uint octets, uint i) {
     const uint me = item(), head = head_of(first + min(me / LEVELS, octets - 1));
-    return i < TURNS       ? P_AT + CONV_AT + find_input(first, octets, min(i * LOCAL + me, count_inputs(first, octets) - 1)).channel
-           : i == GATES_AT ? P_AT + LEVEL_AT + head * LEVELS + me % LEVELS
-           : i == GATES_AT + 1 ? P_AT + DT_AT + head
-                               : P_AT + BETA_AT + head;
+    const uint of_item = min(i * LOCAL + me, count_inputs(first, octets) - 1);
+    return P_AT + (i < TURNS           ? CONV_AT + find_input(first, octets, of_item).channel
+                   : i == GATES_AT     ? LEVEL_AT + head * LEVELS + me % LEVELS
+                   : i == GATES_AT + 1 ? DT_AT + head
+                                       : BETA_AT + head);
 }
 
 /* Convolution and gates. */
@@ -680,20 +679,6 @@ INLINE void take_inputs(a_layer at, uint first, uint octets, __local attention_a
     }
 }
 
-/* The sum over the items that hold a tile's rows, by all of them. */
-INLINE float4 sum_of_tile_rows(float4 x) {
-    const bool upper = (lane_of_item() & 16) != 0, odd = (lane_of_item() & 8) != 0;
-    const float2 halves = (upper ? x.zw : x.xy) + (float2)(as_float(shuffle_xor(as_uint(upper ? x.x : x.z), 16)),
-                                                            as_float(shuffle_xor(as_uint(upper ? x.y : x.w), 16)));
-    float own = (odd ? halves.y : halves.x) + as_float(shuffle_xor(as_uint(odd ? halves.x : halves.y), 8));
-    own = add_other(own, 4);
-    own = add_other(own, 2);
-    const float next = as_float(shuffle_xor(as_uint(own), 8));
-    const float2 pair = odd ? (float2)(next, own) : (float2)(own, next);
-    const float2 others = (float2)(as_float(shuffle_xor(as_uint(pair.x), 16)), as_float(shuffle_xor(as_uint(pair.y), 16)));
-    return upper ? (float4)(others, pair) : (float4)(pair, others);
-}
-
 INLINE const __local float2 *find_key(uint first, uint octet, const __local attention_area *area) {
     return area->inputs + ((key_of(first + octet) - key_of(first)) * 2 + 1) * DIM_K;
 }
@@ -704,25 +689,27 @@ INLINE uint find_staged(uint octet, uint octets, uint existing, uint level) {
     return of_all + octets <= STAGED ? of_all + octet : STAGED;
 }
 
-/* Adds `factor` times the `count` pieces of a level to sums, `step` pieces apart; `piece` is row * 2 + the half. */
-#define ADD_LEVEL(sums, factor, at, first, octet, octets, now, level, rows, apart, half_of_octet)                        \
-    do {                                                                                                               \
-        const uint place = find_staged(octet, octets, existing_levels(now), level);                                   \
-        if (place < STAGED) {                                                                                          \
-            _Pragma("unroll") for (uint i_ = 0; i_ < sizeof(sums) / sizeof(float4); i_++) {                            \
-                if ((rows) + i_ * (apart) < DIM_K) {                                                                   \
-                    sums[i_] += (factor) * area->staged[place][((rows) + i_ * (apart)) * 2 + (half_of_octet)];         \
-                }                                                                                                      \
-            }                                                                                                          \
-        } else {                                                                                                       \
-            const __global float4 *from_ = place_in_level(at, (first) + (octet), level, 0, half_of_octet);             \
-            _Pragma("unroll") for (uint i_ = 0; i_ < sizeof(sums) / sizeof(float4); i_++) {                            \
-                if ((rows) + i_ * (apart) < DIM_K) {                                                                   \
-                    sums[i_] += (factor) * from_[((rows) + i_ * (apart)) * (DIM_V / 4)];                               \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-    } while (0)
+/* Adds `factor` times rows of a level, `count` of them `apart` from `row` on, to sums. */
+INLINE void add_level(float4 *sums, uint count, float factor, a_layer at, uint first, uint octet, uint octets, uint now,
+                      uint level, uint row, uint apart, uint half_of_octet, const __local attention_area *area) {
+    const uint place = find_staged(octet, octets, existing_levels(now), level);
+    if (place < STAGED) {
+#pragma unroll
+        for (uint i = 0; i < count; i++) {
+            if (row + i * apart < DIM_K) {
+                sums[i] += factor * area->staged[place][(row + i * apart) * 2 + half_of_octet];
+            }
+        }
+    } else {
+        const __global float4 *from = place_in_level(at, first + octet, level, 0, half_of_octet);
+#pragma unroll
+        for (uint i = 0; i < count; i++) {
+            if (row + i * apart < DIM_K) {
+                sums[i] += factor * from[(row + i * apart) * (DIM_V / 4)];
+            }
+        }
+    }
+}
 
 INLINE float4 add_other4(float4 x, uint distance) {
     return (float4)(add_other(x.x, distance), add_other(x.y, distance), add_other(x.z, distance), add_other(x.w, distance));
@@ -741,7 +728,7 @@ INLINE void load_early(float4 early[EARLY][PASSES_OF(LOCAL)], a_layer at, uint f
     const uint octet = min(of.octet, octets - 1);
     uint left = existing_levels(now);
 #pragma unroll 1
-    for (uint place = 0; left != 0 && place + octets <= STAGED; place += octets) {
+    for (uint others = 0; left != 0 && others + octets <= STAGED; others += octets) {
         left &= left - 1;
     }
 #pragma unroll
@@ -758,10 +745,11 @@ INLINE void load_early(float4 early[EARLY][PASSES_OF(LOCAL)], a_layer at, uint f
 }
 
 /*
- * What q, and k, give with the sum of the levels as they are weighted: since all is linear, no level by itself matters.  The
- * sums of each warp, over its rows, to `sums`.  The last warps make the products of q and k, too.
+ * What q, and DELTA k, give with the sum of the levels as they are weighted: since all is linear, no level by itself matters.
+ * The sums of each warp, over its rows, to `sums`.
  */
-INLINE void read_levels(a_layer at, uint first, uint octets, uint now, const float4 early[EARLY][PASSES_OF(LOCAL)], const __local attention_area *area, __local float *sums) {
+INLINE void read_levels(a_layer at, uint first, uint octets, uint now, const float4 early[EARLY][PASSES_OF(LOCAL)],
+                        const __local attention_area *area, __local float *sums) {
     const row_piece of = find_row_piece(item());
     const uint octet = min(of.octet, octets - 1), lane = lane_of_item(), merged = merged_level(now);
     const __local float2 *key = find_key(first, octet, area);
@@ -775,13 +763,13 @@ INLINE void read_levels(a_layer at, uint first, uint octets, uint now, const flo
     }
     uint left = existing_levels(now);
 #pragma unroll 1
-    for (uint place = octet; left != 0 && place - octet + octets <= STAGED; left &= left - 1, place += octets) {
+    for (uint others = 0; left != 0 && others + octets <= STAGED; left &= left - 1, others += octets) {
         const float weight = weigh_level(octet, lowest_level(left), merged, area);
 #pragma unroll
         for (uint i = 0; i < PASSES_OF(LOCAL); i++) {
             const uint row = of.row + i * ROWS_OF(LOCAL);
             if (row < DIM_K) {
-                all[i] += weight * area->staged[place][row * 2 + of.half_of_octet];
+                all[i] += weight * area->staged[others + octet][row * 2 + of.half_of_octet];
             }
         }
     }
@@ -796,7 +784,8 @@ INLINE void read_levels(a_layer at, uint first, uint octets, uint now, const flo
 #pragma unroll 1
     for (; left != 0; left &= left - 1) {
         const uint level = lowest_level(left);
-        ADD_LEVEL(all, weigh_level(octet, level, merged, area), at, first, octet, octets, now, level, of.row, ROWS_OF(LOCAL), of.half_of_octet);
+        add_level(all, PASSES_OF(LOCAL), weigh_level(octet, level, merged, area), at, first, octet, octets, now, level, of.row,
+                  ROWS_OF(LOCAL), of.half_of_octet, area);
     }
 #pragma unroll
     for (uint i = 0; i < PASSES_OF(LOCAL); i++) {
@@ -864,7 +853,8 @@ INLINE void remove_from_levels(a_layer at, uint first, uint octets, uint now, __
             }
 #pragma unroll 1
             for (uint source = sources_of(now, level); source != 0; source &= source - 1) {
-                ADD_LEVEL(tile, 1.0f, at, first, octet, octets, now, lowest_level(source), lane / 2, 16, lane % 2);
+                add_level(tile, LEVEL_ROWS, 1.0f, at, first, octet, octets, now, lowest_level(source), lane / 2, 16, lane % 2,
+                          area);
             }
 #pragma unroll
             for (uint i = 0; i < LEVEL_ROWS; i++) {
@@ -912,7 +902,8 @@ INLINE void write_levels(a_layer at, uint first, uint octets, uint now, __local 
             for (uint sources = sources_of(now, level); sources != 0; sources &= sources - 1) {
                 const uint source = lowest_level(sources);
                 const float factor = DELTA ? 1.0f : area->decay[octet][source];
-                ADD_LEVEL(sums, factor, at, first, octet, octets, now, source, first_row, ROWS_OF(HELPERS), of.half_of_octet);
+                add_level(sums, WRITTEN, factor, at, first, octet, octets, now, source, first_row, ROWS_OF(HELPERS),
+                          of.half_of_octet, area);
             }
 #pragma unroll
             for (uint i = 0; i < WRITTEN; i++) {
@@ -938,12 +929,14 @@ typedef struct ending {
 } ending;
 
 INLINE ending begin_ending(a_layer at, uint own) {
-    const ending of = {look(at, P_AT + Z_AT + own), vectors_of(at)[OUT_NORM_AT + own], DELTA ? 0.0f : vectors_of(at)[D_AT + own]};
+    const ending of = {look(at, P_AT + Z_AT + own), vectors_of(at)[OUT_NORM_AT + own],
+                       DELTA ? 0.0f : vectors_of(at)[D_AT + own]};
     return of;
 }
 
 /* y = o, plus D v, gated and weighted, and the sums of squares of the octets. */
-INLINE void finish_octets(a_layer at, uint first, uint octets, ending of, const __local attention_area *area, const __local float *sums) {
+INLINE void finish_octets(a_layer at, uint first, uint octets, ending of, const __local attention_area *area,
+                          const __local float *sums) {
     const uint lane = lane_of_item(), octet = lane / 8, own = first * 8 + lane;
     float normed = 0.0f;
     if (octet < octets) {
@@ -973,7 +966,8 @@ INLINE void finish_octets(a_layer at, uint first, uint octets, ending of, const 
 }
 
 /* What has been begun is there. */
-INLINE void attend_octets(a_layer at, uint first, uint octets, uint now, __local attention_area *area, __local float *sums) {
+INLINE void attend_octets(a_layer at, uint first, uint octets, uint now, __local attention_area *area,
+                          __local float *sums) {
     const uint me = item();
     float4 early[EARLY][PASSES_OF(LOCAL)];
     load_early(early, at, first, octets, now);
@@ -1009,7 +1003,8 @@ INLINE void attend(a_layer at, uint now, __local attention_area *area, __local f
 }
 
 /* What y is scaled with, in segments.  Hears from all groups. */
-INLINE void hear_scales(a_layer at, float eps, __local float *squares, __local float *scales, __local attention_area *area) {
+INLINE void hear_scales(a_layer at, float eps, __local float *squares, __local float *scales,
+                        __local attention_area *area) {
 #pragma unroll 1
     for (uint octet = item(); octet < OCTETS; octet += LOCAL) {
         squares[octet] = hear(at, SQUARES_AT + octet);
@@ -1089,7 +1084,8 @@ INLINE void keep_decays(a_layer at, uint now) {
     for (uint place = own_begin(HEADS * LEVELS) + item() - LOCAL; place < own_end(HEADS * LEVELS); place += HELPERS) {
         const uint level = place % LEVELS, head = place / LEVELS;
         const bool stays = (coming_levels(now & (now - 1)) >> level & 1) != 0;
-        const float bias = vectors_of(at)[DT_BIAS_AT + head], a = vectors_of(at)[A_AT + head], before = log_decay_of(at)[place];
+        const float bias = vectors_of(at)[DT_BIAS_AT + head], a = vectors_of(at)[A_AT + head];
+        const float before = log_decay_of(at)[place];
         const float step = limited_time_step(at, hear(at, P_AT + DT_AT + head) + bias);
         log_decay_of(at)[place] = stays ? before + limited_log_gate(a, step) : 0.0f;
     }
@@ -1139,8 +1135,6 @@ INLINE void help(uint layers, uint now, __local token_arrays *all, __local atten
 }
 
 /* ---- All of it ---- */
-
-
 
 /* Has this group's slice of an array fetched into the cache. */
 INLINE void fetch_slice(const __global void *array, uint bytes) {
@@ -1198,7 +1192,8 @@ token(int id, const __global matrix *embedding, __global told *words, uint numbe
     __local uint4 slots[SLOTS * (SLOT_BYTES / 16)] __attribute__((aligned(128)));
     __local arrivals full[SLOTS], empty[SLOTS];
     __local split prepared;
-    __local float partials[PARTIALS], squares_of_warps[WARPS], squares[OCTETS], scales[SEGMENTS], own_x[HIDDEN / MOST_PARTS];
+    __local float partials[PARTIALS], squares_of_warps[WARPS], squares[OCTETS], scales[SEGMENTS];
+    __local float own_x[HIDDEN / MOST_PARTS];
     __local attention_area area;
     __local token_arrays all;
     __local share shares[PRODUCTS + 1];
