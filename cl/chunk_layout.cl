@@ -16,10 +16,12 @@ uint sequence_length(const loglin_panel p, const __global int *cu_seqlens, uint 
         return (uint)p.length;
     }
     const int begin = clamp(cu_seqlens[i], 0, (int)p.length), end = clamp(cu_seqlens[i + 1], 0, (int)p.length);
-    return (uint)max(end - begin, 0);
+    return min((uint)max(end - begin, 0), p.max_length);
 }
 
-uint sequence_position(const __global int *position, uint i) { return position ? (uint)max(position[i], 0) : 0u; }
+uint sequence_position(const loglin_panel p, const __global int *position, uint i) {
+    return position ? min((uint)max(position[i], 0), p.max_position) : 0u;
+}
 
 /* First slot of a packed sequence. */
 uint packed_slot(const loglin_panel p, const __global int *cu_seqlens, uint i) {
@@ -100,7 +102,7 @@ __kernel void chunk_layout(const loglin_panel p, __global float *ws, const __glo
         return;
     }
     const uint length = sequence_length(p, cu_seqlens, sequence);
-    const uint start = sequence_position(position, sequence), end = start + length;
+    const uint start = sequence_position(p, position, sequence), end = start + length;
     const uint n = (start >> p.chunk_bits) + wave;
     const uint chunk_start = n << p.chunk_bits;
     if (length == 0 || chunk_start >= end) {
@@ -142,7 +144,7 @@ __kernel void chunk_keep(const loglin_panel p, __global float *ws, const __globa
     if (sequence >= p.sequences || sequence_length(p, cu_seqlens + cu_offset, sequence) > 0) {
         return;
     }
-    const uint time = position ? sequence_position(position + position_offset, sequence) : 0;
+    const uint time = position ? sequence_position(p, position + position_offset, sequence) : 0;
     const ulong at = caller_state_at(p, sequence, head, k, i), step = (ulong)p.dim_k * p.dim_v;
     for (uint level = 0; level < p.levels; level++) {
         float x = 0.0f;
@@ -163,7 +165,7 @@ __kernel void chunk_positions(const loglin_panel p, __global float *ws, const __
     if (sequence >= p.sequences) {
         return;
     }
-    const uint time = from ? sequence_position(from + from_offset, sequence) : 0;
+    const uint time = from ? sequence_position(p, from + from_offset, sequence) : 0;
     if (to) {
         to[to_offset + sequence] = (int)(time + sequence_length(p, cu_seqlens + cu_offset, sequence));
     }

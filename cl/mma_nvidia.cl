@@ -201,12 +201,17 @@ void tile_clear(float4 c[8]) {
 
 #if WGMMA
 #if STORAGE == 2
-#define WGMMA_OP "//WG wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+#define WGMMA_TYPES ".f32.bf16.bf16 "
 #else
-#define WGMMA_OP "//WG wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+#define WGMMA_TYPES ".f32.f16.f16 "
 #endif
-#define TILE_C(j) "+f"(c[j].x), "+f"(c[j].y), "+f"(c[j].z), "+f"(c[j].w)
-#define TILE_ALL_C TILE_C(0), TILE_C(1), TILE_C(2), TILE_C(3), TILE_C(4), TILE_C(5), TILE_C(6), TILE_C(7)
+#define WGMMA_OP "//WG wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES
+#define WGMMA_PAIR_OP "//WG wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPES
+#define TILE_C(c) "+f"((c).x), "+f"((c).y), "+f"((c).z), "+f"((c).w)
+#define TILE_ALL_OF(c)                                                                                                 \
+    TILE_C((c)[0]), TILE_C((c)[1]), TILE_C((c)[2]), TILE_C((c)[3]), TILE_C((c)[4]), TILE_C((c)[5]), TILE_C((c)[6]),    \
+        TILE_C((c)[7])
+#define TILE_ALL_C TILE_ALL_OF(c)
 #define TILE_A(i) "+r"(a[i].x), "+r"(a[i].y), "+r"(a[i].z), "+r"(a[i].w)
 
 #define TILE_C_LIST                                                                                                    \
@@ -239,6 +244,17 @@ void tile_multiply_transposed_step(float4 c[8], uint4 a, tile_rows b) { TILE_REG
 void tile_multiply_local_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("1"); }
 void tile_multiply_local_transposed_step(float4 c[8], tile_rows a, tile_rows b) { TILE_LOCAL("0"); }
 
+/* Two tiles of C side by side, from two of B one behind the other: half as many instructions. */
+void tile_pair_multiply_transposed_step(float4 c[2][8], uint4 a, tile_rows b) {
+    asm volatile(TILE_NAME_B("%68") WGMMA_PAIR_OP
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+                 "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+                 "%62, %63}, {%64, %65, %66, %67}, b, 1, 1, 1, 0;\n}"
+                 : TILE_ALL_OF(c[0]), TILE_ALL_OF(c[1])
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b));
+}
+
 /* The operands stand here so that A and C are set before. */
 void tile_start(float4 c[8], uint4 a[4]) {
     asm volatile("//WG wgmma.fence.sync.aligned;"
@@ -267,6 +283,13 @@ void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) {
 #pragma unroll
     for (uint step = 0; step < 4; step++) {
         tile_multiply_transposed_step(c, a[step], tile_columns(b, step));
+    }
+}
+
+void tile_pair_add_transposed(float4 c[2][8], uint4 a[4], tile_rows b) {
+#pragma unroll
+    for (uint step = 0; step < 4; step++) {
+        tile_pair_multiply_transposed_step(c, a[step], tile_columns(b, step));
     }
 }
 
@@ -386,6 +409,10 @@ void tile_set(float4 c[8], uint4 a[4], tile_rows b) {
 }
 void tile_add(float4 c[8], uint4 a[4], tile_rows b) { tile_multiply(c, a, b); }
 void tile_add_transposed(float4 c[8], uint4 a[4], tile_rows b) { tile_multiply_transposed(c, a, b); }
+void tile_pair_add_transposed(float4 c[2][8], uint4 a[4], tile_rows b) {
+    tile_multiply_transposed(c[0], a, b);
+    tile_multiply_transposed(c[1], a, tile_step(b, 4));
+}
 
 void tile_wait_but_one(void) {}
 void tile_wait_before_last(float4 c[8]) { (void)c; }

@@ -13,20 +13,7 @@
 #define ROW_TILES (NV_K / 64)
 #define ROW_PARTS (ROW_HEADS * TILES_V) /* of dO, 64 columns each */
 #define ROW_LEVELS (LEVELS > CHUNK_LEVEL ? LEVELS - CHUNK_LEVEL : 0) /* above a chunk, also those that do not exist */
-
-/* A part, and a level: its bit is the lowest of `bits`. */
-typedef struct row_turn {
-    uint part, bits;
-} row_turn;
-
-row_turn next_turn(row_turn now, uint all_bits) {
-    now.bits &= now.bits - 1;
-    if (now.bits == 0) {
-        now.bits = all_bits;
-        now.part++;
-    }
-    return now;
-}
+#define ROW_AHEAD (NB_ROW_STAGES - 1) /* states that are asked for before the first one is needed */
 
 uint lowest_bit(uint bits) { return 31 - clz(bits & (0 - bits)); }
 
@@ -41,9 +28,9 @@ typedef struct row_ring {
 #endif
     const __global uint4 *states; /* of the first head's chunks */
     uint chunks;
-    uint n; /* chunk, and turn, that come next; turns count on from a work-group's first chunk to its second */
-    row_turn wanted;
-    uint turn, turns;
+    /* The turn that comes next: its chunk, part, and the levels of this that are left; none: there is no turn any more. */
+    uint n, part, bits;
+    uint then_n; /* the chunk behind */
 } row_ring;
 
 void start_ring(const row_ring *ring) {
@@ -57,26 +44,32 @@ void start_ring(const row_ring *ring) {
 #endif
 }
 
-/* Starts to copy the next state: with wgmma an item of the last warp, else all. */
-void fetch_next_state(row_ring *ring) {
+/*
+ * Starts to copy the state of a turn, the next one; turns count on from a work-group's first chunk to its second.  With wgmma an
+ * item of the last warp does it: the other warps of its warpgroup wait for that before their next products.
+ */
+void fetch_state_of(row_ring *ring, uint turn) {
     const uint item = get_local_id(0), fetcher = WGMMA ? NB_ITEMS - 32 : item;
-    if (ring->turn < ring->turns && item == fetcher) {
-        const uint stage = ring->turn % NB_ROW_STAGES, end = block_end(ring->n, lowest_bit(ring->wanted.bits));
-        const __global uint4 *from = ring->states + ((ulong)ring->wanted.part * ring->chunks + end) * STATE;
+    if (ring->bits != 0 && item == fetcher) {
+        const uint stage = turn % NB_ROW_STAGES, end = block_end(ring->n, lowest_bit(ring->bits));
+        const __global uint4 *from = ring->states + ((ulong)ring->part * ring->chunks + end) * STATE;
 #if WGMMA
-        if (ring->turn >= NB_ROW_STAGES) {
-            arrivals_wait(&ring->empty[stage], (ring->turn / NB_ROW_STAGES - 1) % 2);
+        if (turn >= NB_ROW_STAGES) {
+            arrivals_wait(&ring->empty[stage], (turn / NB_ROW_STAGES - 1) % 2);
         }
         copy_bulk(ring->stages + stage * STATE, from, STATE * 16, &ring->full[stage]);
 #else
         fetch_state(ring->stages + stage * STATE, from, item, NB_ITEMS);
 #endif
-        ring->turn++;
-        ring->wanted = next_turn(ring->wanted, ring->n);
-        if (ring->wanted.part == ROW_PARTS) {
-            ring->n = ring->chunks - 1 - ring->n;
-            ring->wanted.part = 0;
-            ring->wanted.bits = ring->n;
+        ring->bits &= ring->bits - 1;
+        if (ring->bits == 0) {
+            ring->part++;
+            if (ring->part == ROW_PARTS) {
+                ring->n = ring->then_n;
+                ring->then_n = 0;
+                ring->part = 0;
+            }
+            ring->bits = ring->n;
         }
     }
 #if !WGMMA
@@ -90,7 +83,7 @@ tile_rows wait_for_state(const row_ring *ring, uint turn) {
 #if WGMMA
     arrivals_wait(&ring->full[stage], turn / NB_ROW_STAGES % 2);
 #else
-    WAIT_FOR_COPIES_BUT(NB_ROW_STAGES - 2);
+    WAIT_FOR_COPIES_BUT(ROW_AHEAD - 1);
     barrier(CLK_LOCAL_MEM_FENCE);
 #endif
     return tile_at(ring->stages + stage * STATE);
@@ -200,6 +193,20 @@ void multiply_queries(float4 product[8], uint4 q[ROW_TILES][4], tile_rows state)
     tile_end();
 }
 
+/* Adds dO S^T, dO being weighed, to the sum. */
+void add_values(float4 total[ROW_TILES][8], uint4 a[4], tile_rows state) {
+#pragma unroll
+    for (uint m = 0; m < ROW_TILES; m++) {
+        tile_start(total[m], a);
+    }
+#if NV_K == 128
+    tile_pair_add_transposed(total, a, state);
+#else
+    tile_add_transposed(total[0], a, state);
+#endif
+    tile_end();
+}
+
 /* Where a warp's results of its first head go. */
 typedef struct row_results {
     __global weight *gradients; /* of level scales, of row lane / 8 and level lane % 8 above a chunk; or NULL */
@@ -263,13 +270,12 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 #endif
                      (const __global uint4 *)place(ws, ws_offset, call.states) +
                          first_bh * TILES_V * call.chunks * STATE,
-                     call.chunks, last_n, {0, last_n}, 0,
-                     ROW_PARTS * (popcount(last_n) + (first_n < last_n ? popcount(first_n) : 0))};
+                     call.chunks, last_n, 0, last_n, first_n < last_n ? first_n : 0};
 
     start_ring(&ring);
 #pragma unroll 1
-    for (uint i = 0; i + 1 < NB_ROW_STAGES; i++) {
-        fetch_next_state(&ring);
+    for (uint i = 0; i < ROW_AHEAD; i++) {
+        fetch_state_of(&ring, i);
     }
     uint turn = 0;
 #pragma unroll 1
@@ -345,17 +351,9 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 for (uint step = 0; step < 4; step++) {
                     a[step] = scale_rows(values[step], upper_pair, lower_pair);
                 }
-#pragma unroll
-                for (uint m = 0; m < ROW_TILES; m++) {
-                    tile_start(total[m], a);
-                }
-#pragma unroll
-                for (uint m = 0; m < ROW_TILES; m++) {
-                    tile_add_transposed(total[m], a, tile_step(state, 4 * m));
-                }
-                tile_end();
+                add_values(total, a, state);
                 /* While these products are made, what else there is to do. */
-                fetch_next_state(&ring);
+                fetch_state_of(&ring, turn + ROW_AHEAD);
                 if (bits == n && part + 1 < ROW_PARTS) {
                     fetch_part(mine, source, part + 1, (int)aligned);
                 }

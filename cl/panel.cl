@@ -103,6 +103,7 @@ typedef struct {
     unsigned int delta; /* 0 or 1 */
     unsigned int near;  /* 0 or 1: chunks read the keys of the chunk before one by one (strong); a column waits */
     unsigned int packed;        /* sequences are bounded by cu_seqlens */
+    unsigned int max_length, max_position; /* bounds and positions beyond these are cut to them */
     unsigned int slots;         /* of the panel */
     float scale;
     unsigned long length; /* tokens of a sequence, or of all packed sequences */

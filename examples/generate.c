@@ -13,7 +13,9 @@ static void check(loglin_status status, const char *what) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 4 || strlen(argv[2]) == 0) {
+    char *end = NULL;
+    const long count = argc == 4 ? strtol(argv[3], &end, 10) : 0;
+    if (count < 1 || *end != '\0' || strlen(argv[2]) == 0) {
         fprintf(stderr, "usage: generate FOLDER PROMPT COUNT\n");
         return 2;
     }
@@ -32,6 +34,10 @@ int main(int argc, char **argv) {
     check(loglin_model_open(device, queue, argv[1], NULL, &model), argv[1]);
     check(loglin_session_create(model, queue, 1, &session), "loglin_session_create");
     loglin_model_get_info(model, &info);
+    if (info.vocabulary != 256) {
+        fprintf(stderr, "%s: not a model of bytes: its vocabulary is %zu\n", argv[1], info.vocabulary);
+        return 1;
+    }
     const size_t length = strlen(argv[2]);
     int32_t *ids = calloc(length, sizeof *ids);
     float *logits = calloc(info.vocabulary, sizeof *logits);
@@ -40,10 +46,10 @@ int main(int argc, char **argv) {
         ids[i] = (unsigned char)argv[2][i];
     }
     check(loglin_session_prefill(session, 0, ids, length, logits), "loglin_session_prefill");
-    for (long left = strtol(argv[3], NULL, 10); left > 0; left--) {
+    for (long i = 0; i < count; i++) {
         int32_t next = 0; /* the most probable byte */
-        for (int32_t i = 1; i < (int32_t)info.vocabulary; i++) {
-            next = logits[i] > logits[next] ? i : next;
+        for (int32_t id = 1; id < (int32_t)info.vocabulary; id++) {
+            next = logits[id] > logits[next] ? id : next;
         }
         putchar(next);
         check(loglin_session_step(session, &next, logits), "loglin_session_step");

@@ -21,7 +21,7 @@
  *     loglin_device_create(context, id, &device);
  *     loglin_plan_create(device, &problem, &plan);               // slow: compiles
  *     ... allocate buffers; a workspace of loglin_workspace_size(plan, LOGLIN_FORWARD) bytes ...
- *     loglin_forward(plan, &inputs, NULL, &outputs, NULL, workspace, queue, 0, NULL, NULL);   // fast: only enqueues
+ *     loglin_forward(plan, &inputs, NULL, o, NULL, workspace, queue, 0, NULL, NULL);          // fast: only enqueues
  *
  * Notation, for one sequence and one head h of H; its queries and keys are those of group h / (H / G):
  *     t = 0 .. T-1             absolute position of a token in its sequence
@@ -58,12 +58,14 @@
  * was and what was expected, or what the OpenCL compiler said.
  *
  * Threads.  A loglin_device may be used by any number of threads at once.  A loglin_plan by one thread at a time.
+ * Functions that take neither may be called by any thread at any time.
  *
  * The fused engine on CPUs takes numbers below 1.2e-38 as 0.
  *
  * Environment.  LOGLIN_DEVICE (which device loglin_select_device(NULL) takes), LOGLIN_CACHE_DIR (where compiled
- * programs and tuning results are kept; an empty value switches the cache off), LOGLIN_BUILD_OPTIONS (appended to the OpenCL build
- * options), LOGLIN_LOG (error, warn, info or debug: messages on standard error; warn is the default).
+ * programs and tuning results are kept; an empty value switches the cache off; not set: $XDG_CACHE_HOME/loglin, else
+ * $HOME/.cache/loglin), LOGLIN_BUILD_OPTIONS (appended to the OpenCL build options), LOGLIN_LOG (error, warn, info or
+ * debug: messages on standard error; warn is the default).  A device keeps the directory and the options that it found.
  */
 #ifndef LOGLIN_H
 #define LOGLIN_H
@@ -120,7 +122,10 @@ typedef int loglin_status;
 /* The text of a status, never NULL, a static string; OpenCL codes give their own name ("CL_INVALID_VALUE"). */
 LOGLIN_API const char *loglin_strerror(loglin_status status);
 
-/* What the last failing call of this thread had to say; "" if none failed.  Valid until the thread's next call. */
+/*
+ * What the last failing call of this thread had to say; "" if none failed.  Valid until the thread's next call, which may
+ * change it even if it succeeds.
+ */
 LOGLIN_API const char *loglin_last_error(void);
 
 /* ---- Devices --------------------------------------------------------------------------------------------------- */
@@ -144,13 +149,14 @@ typedef struct loglin_device_info {
 /*
  * Lists the devices of all platforms: GPUs first, then accelerators, then CPUs, otherwise as the loader orders them.
  * Writes min(capacity, *count) entries to infos (may be NULL if capacity is 0); *count receives how many there are.
- * LOGLIN_NO_DEVICE if there is no platform or no device.
+ * LOGLIN_NO_DEVICE if there is no platform or no device, and *count is 0.
  */
 LOGLIN_API loglin_status loglin_list_devices(loglin_device_info *infos, size_t capacity, size_t *count);
 
 /*
  * Chooses a device.  selector: a position in loglin_list_devices ("0"), or a part of a device's or platform's name in
- * any case ("nvidia"); NULL or "" takes LOGLIN_DEVICE, and the first device if that is not set.
+ * any case ("nvidia"); NULL or "" takes LOGLIN_DEVICE, and the first device if that is not set.  LOGLIN_NO_DEVICE if there
+ * are none, LOGLIN_INVALID_ARGUMENT if none is meant by the selector.
  */
 LOGLIN_API loglin_status loglin_select_device(const char *selector, cl_device_id *id);
 
@@ -206,9 +212,9 @@ typedef struct loglin_problem {
     loglin_partition partition;
     loglin_dtype dtype;        /* of q, k, v, o and their gradients */
     loglin_dtype weight_dtype; /* of level_scales, beta and their gradients: LOGLIN_F32 or the same as dtype */
-    size_t batch;              /* B */
+    size_t batch;              /* B; B T is below 2^31 */
     size_t length;             /* T, tokens of a sequence in this call; at least 1 */
-    size_t heads;              /* H */
+    size_t heads;              /* H, 1 to 65535 */
     size_t groups;             /* G, a divisor of H; the heads of a group share q and k */
     size_t dim_k;              /* K, 1 to 512 */
     size_t dim_v;              /* V, 1 to 512 */
@@ -219,8 +225,9 @@ typedef struct loglin_problem {
     int normalize_qk;          /* not 0: q and k are first divided by sqrt(sum of squares + 1e-6), per head */
     size_t sequences;          /* N of packed sequences of any lengths, 0 included: batch must be 1, length is the
                                   total, inputs.cu_seqlens gives the bounds [0, ..., T]; 0: no packing */
-    size_t max_length;         /* longest packed sequence; 0: length */
-    size_t max_position;       /* largest position that an initial state may stand at; 0: no initial states */
+    size_t max_length;         /* longest packed sequence; 0: length, as it must be without packing */
+    size_t max_position;       /* largest position that an initial state may stand at; 0: no initial states; with the
+                                  longest sequence below 2^31 */
     unsigned phases;           /* loglin_phase bits; 0: LOGLIN_FORWARD */
     loglin_engine engine;      /* 0: the plan chooses */
     size_t chunk;              /* tokens of a chunk, a power of two from 16 to 256; 0: the plan chooses */
@@ -246,7 +253,9 @@ typedef struct loglin_plan loglin_plan;
 /*
  * Validates, chooses engine and chunk size, compiles.  Slow the first time on a device: seconds.  Measures nothing: what
  * is not asked for comes from results of loglin_tune for the class of the problem, else for a neighbouring one, else
- * from built-in results of the same family of devices, else it is a default.
+ * from built-in results of the same family of devices, else it is a default.  LOGLIN_UNSUPPORTED where no engine that is
+ * asked for takes the problem, or each needs a workspace beyond the device's largest buffer; LOGLIN_BUILD_FAILED or
+ * LOGLIN_BLAS_FAILED where the driver does not compile.
  */
 LOGLIN_API loglin_status loglin_plan_create(loglin_device *device, const loglin_problem *problem, loglin_plan **plan);
 
@@ -259,7 +268,7 @@ LOGLIN_API void loglin_plan_destroy(loglin_plan *plan);
  */
 LOGLIN_API size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity);
 
-/* Bytes of workspace that a call of one phase needs; 0 for LOGLIN_STEP.  It grows as O(T). */
+/* Bytes of workspace that a call of one phase needs, one that was planned; 0 for LOGLIN_STEP.  It grows as O(T). */
 LOGLIN_API size_t loglin_workspace_size(const loglin_plan *plan, loglin_phase phase);
 
 /* Bytes of a state's values: 4 N H L K V. */
@@ -272,7 +281,7 @@ typedef struct loglin_tune_event {
     const char *subject;   /* the class that is being tuned, or "CLBlast", or "peak" */
     const char *candidate; /* what has just been measured; NULL: only time has passed */
     const char *outcome;   /* "ok", or why not: refused, wrong, hung, crashed; NULL without a candidate */
-    const char *detail;    /* in words, may be empty; finished: NULL, or why there is no choice */
+    const char *detail;    /* of the candidate, in words, may be empty; finished: why there is no choice; else NULL */
     double ms, spread;     /* of the candidate, or (finished) of the choice */
     double default_ms; /* finished: of the engine's untuned default, measured alternately with the choice; 0: fails */
     const char *best;  /* the fastest of the subject so far; the choice where finished; NULL: none yet */
@@ -290,7 +299,11 @@ typedef struct loglin_tune_event {
 typedef int loglin_tune_progress(void *context, const loglin_tune_event *event);
 
 typedef struct loglin_tune_options {
-    const loglin_problem *problems; /* each with one phase, forward or backward; NULL: the standard classes */
+    /*
+     * Each with one phase, forward or backward, and without scale, normalisation, packed sequences and initial states;
+     * NULL: the standard classes.
+     */
+    const loglin_problem *problems;
     size_t problem_count;
     int quick;              /* not 0: few classes and candidates, for less than two minutes on two cores */
     int resume;             /* not 0: measurements that an interrupted run of the same kind has made are not repeated */
@@ -315,10 +328,13 @@ LOGLIN_API loglin_status loglin_tune(cl_device_id id, const loglin_tune_options 
 /* For the main function of a worker: measures, prints the reply on standard output, returns the exit status. */
 LOGLIN_API int loglin_tune_worker(const char *request);
 
-/* Adds the results of a file to those of the cache directory, all or (LOGLIN_BAD_FILE says why) none. */
+/*
+ * Adds the results of a file to those of the cache directory, all or (LOGLIN_BAD_FILE says why) none.  LOGLIN_IO if it
+ * cannot be read, or the results cannot be kept.
+ */
 LOGLIN_API loglin_status loglin_tuning_import(const char *path);
 
-/* Writes all results for a device to a file, which appears whole or not at all. */
+/* Writes all results for a device to a file, which appears whole or not at all.  LOGLIN_IO also if there are none. */
 LOGLIN_API loglin_status loglin_tuning_export(cl_device_id id, const char *path);
 
 /* ---- Buffers ---------------------------------------------------------------------------------------------------- */
@@ -334,7 +350,7 @@ typedef struct loglin_inputs {
     loglin_buffer g; /* optional: absent means 0 */
     loglin_buffer level_scales;
     loglin_buffer beta;       /* LOGLIN_GATED_DELTA only, where it is required */
-    loglin_buffer cu_seqlens; /* problem.sequences only: ascending, from 0 to problem.length */
+    loglin_buffer cu_seqlens; /* problem.sequences only: ascending by at most max_length, from 0 to problem.length */
 } loglin_inputs;
 
 /*
@@ -350,7 +366,7 @@ typedef struct loglin_state {
      * a token instead of every level; loglin_forward writes zeros.
      */
     loglin_buffer log_decay;
-    loglin_buffer position; /* int32, at least 0; of an initial state at most problem.max_position */
+    loglin_buffer position; /* int32, at least 0; initial: at most problem.max_position; final: optional */
 } loglin_state;
 
 typedef struct loglin_gradients {
@@ -366,11 +382,13 @@ typedef struct loglin_gradients {
 /*
  * All calls only enqueue: they neither block nor compile nor allocate device memory.  `queue` belongs to the plan's
  * context and device and may be out of order.  The work starts after the num_wait events of `wait`; *event (may be
- * NULL) receives an event of its end, which the caller releases.  Every buffer must stay alive until then, and the
- * workspace must not be shared by calls that may overlap.  Arguments are checked before anything is enqueued:
- * LOGLIN_INVALID_ARGUMENT for one that is missing or not allowed, LOGLIN_BUFFER_TOO_SMALL where offset and shape reach
- * beyond the end of a buffer.  Buffers' contents are not checked: positions, cu_seqlens and gates out of their ranges
- * give undefined numbers, but never an access outside the buffers.
+ * NULL) receives an event of its end, which the caller releases.  Every buffer must stay alive until then (OpenCL sees
+ * to that for one that is released meanwhile), and the workspace must not be shared by calls that may overlap.
+ * Arguments are checked before anything is enqueued: LOGLIN_INVALID_ARGUMENT for one that is missing or not allowed,
+ * LOGLIN_BUFFER_TOO_SMALL where offset and shape reach beyond the end of a buffer, LOGLIN_UNSUPPORTED where the blas
+ * engine's workspace lies so far behind its buffer's start that CLBlast, which counts elements in int, does not reach its
+ * end.  Buffers' contents are not checked: positions, cu_seqlens and gates out of their ranges give undefined numbers, but
+ * never an access outside the buffers.
  *
  * Outputs are overwritten, not added to.  They may not overlap inputs, except final over initial of the same call.
  * All results are deterministic: the same call on the same device gives the same bits.

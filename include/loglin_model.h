@@ -72,7 +72,7 @@ typedef struct loglin_model_info {
 /*
  * Checks everything in the folder, then uploads it.  Weights stay in the type of the file.  Every tensor that config.json
  * asks for must be there once, with its shape, in F32, F16 or BF16 and finite; there may be no other.  `queue` belongs to
- * the device's context; it is used during the call only.  options may be NULL.
+ * the device and its context; it is used during the call only.  options may be NULL.
  */
 LOGLIN_API loglin_status loglin_model_open(loglin_device *device, cl_command_queue queue, const char *folder,
                                            const loglin_model_options *options, loglin_model **model);
@@ -88,9 +88,10 @@ LOGLIN_API void loglin_model_get_info(const loglin_model *model, loglin_model_in
 typedef struct loglin_session loglin_session;
 
 /*
- * `sequences` is at least 1; all of them are empty.  `queue` must be in order and is retained.  Attention plans are made
- * when they are first needed: one for steps here, one for each length of a piece at its first use.  The first compiles
- * (seconds on a device that has not seen the model, milliseconds from the program cache); the others cost milliseconds.
+ * `sequences` is 1 to 65536; all of them are empty.  `queue` belongs to the model's device, is in order, and is retained.
+ * Attention plans are made when they are first needed: one for steps here, one for each length of a piece at its first
+ * use.  The first compiles (seconds on a device that has not seen the model, milliseconds from the program cache); the
+ * others cost milliseconds.
  */
 LOGLIN_API loglin_status loglin_session_create(loglin_model *model, cl_command_queue queue, size_t sequences,
                                                loglin_session **session);
@@ -113,7 +114,7 @@ LOGLIN_API loglin_status loglin_session_reset(loglin_session *session, size_t se
 LOGLIN_API loglin_status loglin_session_prefill(loglin_session *session, size_t sequence, const int32_t *ids,
                                                 size_t count, float *logits);
 
-/* Appends `length` >= 1 tokens to every sequence, ids [N, length]; logits [N, length, vocabulary] of all of them. */
+/* Appends `length` >= 1 tokens to every sequence, ids [N, length]; logits [N, length, vocabulary] of all, never NULL. */
 LOGLIN_API loglin_status loglin_session_score(loglin_session *session, const int32_t *ids, size_t length,
                                               float *logits);
 
@@ -126,7 +127,7 @@ LOGLIN_API loglin_status loglin_session_step(loglin_session *session, const int3
 /*
  * Writes the states of all sequences to a file, which appears whole or not at all; and reads them back, into a session
  * with as many sequences of a model of the same architecture and shape (the weights are not compared).
- * A file that does not fit is LOGLIN_BAD_FILE (LOGLIN_IO if it cannot be read) and leaves the session as it was.
+ * A file that does not fit is LOGLIN_BAD_FILE (LOGLIN_IO if it cannot be read or written) and leaves the session as it was.
  *
  * The file is safetensors, with "format" = "loglin-session" and "version" = "1" in its metadata.  Tensors: position
  * I32 [N]; for each layer I conv.I F32 [N, kernel-1, channels], values.I F32 [N, H, L, K, V], levels without a key zero,

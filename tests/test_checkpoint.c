@@ -36,8 +36,9 @@ Test(checkpoint, bad_configs) {
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"hidden_size\": 16"), LOGLIN_BAD_FILE, "duplicate"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": -1"), LOGLIN_BAD_FILE, "hidden_size is -1"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 99999999999"), LOGLIN_BAD_FILE, "hidden_size is 99999999999"},
-        {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 1.5"), LOGLIN_BAD_FILE, "hidden_size is not an integer"},
-        {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": \"16\""), LOGLIN_BAD_FILE, "hidden_size is not an integer"},
+        {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 1.5"), LOGLIN_BAD_FILE, "hidden_size is 1.5, expected an integer"},
+        {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": \"16\""), LOGLIN_BAD_FILE,
+         "hidden_size is \"16\", expected an integer"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16"), LOGLIN_BAD_FILE, "num_heads is missing"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 2, \"head_dim\": 1000, \"state_size\": 8"),
          LOGLIN_BAD_FILE, "head_dim is 1000, expected 1 to 512"},
@@ -57,7 +58,10 @@ Test(checkpoint, bad_configs) {
          LOGLIN_UNSUPPORTED, "rmsnorm is false"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 8, \"state_size\": 8, "
                                "\"dt_limit\": [2, 1]"),
-         LOGLIN_BAD_FILE, "dt_limit"},
+         LOGLIN_BAD_FILE, "dt_limit is [2,1], expected [min, max]"},
+        {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 8, \"state_size\": 8, "
+                               "\"dt_limit\": [1e300, 1e301]"),
+         LOGLIN_BAD_FILE, "dt_limit is [1e300,1e301], expected [min, max]"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 8, \"state_size\": 8, "
                                "\"hidden_act\": \"gelu\""),
          LOGLIN_UNSUPPORTED, "gelu"},
@@ -68,7 +72,7 @@ Test(checkpoint, bad_configs) {
         {SUPPORT_DELTA_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 5, \"attn\": {}"),
          LOGLIN_UNSUPPORTED, "attn is set"},
         {SUPPORT_DELTA_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 5, \"use_gate\": 1"),
-         LOGLIN_BAD_FILE, "use_gate is not true or false"},
+         LOGLIN_BAD_FILE, "use_gate is 1, expected true or false"},
     };
     char folder[64];
     support_make_folder(folder, sizeof folder);
@@ -145,7 +149,7 @@ Test(checkpoint, bad_levels) {
     levels->shape[0] = 14;
     levels->shape[1] = 1;
     support_lm_write(&lm, folder, 1);
-    expect_refused(folder, LOGLIN_BAD_FILE, "mixer.L");
+    expect_refused(folder, LOGLIN_BAD_FILE, "mixer.L\" is [14, 1], expected [");
     support_lm_free(&lm);
     support_remove_folder(folder);
 }

@@ -239,6 +239,8 @@ Test(command, bad_usage) {
     EXPECT_BAD("1 files are named, expected 2", "forward", in_path);
     EXPECT_BAD("3 files are named, expected 2", "decode", in_path, out_path, out_path);
     EXPECT_BAD("--fly: no such option", "forward", in_path, out_path, "--fly");
+    EXPECT_BAD("-x: no such option", "forward", in_path, out_path, "-xy");
+    EXPECT_BAD("--check=yes: no value is expected", "forward", in_path, out_path, "--check=yes");
     EXPECT_BAD("--chunk: a value is missing", "forward", in_path, out_path, "--chunk");
     EXPECT_BAD("--chunk is \"48\"", "forward", in_path, out_path, "--chunk", "48");
     EXPECT_BAD("--chunk is \"512\"", "forward", in_path, out_path, "--chunk", "512");
@@ -258,6 +260,34 @@ Test(command, devices) {
     cr_expect_not_null(json_string_value(json_object_get(device, "name")));
     cr_expect_gt(json_integer_value(json_object_get(device, "max_allocation")), 0);
     json_decref(report);
+}
+
+/* Runs the command by the shell, for what only redirections do: its exit status.  Without a check for leaks, see above. */
+static int run_in_shell(const char *arguments) {
+    char command[512];
+    snprintf(command, sizeof command, "ASAN_OPTIONS=detect_leaks=0 '%s' %s", LOGLIN_COMMAND, arguments);
+    const int status = system(command); /* NOLINT: the text is of this file */
+    cr_assert(WIFEXITED(status), "%s: status %#x", arguments, (unsigned)status);
+    return WEXITSTATUS(status);
+}
+
+/* What cannot be printed fails, and no file is taken for a standard stream that was closed. */
+Test(command, unwritable_standard_output) {
+    char arguments[320];
+    static const char *const commands[] = {"--version", "help", "devices", "devices --json"};
+    for (size_t i = 0; i < sizeof commands / sizeof commands[0]; ++i) {
+        snprintf(arguments, sizeof arguments, "%s >/dev/full 2>'%s'", commands[i], stderr_path);
+        cr_expect_eq(run_in_shell(arguments), 1, "%s", commands[i]);
+        cr_expect_not_null(strstr(read_text(stderr_path), "standard output: "), "%s", read_text(stderr_path));
+    }
+    input file = make_input(LOGLIN_TENSOR_F32, 1, 5, false);
+    write_input(&file, in_path);
+    cr_assert_eq(run("forward", in_path, other_path, NULL), 0, "%s", read_text(stderr_path));
+    snprintf(arguments, sizeof arguments, "forward '%s' '%s' <&- >&- 2>&-", in_path, out_path);
+    cr_expect_eq(run_in_shell(arguments), 1);
+    snprintf(arguments, sizeof arguments, "cmp '%s' '%s'", out_path, other_path);
+    cr_expect_eq(system(arguments), 0, "the outputs differ"); /* NOLINT: as above */
+    free_input(&file);
 }
 
 Test(command, no_such_device) {
@@ -716,8 +746,8 @@ Test(command, bench_cpu) {
     cr_assert_eq(json_array_size(parts), 2);
     for (size_t i = 0; i < 2; ++i) {
         const json_t *part = json_array_get(parts, i);
-        cr_expect_eq(json_integer_value(json_object_get(part, "threads")), i + 1);
-        cr_expect_eq(json_integer_value(json_object_get(part, "compute_units")), i + 1);
+        cr_expect_eq(json_integer_value(json_object_get(part, "threads")), (json_int_t)i + 1);
+        cr_expect_eq(json_integer_value(json_object_get(part, "compute_units")), (json_int_t)i + 1);
         cr_expect_eq(json_array_size(json_object_get(part, "rows")), 2);
         const json_t *row = bench_row(part, "single");
         cr_expect_str_eq(json_string_value(json_object_get(row, "engine")), "blas");
@@ -814,6 +844,16 @@ static size_t size_of(const char *path) {
     const long size = ftell(stream);
     fclose(stream);
     return (size_t)size;
+}
+
+Test(command, generate_says_where_the_levels_end) {
+    enum { REACH = 16384, PROMPT = REACH - 4 };
+    static char prompt[PROMPT + 1];
+    memset(prompt, 'a', PROMPT);
+    cr_assert_eq(run("generate", "--model", models[1], "--prompt", prompt, "--tokens", "100", NULL), 0, "%s",
+                 read_text(stderr_path));
+    cr_expect_not_null(strstr(read_text(stderr_path), "generated  5 tokens"), "%s", read_text(stderr_path));
+    cr_expect_not_null(strstr(read_text(stderr_path), "ended      at 16384 tokens"), "%s", read_text(stderr_path));
 }
 
 /* Interrupted between tokens: the line is ended, the speed is told, and the shell sees an interrupt. */

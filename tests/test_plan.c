@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Plans: what they refuse and how they say it, what calls refuse, and what plans tell about themselves. */
+#include "engine/engine.h"
+#include "plan/problem.h"
 #include "runtime/device.h"
 #include "support_criterion.h"
 
@@ -62,6 +64,7 @@ Test(plan, refuses_bad_sizes) {
         {"levels", offsetof(loglin_problem, max_position), 193},
         {"max_position", offsetof(loglin_problem, max_position), SIZE_MAX},
         {"max_length", offsetof(loglin_problem, max_length), SIZE_MAX},
+        {"max_length", offsetof(loglin_problem, max_length), 1}, /* without packing */
         {"sequences", offsetof(loglin_problem, sequences), SIZE_MAX},
         {"batch", offsetof(loglin_problem, sequences), 2}, /* packing with a batch of 2 */
         {"chunk", offsetof(loglin_problem, chunk), 1},
@@ -495,6 +498,27 @@ Test(plan, calls_check_their_other_arguments) {
     cr_expect(strstr(loglin_last_error(), "state") != NULL, "%s", loglin_last_error());
     clReleaseMemObject(extra.mem);
     close_calls(&f);
+}
+
+/* CLBlast counts in int; such a buffer is too large for a test, so the engine is called without a plan's checks. */
+Test(plan, a_workspace_out_of_reach_is_refused_at_once) {
+    const support_device *device = support_open();
+    const loglin_configuration configuration = loglin_configuration_default(LOGLIN_ENGINE_BLAS);
+    loglin_problem problem = {0};
+    support_require(loglin_problem_validate(&GOOD, &problem), "loglin_problem_validate");
+    problem.chunk = 64;
+    loglin_engine_state *state = NULL;
+    support_require(loglin_blas_engine.create(device->device, &problem, &configuration, &state), "create");
+    const loglin_buffer far = {.mem = exact_buffer(64).mem, .offset = INT32_MAX};
+    const loglin_call call = {.d_o = far};
+    cl_event event = NULL;
+    cr_expect_eq(loglin_blas_engine.forward(state, &call, far, device->queue, 0, NULL, &event), LOGLIN_UNSUPPORTED);
+    cr_expect(strstr(loglin_last_error(), "workspace.offset is 2147483647") != NULL, "%s", loglin_last_error());
+    cr_expect_eq(loglin_blas_engine.backward(state, &call, far, device->queue, 0, NULL, &event), LOGLIN_UNSUPPORTED);
+    cr_expect(strstr(loglin_last_error(), "workspace.offset is 2147483647") != NULL, "%s", loglin_last_error());
+    cr_expect_null(event);
+    loglin_blas_engine.destroy(state);
+    clReleaseMemObject(far.mem);
 }
 
 Test(plan, delta_rule_has_no_log_decay) {

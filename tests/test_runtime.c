@@ -556,6 +556,21 @@ Test(cache, a_foreign_entry_is_a_miss) {
     remove_directory();
 }
 
+Test(cache, an_entry_that_others_may_write_is_a_miss) {
+    use_fresh_directory();
+    char path[128];
+    make_entry(path, sizeof path);
+    static const mode_t modes[] = {0620, 0602, 0666};
+    for (size_t i = 0; i < sizeof modes / sizeof modes[0]; i++) {
+        cr_assert_eq(chmod(path, modes[i]), 0);
+        expect_use_of_entry(path, false);
+        expect_use_of_entry(path, true);
+    }
+    cr_assert_eq(chmod(path, 0644), 0);
+    expect_use_of_entry(path, true);
+    remove_directory();
+}
+
 Test(cache, an_unusable_directory_only_disables_it) {
     use_fresh_directory();
     setenv("LOGLIN_LOG", "info", 1);

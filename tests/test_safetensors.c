@@ -345,6 +345,20 @@ Test(safetensors, failed_write_changes_nothing, .init = make_directory, .fini = 
     cr_expect_not_null(strstr(error.text, "not a regular file"), "%s", error.text);
 }
 
+Test(safetensors, can_write, .init = make_directory, .fini = remove_directory) {
+    loglin_tensor_error error = {""};
+    char elsewhere[128];
+    cr_expect(loglin_safetensors_can_write(path, &error), "%s", error.text);
+    cr_expect_eq(count_directory(), 0);
+    snprintf(elsewhere, sizeof elsewhere, "%s/absent/file", directory);
+    cr_expect_not(loglin_safetensors_can_write(elsewhere, &error));
+    cr_expect_not_null(strstr(error.text, "cannot be created"), "%s", error.text);
+    cr_expect_not(loglin_safetensors_can_write("/dev/null", &error));
+    cr_expect_not_null(strstr(error.text, "not a regular file"), "%s", error.text);
+    cr_expect_not(loglin_safetensors_can_write("", &error));
+    cr_expect_not_null(strstr(error.text, "its name is empty"), "%s", error.text);
+}
+
 Test(safetensors, write_replaces_and_honours_umask, .init = make_directory, .fini = remove_directory) {
     const float data[2] = {1.0F, 2.0F};
     const loglin_tensor first = {"a", LOGLIN_TENSOR_F32, 1, {2}, data, 8};

@@ -210,10 +210,45 @@ Test(session, bad_session_files) {
     loglin_session *pair = support_session_start(model, 2);
     support_require(loglin_session_save(pair, path), "loglin_session_save");
     cr_expect_eq(loglin_session_load(session, path), LOGLIN_BAD_FILE, "two sequences into one");
+    cr_expect_not_null(strstr(loglin_last_error(), "\"position\" is I32 [2], expected I32 [1]"), "%s",
+                       loglin_last_error());
     loglin_session_destroy(pair);
     loglin_session_destroy(session);
     loglin_model_close(model);
     support_remove_folder(folder);
+}
+
+/* A model and a session are of the device that their queue is of. */
+static void expect_other_queues_refused(loglin_model *model) {
+    const support_device *device = support_open();
+    cl_int status = CL_SUCCESS;
+    cl_context context = clCreateContext(NULL, 1, &device->id, NULL, NULL, &status);
+    support_require(status, "clCreateContext");
+    cl_command_queue queue = clCreateCommandQueueWithProperties(context, device->id, NULL, &status);
+    support_require(status, "clCreateCommandQueueWithProperties");
+    loglin_model *no_model = NULL;
+    loglin_session *no_session = NULL;
+    cr_expect_eq(loglin_model_open(device->device, queue, SUPPORT_GATED_DELTA, NULL, &no_model),
+                 LOGLIN_INVALID_ARGUMENT);
+    cr_expect_not_null(strstr(loglin_last_error(), "queue is of another context"), "%s", loglin_last_error());
+    cr_expect_eq(loglin_session_create(model, queue, 1, &no_session), LOGLIN_INVALID_ARGUMENT);
+    cr_expect_not_null(strstr(loglin_last_error(), "queue is of another context"), "%s", loglin_last_error());
+    cr_expect(no_model == NULL && no_session == NULL);
+    clReleaseCommandQueue(queue);
+    clReleaseContext(context);
+}
+
+static void expect_bad_options_refused(void) {
+    const support_device *device = support_open();
+    const loglin_model_options bad[] = {{.dtype = (loglin_dtype)3}, {.engine = (loglin_engine)3}, {.piece = 65537}};
+    const char *const words[] = {"options->dtype is 3", "options->engine is 3", "options->piece is 65537"};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        loglin_model *none = NULL;
+        cr_expect_eq(loglin_model_open(device->device, device->queue, SUPPORT_GATED_DELTA, &bad[i], &none),
+                     LOGLIN_INVALID_ARGUMENT);
+        cr_expect_not_null(strstr(loglin_last_error(), words[i]), "%s", loglin_last_error());
+        cr_expect_null(none);
+    }
 }
 
 Test(session, bad_arguments) {
@@ -229,6 +264,8 @@ Test(session, bad_arguments) {
     if (support_open()->out_of_order != NULL) {
         cr_expect_eq(loglin_session_create(model, support_open()->out_of_order, 1, &none), LOGLIN_INVALID_ARGUMENT);
     }
+    expect_other_queues_refused(model);
+    expect_bad_options_refused();
     cr_expect_eq(loglin_session_step(session, bad, logits), LOGLIN_INVALID_ARGUMENT);
     cr_expect_not_null(strstr(loglin_last_error(), "ids[1] is 256, expected 0 to 255"), "%s", loglin_last_error());
     cr_expect_eq(loglin_session_step(session, negative, logits), LOGLIN_INVALID_ARGUMENT);
@@ -238,6 +275,27 @@ Test(session, bad_arguments) {
     cr_expect_eq(loglin_session_score(session, good, 1, NULL), LOGLIN_INVALID_ARGUMENT);
     cr_expect_eq(loglin_session_position(session, 0), 0);
     cr_expect_eq(loglin_session_step(session, good, logits), LOGLIN_OK);
+    loglin_session_destroy(session);
+    loglin_model_close(model);
+}
+
+/* A pass that found too little memory is tried anew by the next one. */
+Test(session, too_little_memory_for_a_pass) {
+    loglin_device *device = support_open()->device;
+    loglin_model *model = support_model_open(SUPPORT_MAMBA2, NULL);
+    loglin_session *session = support_session_start(model, 1);
+    const int32_t ids[] = {65, 66, 67};
+    const uint64_t max_allocation = device->info.max_allocation;
+    float logits[SUPPORT_VOCABULARY];
+    device->info.max_allocation = 65536;
+    for (int attempt = 0; attempt < 2; attempt++) {
+        cr_expect_eq(loglin_session_prefill(session, 0, ids, 3, logits), LOGLIN_UNSUPPORTED);
+        cr_expect_not_null(strstr(loglin_last_error(), "needs a buffer"), "%s", loglin_last_error());
+    }
+    device->info.max_allocation = max_allocation;
+    support_require(loglin_session_reset(session, 0), "loglin_session_reset");
+    support_require(loglin_session_prefill(session, 0, ids, 3, logits), "loglin_session_prefill");
+    cr_expect_eq(loglin_session_position(session, 0), 3);
     loglin_session_destroy(session);
     loglin_model_close(model);
 }

@@ -95,6 +95,8 @@ static int watch(void *context, const loglin_tune_event *event) {
     cr_expect(event->share >= at->last_share && event->share <= 1 + 1e-9, "share %g after %g", event->share,
               at->last_share);
     at->last_share = event->share;
+    cr_expect((event->candidate != NULL) == (event->outcome != NULL));
+    cr_expect(event->candidate != NULL || event->finished != 0 || event->detail == NULL);
     cr_expect(isfinite(event->best_ms) && isfinite(event->seconds_left) && event->seconds_left >= 0);
     at->without += event->finished != 0 && event->best == NULL && event->detail != NULL;
     if (event->finished != 0 && event->best != NULL) {
@@ -256,6 +258,32 @@ Test(tuner, does_not_resume_another_run) {
     options.quick = 1;
     cr_expect(tune(&options, (run){0}).complete && whole.complete);
     cr_expect_gt(asked(), before);
+}
+
+/* A seed that the results cannot hold is none of a tuner's: the journal is not resumed, and the results can be read. */
+Test(tuner, does_not_resume_with_a_bad_seed) {
+    static char text[65536];
+    const char seed[] = "\"seed\":7";
+    set_worker("");
+    cr_expect(tune(&FUSED, (run){0}).complete);
+    const size_t before = asked();
+    const loglin_device_info info = support_device_info();
+    const loglin_identity identity = loglin_identity_of(&info);
+    char *path = loglin_tuning_path(support_cache, &identity, ".journal");
+    FILE *stream = fopen(path, "r+");
+    cr_assert_not_null(stream);
+    text[fread(text, 1, sizeof text - 1, stream)] = '\0';
+    const char *place = strstr(text, seed);
+    cr_assert_not_null(place);
+    rewind(stream);
+    fprintf(stream, "%.*s\"seed\":-7%s", (int)(place - text), text, place + strlen(seed));
+    cr_assert_eq(fclose(stream), 0);
+    cr_expect(tune(&FUSED_RESUMED, (run){0}).complete);
+    cr_expect_eq(asked(), 2 * before);
+    loglin_tuning tuning = stored();
+    cr_expect_gt(tuning.count, 0u);
+    loglin_tuning_free(&tuning);
+    free(path);
 }
 
 static void pause_briefly(void) {
@@ -463,6 +491,14 @@ Test(tuner, the_command_refuses_what_does_not_go_together) {
     }
 }
 
+/* Before anything is measured, which would take longer than this test may. */
+Test(tuner, the_command_refuses_a_report_that_cannot_be_written, .timeout = 60) {
+    cr_expect_eq(command("--report /dev/null/page"), 1);
+    cr_expect_str_empty(printed);
+    cr_expect_eq(command("--report \"it's\""), 2);
+    cr_expect_str_empty(printed);
+}
+
 static const char SMALL[] = "--length 64 --dim-k 16 --dim-v 16 --engine fused";
 
 /* Not on a terminal: a head, a row, a sum, and no control characters; as JSON: nothing but that. */
@@ -571,6 +607,7 @@ Test(tuner, the_command_draws_on_a_terminal) {
 }
 
 /* A second interrupt does no harm either: the first has ended the run in good order. */
+/* Also under nohup, whose signal changes nothing. */
 Test(tuner, the_command_can_be_interrupted) {
     char *const arguments[] = {LOGLIN_COMMAND, "tune", "--quick", "--json", NULL};
     char path[96];
@@ -579,15 +616,21 @@ Test(tuner, the_command_can_be_interrupted) {
     cr_assert_geq(child, 0);
     if (child == 0) {
         (void)freopen(path, "w", stdout);
+        (void)signal(SIGINT, SIG_DFL);
+        (void)signal(SIGHUP, SIG_IGN);
         execv(LOGLIN_COMMAND, arguments);
         _exit(127);
     }
-    for (int i = 0; i < 40; i++) {
-        pause_briefly();
-    }
-    (void)kill(child, SIGINT);
-    (void)kill(child, SIGINT);
     int status;
+    for (int i = 0; i < 80; i++) {
+        pause_briefly();
+        if (i == 40) {
+            (void)kill(child, SIGHUP);
+        }
+    }
+    cr_expect_eq(waitpid(child, &status, WNOHANG), 0);
+    (void)kill(child, SIGINT);
+    (void)kill(child, SIGINT);
     cr_assert_eq(waitpid(child, &status, 0), child);
     cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 1, "status %d", status);
     json_t *report = json_load_file(path, 0, NULL);

@@ -326,6 +326,36 @@ Test(tuning, an_import_is_whole_or_nothing) {
     loglin_tuning_free(&tuning);
 }
 
+/* `from` becomes `to`, which is as long, in the text of a file, and its checksum is good again. */
+static void forge(char *text, const char *from, const char *to) {
+    loglin_tuning none;
+    char *place = strstr(text, from);
+    cr_assert_not_null(place);
+    memcpy(place, to, strlen(to));
+    cr_assert_eq(loglin_tuning_parse("forged", text, strlen(text), &none), LOGLIN_BAD_FILE);
+    const char *wanted = strstr(loglin_last_error(), "expected ");
+    char *checksum = strstr(text, "\"checksum\": \"");
+    cr_assert(wanted != NULL && checksum != NULL, "%s", loglin_last_error());
+    memcpy(checksum + strlen("\"checksum\": \""), wanted + strlen("expected "), 32);
+}
+
+/* What an import takes can be written and read again: else it would cost all results that are there. */
+Test(tuning, an_import_cannot_spoil_what_is_there) {
+    char path[96];
+    snprintf(path, sizeof path, "%s/shared.json", support_cache);
+    merge(1024, 128);
+    loglin_tuning tuning = one_class(1u << 30, 64);
+    char *text = loglin_tuning_print(&tuning);
+    forge(text, "1073741824", "2147483648");
+    support_write_file(path, text, strlen(text));
+    cr_expect_eq(loglin_tuning_import(path), LOGLIN_BAD_FILE);
+    cr_expect(strstr(loglin_last_error(), "length") != NULL, "%s", loglin_last_error());
+    cr_expect_eq(stored(), 1u);
+    cr_expect_eq(count_files(".damaged-"), 0u);
+    free(text);
+    loglin_tuning_free(&tuning);
+}
+
 Test(tuning, an_export_can_be_imported) {
     const loglin_device_info info = support_device_info();
     char path[96];

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -41,6 +42,33 @@ Test(worker, children_that_hang_crash_or_babble_cost_one_candidate) {
     cr_expect(reply.outcome == LOGLIN_OUTCOME_OK && reply.sample.runs == 1 && reply.sample.ms[0] == 2.5);
     reply = loglin_worker_ask("/nowhere/at/all", "{}", 1, NULL, NULL);
     cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_STOPPED);
+}
+
+/* An error text may be cut within a character, or be of a driver that knows no UTF-8: the rest of the reply counts. */
+Test(worker, a_reply_is_told_without_a_text_that_is_none) {
+    const loglin_reply refused = {
+        .outcome = LOGLIN_OUTCOME_FAILED, .reason = "refused", .detail = "no room in /home/j\xc3"};
+    char *text = loglin_reply_print(&refused);
+    cr_assert_not_null(text);
+    const loglin_reply read = loglin_reply_parse(text);
+    cr_expect_str_eq(read.reason, "refused");
+    cr_expect_str_eq(read.detail, "");
+    free(text);
+}
+
+/* What keeps a child from being started is not a candidate's fault. */
+Test(worker, no_descriptors_are_nobodys_fault) {
+    (void)ask_script("#!/bin/sh\n", 60);
+    char path[96];
+    snprintf(path, sizeof path, "%s/worker", support_cache);
+    struct rlimit all;
+    cr_assert_eq(getrlimit(RLIMIT_NOFILE, &all), 0);
+    const struct rlimit few = {.rlim_cur = 3, .rlim_max = all.rlim_max};
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &few), 0);
+    const loglin_reply reply = loglin_worker_ask(path, "{}", 60, NULL, NULL);
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &all), 0);
+    cr_expect_eq(reply.outcome, LOGLIN_OUTCOME_STOPPED);
+    cr_expect(strstr(reply.detail, "worker") != NULL, "%s", reply.detail);
 }
 
 /* Is suspended once, for longer than the child's limit. */

@@ -34,6 +34,19 @@ static loglin_cli_status bad_value(const char *option, const char *value, const 
     return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s is \"%s\", expected %s", option, value, expected);
 }
 
+loglin_cli_status loglin_cli_bad_option(char **argv, int option) {
+    const char *last = argv[optind - 1];
+    const bool assigned = strncmp(last, "--", 2) == 0 && strchr(last, '=') != NULL;
+    const char letter[] = {'-', (char)optopt, '\0'};
+    /* optopt is the letter of "-x", but also stands for an option that is there, if its value is what is wrong. */
+    const char *name = option == '?' && optopt != 0 && !assigned ? letter : last;
+    const char *fault = option == ':'             ? "a value is missing"
+                        : assigned && optopt != 0 ? "no value is expected"
+                                                  : "no such option";
+    return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s: %s; \"loglin %s --help\" lists the options", name, fault,
+                           argv[0]);
+}
+
 loglin_cli_status loglin_cli_parse_engine(const char *value, loglin_engine *engine) {
     if (strcmp(value, "auto") == 0) {
         *engine = LOGLIN_ENGINE_AUTO;
@@ -120,8 +133,7 @@ loglin_cli_status loglin_cli_parse_arguments(int argc, char **argv, const char *
     opterr = 0;
     for (int option; (option = getopt_long(argc, argv, ":", options, NULL)) != -1;) {
         if (option == '?' || option == ':') {
-            return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s: %s; \"loglin %s --help\" lists the options",
-                                   argv[optind - 1], option == '?' ? "no such option" : "a value is missing", argv[0]);
+            return loglin_cli_bad_option(argv, option);
         }
         RETURN_IF_FAILED(parse_option(option, arguments));
     }

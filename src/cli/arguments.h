@@ -23,6 +23,9 @@ typedef struct loglin_cli_arguments {
 loglin_cli_status loglin_cli_parse_arguments(int argc, char **argv, const char *summary, const char *files,
                                              loglin_cli_arguments *arguments);
 
+/* The message for what getopt_long, whose options are all long, returned as '?' or ':'. */
+loglin_cli_status loglin_cli_bad_option(char **argv, int option);
+
 /* The value of --engine. */
 loglin_cli_status loglin_cli_parse_engine(const char *value, loglin_engine *engine);
 

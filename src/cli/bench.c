@@ -82,8 +82,7 @@ static loglin_cli_status parse_option(char **argv, int option, loglin_bench_opti
         options->help = true;
         return LOGLIN_CLI_OK;
     default:
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s: %s; \"loglin bench --help\" lists the options",
-                               argv[optind - 1], option == ':' ? "a value is missing" : "no such option");
+        return loglin_cli_bad_option(argv, option);
     }
 }
 
@@ -125,8 +124,7 @@ static loglin_cli_status parse(int argc, char **argv, loglin_bench_options *opti
         return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "bench: \"%s\" is not expected", argv[optind]);
     }
     if (options->suite == NULL) {
-        (void)loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "bench: --suite is missing, expected cpu or paper");
-        return LOGLIN_CLI_BAD_INPUT;
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "bench: --suite is missing, expected cpu or paper");
     }
     if (options->threads > 0 && options->suite != &loglin_cli_bench_cpu) {
         return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--threads is %zu, expected only with --suite cpu",

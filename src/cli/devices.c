@@ -77,15 +77,22 @@ static loglin_cli_status list_devices(bool json) {
 }
 
 loglin_cli_status loglin_cli_devices(int argc, char **argv) {
-    if (argc == 2 && strcmp(argv[1], "--help") == 0) {
+    bool json = false, help = false;
+    for (int i = 1; i < argc; ++i) {
+        if (strcmp(argv[i], "--json") == 0) {
+            json = true;
+        } else if (strcmp(argv[i], "--help") == 0) {
+            help = true;
+        } else {
+            return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "devices: \"%s\" is not expected, only --json or --help",
+                                   argv[i]);
+        }
+    }
+    if (help) {
         (void)printf("usage: loglin devices [--json]\n"
                      "\n"
                      "Lists the OpenCL devices; the first is used unless --device or LOGLIN_DEVICE names another.\n");
         return LOGLIN_CLI_OK;
-    }
-    const bool json = argc == 2 && strcmp(argv[1], "--json") == 0;
-    if (argc > 1 && !json) {
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "devices: \"%s\" is not expected, only --json or --help", argv[1]);
     }
     return list_devices(json);
 }

@@ -5,6 +5,7 @@
 #include "cli/language_model.h"
 #include "cli/sampling.h"
 #include "cli/session.h"
+#include "cli/waiting.h"
 #include <ctype.h>
 #include <errno.h>
 #include <signal.h>
@@ -24,14 +25,16 @@ typedef struct generate_run {
     size_t id_count;
     float *logits;
     int32_t *order;
-    size_t generated;
-    double prefill_ms, ms;
+    size_t generated, steps;
+    double prefill_ms, steps_ms; /* steps_ms: of all but the first, with which something may compile */
 } generate_run;
 
 static volatile sig_atomic_t interrupted;
 
+/* Only the first is caught: where a long prompt keeps the device busy, a second ends the process. */
 static void interrupt(int signal_number) {
     interrupted = signal_number;
+    (void)signal(signal_number, SIG_DFL);
 }
 
 static loglin_cli_status parse_own(int option, generate_run *run) {
@@ -68,9 +71,9 @@ static void print_help(void) {
                  "  --ids LIST            the same as token ids\n"
                  "  --tokens N            how many tokens to generate\n"
                  "  --temperature X       sample from logits / X; 0 (default) takes the most probable token\n"
-                 "  --top-k K             only among the K most probable\n"
-                 "  --top-p P             only among the most probable that have P together\n"
-                 "  --seed S              of the random numbers; 0\n"
+                 "  --top-k K             with --temperature: only among the K most probable\n"
+                 "  --top-p P             with --temperature: only among the most probable that have P together\n"
+                 "  --seed S              with --temperature: of the random numbers; by default 0\n"
                  "  --help                print this text\n");
 }
 
@@ -172,8 +175,9 @@ static loglin_cli_status generate(generate_run *run) {
     loglin_session *session = run->model.session;
     const double begin = loglin_cli_now_ms();
     loglin_status status = loglin_session_prefill(session, 0, run->ids, run->id_count, run->logits);
-    const double prefilled = loglin_cli_now_ms();
-    run->prefill_ms = prefilled - begin;
+    double first_stepped = 0;
+    run->prefill_ms = loglin_cli_now_ms() - begin;
+    loglin_cli_waiting_end();
     while (status == LOGLIN_OK && interrupted == 0) {
         const int32_t id = loglin_cli_sample(&run->sampling, run->logits, run->model.info.vocabulary, run->order);
         RETURN_IF_FAILED(print_token(run, id));
@@ -182,9 +186,26 @@ static loglin_cli_status generate(generate_run *run) {
             break;
         }
         status = loglin_session_step(session, &id, run->logits);
+        if (run->steps++ == 0) {
+            first_stepped = loglin_cli_now_ms();
+        }
     }
-    run->ms = loglin_cli_now_ms() - prefilled;
+    run->steps_ms = loglin_cli_now_ms() - first_stepped;
     return status == LOGLIN_OK ? LOGLIN_CLI_OK : loglin_cli_fail_model(status);
+}
+
+static void report(const generate_run *run) {
+    (void)fprintf(stderr, "prompt     %zu tokens, %.2f ms (with what is compiled at first use)\n", run->id_count,
+                  run->prefill_ms);
+    (void)fprintf(stderr, "generated  %zu tokens", run->generated);
+    if (run->steps > 1) {
+        (void)fprintf(stderr, ", %.1f tokens/s", 1e3 * (double)(run->steps - 1) / run->steps_ms);
+    }
+    (void)fputc('\n', stderr);
+    if (run->generated < run->tokens && interrupted == 0) {
+        (void)fprintf(stderr, "ended      at %zu tokens, which is as far as the model's levels reach\n",
+                      run->model.info.max_length);
+    }
 }
 
 static loglin_cli_status run_all(generate_run *run) {
@@ -197,10 +218,7 @@ static loglin_cli_status run_all(generate_run *run) {
     RETURN_IF_FAILED(generate(run));
     (void)putchar('\n');
     (void)fflush(stdout);
-    (void)fprintf(stderr, "prompt     %zu tokens, %.2f ms (with what is compiled at first use)\n", run->id_count,
-                  run->prefill_ms);
-    (void)fprintf(stderr, "generated  %zu tokens, %.1f tokens/s\n", run->generated,
-                  run->ms > 0 ? 1e3 * (double)run->generated / run->ms : 0.0);
+    report(run);
     return LOGLIN_CLI_OK;
 }
 
@@ -216,7 +234,6 @@ loglin_cli_status loglin_cli_generate(int argc, char **argv) {
     free(run.logits);
     free(run.order);
     if (interrupted != 0) { /* all is cleaned up: end as the shell expects it */
-        (void)signal(SIGINT, SIG_DFL);
         (void)raise(SIGINT);
     }
     return status;

@@ -3,6 +3,7 @@
 #include "cli/language_model.h"
 
 #include "cli/arguments.h"
+#include "cli/waiting.h"
 #include <ctype.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -57,8 +58,7 @@ loglin_cli_status loglin_cli_model_option(char **argv, int option, loglin_cli_mo
         options->help = true;
         return LOGLIN_CLI_OK;
     default:
-        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s: %s; \"loglin %s --help\" lists the options", argv[optind - 1],
-                               option == ':' ? "a value is missing" : "no such option", argv[0]);
+        return loglin_cli_bad_option(argv, option);
     }
 }
 
@@ -87,6 +87,7 @@ loglin_cli_status loglin_cli_model_open(const loglin_cli_model_options *options,
     if (code != CL_SUCCESS) {
         return loglin_cli_fail_opencl(code, "clCreateCommandQueueWithProperties");
     }
+    loglin_cli_waiting_begin();
     status = loglin_device_create(model->context, id, &model->device);
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_library(status);

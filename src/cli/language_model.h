@@ -44,7 +44,10 @@ typedef struct loglin_cli_model {
     loglin_model_info info;
 } loglin_cli_model;
 
-/* *model must be zero before; loglin_cli_model_close is due in any case. */
+/*
+ * *model must be zero before; loglin_cli_model_close is due in any case.  Until the first result something may compile:
+ * behind that loglin_cli_waiting_end is due.
+ */
 loglin_cli_status loglin_cli_model_open(const loglin_cli_model_options *options, loglin_cli_model *model);
 loglin_cli_status loglin_cli_model_start(loglin_cli_model *model, size_t sequences);
 void loglin_cli_model_close(loglin_cli_model *model);

@@ -4,6 +4,7 @@
 
 #include "cli/language_model.h"
 #include "cli/session.h"
+#include "cli/waiting.h"
 #include "tensorfile/safetensors.h"
 #include <jansson.h>
 #include <math.h>
@@ -142,7 +143,11 @@ static loglin_cli_status write_output(const logits_run *run, size_t count) {
 static loglin_cli_status compute(logits_run *run) {
     const loglin_tensor *reference = NULL;
     size_t count = 0;
+    loglin_tensor_error error;
     RETURN_IF_FAILED(read_input(run));
+    if (!loglin_safetensors_can_write(run->out, &error)) {
+        return loglin_cli_fail(LOGLIN_CLI_FAILED, "%s: %s", run->out, error.text);
+    }
     RETURN_IF_FAILED(loglin_cli_model_open(&run->options, &run->model));
     RETURN_IF_FAILED(find_reference(run, &reference));
     if (__builtin_mul_overflow(run->batch * run->length, run->model.info.vocabulary, &count) ||
@@ -157,6 +162,7 @@ static loglin_cli_status compute(logits_run *run) {
     const double begin = loglin_cli_now_ms();
     const loglin_status status = loglin_session_score(run->model.session, run->ids, run->length, run->logits);
     run->ms = loglin_cli_now_ms() - begin;
+    loglin_cli_waiting_end();
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_model(status);
     }

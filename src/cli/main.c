@@ -2,8 +2,10 @@
 /* The command: chooses the subcommand. */
 #include "cli/commands.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 static const struct {
     const char *name;
@@ -37,26 +39,44 @@ static loglin_cli_status print_help(FILE *stream) {
     return LOGLIN_CLI_OK;
 }
 
-int main(int argc, char **argv) {
-    if (argc < 2) {
-        (void)print_help(stderr);
-        return LOGLIN_CLI_BAD_INPUT;
+/* Where the caller has closed a standard stream, no file may get its number: what is printed would go into that file. */
+static void occupy_standard_streams(void) {
+    for (int stream = STDIN_FILENO; stream <= STDERR_FILENO; ++stream) {
+        if (fcntl(stream, F_GETFD) == -1) {
+            (void)open("/dev/null", stream == STDIN_FILENO ? O_WRONLY : O_RDONLY); /* stays an error to use */
+        }
     }
+}
+
+static loglin_cli_status run(int argc, char **argv) {
     const char *name = argv[1];
-    if (strcmp(name, "help") == 0 || strcmp(name, "--help") == 0) {
-        return (int)print_help(stdout);
+    if (strcmp(name, "help") == 0 || strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
+        return print_help(stdout);
     }
     if (strcmp(name, "--version") == 0) {
         (void)printf("loglin %s\n", loglin_version());
         return LOGLIN_CLI_OK;
     }
-    if (strcmp(name, "tune-worker") == 0 && argc == 3) {
-        return loglin_tune_worker(argv[2]); /* one measurement of "loglin tune", which starts it */
-    }
     for (size_t i = 0; i < COMMAND_COUNT; ++i) {
         if (strcmp(name, commands[i].name) == 0) {
-            return (int)commands[i].run(argc - 1, argv + 1);
+            return commands[i].run(argc - 1, argv + 1);
         }
     }
-    return (int)loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "unknown command \"%s\"; \"loglin help\" lists them", name);
+    return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "unknown command \"%s\"; \"loglin help\" lists them", name);
+}
+
+int main(int argc, char **argv) {
+    occupy_standard_streams();
+    if (argc < 2) {
+        (void)print_help(stderr);
+        return LOGLIN_CLI_BAD_INPUT;
+    }
+    if (strcmp(argv[1], "tune-worker") == 0 && argc == 3) {
+        return loglin_tune_worker(argv[2]); /* one measurement of "loglin tune", which starts it */
+    }
+    const loglin_cli_status status = run(argc, argv);
+    if ((fflush(stdout) != 0 || ferror(stdout) != 0) && status == LOGLIN_CLI_OK) {
+        return (int)loglin_cli_fail(LOGLIN_CLI_FAILED, "standard output: not all of it could be written");
+    }
+    return (int)status;
 }

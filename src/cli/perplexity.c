@@ -4,6 +4,7 @@
 
 #include "cli/language_model.h"
 #include "cli/session.h"
+#include "cli/waiting.h"
 #include <errno.h>
 #include <jansson.h>
 #include <math.h>
@@ -91,6 +92,7 @@ static loglin_cli_status score_window(perplexity_run *run) {
     loglin_status status = loglin_session_reset(run->model.session, 0);
     if (status == LOGLIN_OK) {
         status = loglin_session_score(run->model.session, run->ids, run->window, run->logits);
+        loglin_cli_waiting_end();
     }
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_model(status);

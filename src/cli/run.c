@@ -111,7 +111,11 @@ static loglin_cli_status write_outputs(const loglin_cli_run *run) {
 }
 
 static loglin_cli_status run_all(loglin_cli_run *run) {
+    loglin_tensor_error error;
     RETURN_IF_FAILED(loglin_cli_problem_read(&run->arguments, run->operation->phase, &run->problem));
+    if (!loglin_safetensors_can_write(run->arguments.out, &error)) {
+        return loglin_cli_fail(LOGLIN_CLI_FAILED, "%s: %s", run->arguments.out, error.text);
+    }
     RETURN_IF_FAILED(run->operation->execute(run));
     RETURN_IF_FAILED(write_outputs(run));
     return loglin_cli_report(run);

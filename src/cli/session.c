@@ -2,6 +2,8 @@
 /* The OpenCL side of the command. */
 #include "cli/session.h"
 
+#include "cli/waiting.h"
+
 #include <stdlib.h>
 #include <time.h>
 
@@ -53,10 +55,12 @@ loglin_cli_status loglin_cli_session_open(loglin_cli_session *session, const cha
     RETURN_IF_FAILED(loglin_cli_find_info(id, &session->info));
     RETURN_IF_FAILED(open_queue(session, id));
     const double begin = loglin_cli_now_ms();
+    loglin_cli_waiting_begin();
     status = loglin_device_create(session->context, id, &session->device);
     if (status == LOGLIN_OK) {
         status = loglin_plan_create(session->device, problem, &session->plan);
     }
+    loglin_cli_waiting_end();
     session->prepare_ms = loglin_cli_now_ms() - begin;
     return status == LOGLIN_OK ? LOGLIN_CLI_OK : loglin_cli_fail_library(status);
 }

@@ -64,11 +64,21 @@ static void interrupt(int number) {
     interrupted = 1;
 }
 
-static void handle_signals(void) {
-    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    struct sigaction action = {.sa_handler = interrupt, .sa_flags = SA_RESTART};
-    for (size_t i = 0; i < sizeof signals / sizeof signals[0]; ++i) {
-        (void)sigaction(signals[i], &action, NULL);
+enum { SIGNALS = 3 };
+static const int signals[SIGNALS] = {SIGINT, SIGTERM, SIGHUP};
+
+/* What the caller ignores, as nohup does, stays ignored.  To be asked before a driver sets handlers of its own. */
+static void choose_handlers(struct sigaction actions[SIGNALS]) {
+    for (size_t i = 0; i < SIGNALS; ++i) {
+        if (sigaction(signals[i], NULL, &actions[i]) != 0 || actions[i].sa_handler != SIG_IGN) {
+            actions[i] = (struct sigaction){.sa_handler = interrupt, .sa_flags = SA_RESTART};
+        }
+    }
+}
+
+static void set_handlers(const struct sigaction actions[SIGNALS]) {
+    for (size_t i = 0; i < SIGNALS; ++i) {
+        (void)sigaction(signals[i], &actions[i], NULL);
     }
 }
 
@@ -250,8 +260,7 @@ static loglin_cli_status parse_arguments(int argc, char **argv, tune_arguments *
     int index = 0;
     for (int option; (option = getopt_long(argc, argv, ":", options, &index)) != -1;) {
         if (option == '?' || option == ':') {
-            return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "%s: %s; \"loglin tune --help\" lists the options",
-                                   argv[optind - 1], option == '?' ? "no such option" : "a value is missing");
+            return loglin_cli_bad_option(argv, option);
         }
         RETURN_IF_FAILED(parse_option(option, options[index].name, arguments));
     }
@@ -382,6 +391,8 @@ static loglin_cli_status run_tune(const tune_arguments *arguments) {
     loglin_cli_tune_results results[MOST];
     size_t count = 0, chosen = 0;
     cl_device_id id = NULL;
+    struct sigaction handlers[SIGNALS];
+    choose_handlers(handlers);
     loglin_status status = loglin_list_devices(infos, MOST, &count);
     if (status == LOGLIN_OK && !arguments->all) {
         status = loglin_select_device(arguments->device, &id);
@@ -398,7 +409,10 @@ static loglin_cli_status run_tune(const tune_arguments *arguments) {
             infos[chosen++] = infos[i];
         }
     }
-    handle_signals();
+    if (arguments->report != NULL) {
+        RETURN_IF_FAILED(loglin_cli_tune_report_prepare(arguments->report));
+    }
+    set_handlers(handlers);
     memset(results, 0, sizeof results);
     const loglin_cli_status result = tune_and_report(arguments, infos, chosen, results);
     for (size_t i = 0; i < chosen; ++i) {

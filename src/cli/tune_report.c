@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
+#include <unistd.h>
 
 static loglin_cli_status fail_write(const char *path) {
     return loglin_cli_fail(LOGLIN_CLI_FAILED, "--report: cannot write %s: %s", path, strerror(errno)); // NOLINT
@@ -22,12 +22,6 @@ static const char *engine_name(loglin_engine engine) {
 
 /* gnuplot with the SVG terminal and the output set; NULL with a message if there is no pipe. */
 static FILE *open_plot(const char *directory, const char *name) {
-    for (const char *c = directory; *c != '\0'; ++c) {
-        if (*c == '\'' || *c == '\n') {
-            (void)loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--report is \"%s\", expected no quotes in it", directory);
-            return NULL;
-        }
-    }
     FILE *plot = popen("gnuplot", "w"); // NOLINT(cert-env33-c): a fixed command
     if (plot == NULL) {
         (void)loglin_cli_fail(LOGLIN_CLI_FAILED, "--report: cannot start gnuplot");
@@ -41,13 +35,7 @@ static FILE *open_plot(const char *directory, const char *name) {
 
 static loglin_cli_status close_plot(FILE *plot) {
     const int status = pclose(plot);
-    if (status == 0) {
-        return LOGLIN_CLI_OK;
-    }
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 127) {
-        return loglin_cli_fail(LOGLIN_CLI_FAILED, "--report needs gnuplot (Debian: gnuplot-nox), which is not found");
-    }
-    return loglin_cli_fail(LOGLIN_CLI_FAILED, "--report: gnuplot failed");
+    return status == 0 ? LOGLIN_CLI_OK : loglin_cli_fail(LOGLIN_CLI_FAILED, "--report: gnuplot failed");
 }
 
 /* The least time of a class's candidates with an engine and a chunk size; 0 if there is none. */
@@ -283,11 +271,21 @@ static loglin_cli_status write_page(FILE *page, const char *directory, const log
     return LOGLIN_CLI_OK;
 }
 
-loglin_cli_status loglin_cli_tune_report(const char *directory, const loglin_cli_tune_results *results, size_t count) {
-    char path[4096];
-    if (mkdir(directory, 0777) != 0 && errno != EEXIST) {
+loglin_cli_status loglin_cli_tune_report_prepare(const char *directory) {
+    if (strpbrk(directory, "'\n") != NULL) {
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--report is \"%s\", expected no quotes in it", directory);
+    }
+    if ((mkdir(directory, 0777) != 0 && errno != EEXIST) || access(directory, W_OK | X_OK) != 0) {
         return fail_write(directory);
     }
+    if (system("gnuplot --version >/dev/null 2>&1") != 0) { // NOLINT(cert-env33-c): a fixed command
+        return loglin_cli_fail(LOGLIN_CLI_FAILED, "--report needs gnuplot (Debian: gnuplot-nox), which is not found");
+    }
+    return LOGLIN_CLI_OK;
+}
+
+loglin_cli_status loglin_cli_tune_report(const char *directory, const loglin_cli_tune_results *results, size_t count) {
+    char path[4096];
     if ((size_t)snprintf(path, sizeof path, "%s/index.html", directory) >= sizeof path) {
         return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "--report: the name is too long");
     }
@@ -295,7 +293,7 @@ loglin_cli_status loglin_cli_tune_report(const char *directory, const loglin_cli
     if (page == NULL) {
         return fail_write(path);
     }
-    (void)signal(SIGPIPE, SIG_IGN); /* gnuplot may be missing */
+    (void)signal(SIGPIPE, SIG_IGN); /* gnuplot may fail */
     const loglin_cli_status status = write_page(page, directory, results, count);
     if (fclose(page) != 0 && status == LOGLIN_CLI_OK) {
         return fail_write(path);

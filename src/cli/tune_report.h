@@ -23,6 +23,9 @@ typedef struct loglin_cli_tune_results {
     bool complete; /* nothing was left to do */
 } loglin_cli_tune_results;
 
+/* Makes DIR; fails where a report cannot be written to it, so that this is known before hours of measuring. */
+loglin_cli_status loglin_cli_tune_report_prepare(const char *directory);
+
 /* Writes DIR/index.html, a section for each device, and its plots, which gnuplot draws. */
 loglin_cli_status loglin_cli_tune_report(const char *directory, const loglin_cli_tune_results *results, size_t count);
 

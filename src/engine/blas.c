@@ -24,7 +24,7 @@ typedef struct phase_layout {
     size_t slots;                         /* of the whole call */
     size_t saved_e, saved_v, saved_write; /* backward: what each panel starts from */
     size_t carried_v, carried_write;      /* backward: matrices of a wave */
-    size_t floats;
+    size_t regions, floats;               /* the regions are what CLBlast reaches */
 } phase_layout;
 
 struct loglin_engine_state {
@@ -94,6 +94,7 @@ static loglin_status lay_out(const loglin_problem *problem, size_t panel_budget,
                            "CLBlast): use fewer heads or smaller dim_k, dim_v",
                            end);
     }
+    layout->regions = end;
     if (gradients) {
         const size_t saves = layout->panels > 1 ? layout->panels : 0;
         const size_t e = panel.columns > 0 ? matrix_floats(&panel, REGION_E) * panel.batch_width : 0;
@@ -175,6 +176,16 @@ static size_t workspace_size(const loglin_engine_state *state, loglin_phase phas
 
 /* ---- Execution --------------------------------------------------------------------------------------------------- */
 
+/* Before anything is enqueued: a product would fail behind other commands. */
+static loglin_status check_reach(const phase_layout *layout, loglin_buffer workspace) {
+    const size_t most = (size_t)INT_MAX - layout->regions;
+    if (workspace.offset > most) {
+        return loglin_fail(LOGLIN_UNSUPPORTED, "workspace.offset is %zu, expected at most %zu (CLBlast counts in int)",
+                           workspace.offset, most);
+    }
+    return LOGLIN_OK;
+}
+
 /* A tape on the workspace, started behind the caller's events, with the slot table filled in. */
 static loglin_tape start(loglin_engine_state *state, const phase_layout *layout, const loglin_call *call,
                          loglin_buffer workspace, cl_command_queue queue, cl_uint num_wait, const cl_event *wait) {
@@ -246,6 +257,7 @@ static void keep_states(loglin_tape *tape, const loglin_call *call, loglin_buffe
 static loglin_status forward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                              cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
     const phase_layout *layout = &state->forward;
+    RETURN_IF_ERROR(check_reach(layout, workspace));
     loglin_tape tape = start(state, layout, call, workspace, queue, num_wait, wait);
     for (size_t tile = 0; tile < layout->tiles; tile++) {
         begin_tile(&tape);
@@ -347,6 +359,7 @@ static void save_tile(loglin_tape *tape, const loglin_engine_state *state, const
 static loglin_status backward(loglin_engine_state *state, const loglin_call *call, loglin_buffer workspace,
                               cl_command_queue queue, cl_uint num_wait, const cl_event *wait, cl_event *event) {
     const phase_layout *layout = &state->backward;
+    RETURN_IF_ERROR(check_reach(layout, workspace));
     loglin_tape tape = start(state, layout, call, workspace, queue, num_wait, wait);
     for (size_t tile = 0; tile < layout->tiles; tile++) {
         begin_tile(&tape);

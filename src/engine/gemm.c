@@ -12,16 +12,19 @@
 #include <stdlib.h>
 
 /*
- * CLBlast takes its direct kernels, which neither allocate nor copy, where m n k is below this number cubed.  The
- * largest value whose cube fits its 64-bit arithmetic: always.
+ * CLBlast takes its direct kernels, which neither allocate nor copy, where m n k is below this number cubed,
+ * which its 64-bit arithmetic holds: always.
  */
 static const size_t always_direct = 1u << 20;
 
+/* OpenCL's codes, which CLBlast passes on, have names; its own lie far below them. */
 static loglin_status gemm_status(CLBlastStatusCode code) {
     if (code == CLBlastSuccess) {
         return LOGLIN_OK;
     }
-    return loglin_fail(LOGLIN_BLAS_FAILED, "CLBlast: status %d", (int)code);
+    const bool is_opencl = (int)code > -1000;
+    return loglin_fail(LOGLIN_BLAS_FAILED, "CLBlast: status %d%s%s", (int)code, is_opencl ? ", " : "",
+                       is_opencl ? loglin_strerror((int)code) : "");
 }
 
 /* One past the last element that a matrix of a batch reaches. */
@@ -39,9 +42,7 @@ loglin_status loglin_gemm_enqueue(const loglin_gemm *gemm, cl_command_queue queu
     for (size_t i = 0; i < 3; i++) {
         if (ends[i] > (size_t)INT_MAX) {
             return loglin_fail(LOGLIN_UNSUPPORTED,
-                               "workspace: a product's operand ends at element %zu, expected below 2^31 (a limit of "
-                               "CLBlast): use a smaller workspace offset or problem",
-                               ends[i]);
+                               "CLBlast: a product's operand ends at element %zu, expected below 2^31", ends[i]);
         }
     }
     return gemm_status(CLBlastSgemmStridedBatched(

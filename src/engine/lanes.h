@@ -16,11 +16,14 @@ typedef struct loglin_lane_schedule {
     unsigned slab_rows, slab_columns; /* 0: those of cl/portable_items.cl */
     const char *options;              /* of the vendor's compiler, or NULL */
     bool forward_only;                /* the backward pass's registers would be spilled */
-    bool few_registers;               /* so would the delta rule's, the strong partition's and those of small tiles */
+    bool few_registers; /* so would the delta rule's, the strong partition's, those of small tiles and of wide values */
 } loglin_lane_schedule;
 
 /* Intel: twice the registers for half the threads, for GPUs with matrix units and kernels that spill with fewer. */
 #define LOGLIN_INTEL_REGISTERS "-cl-intel-256-GRF-per-thread"
+
+/* The most columns of V for which few registers do: with 128, a thread of tgllp spills 512 bytes. */
+enum { LOGLIN_FEW_REGISTERS_DIM_V = 64 };
 
 /* Intel's pvc alone has so much local memory. */
 enum { LOGLIN_PVC_LOCAL_BYTES = 131072 };

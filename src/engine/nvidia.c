@@ -131,7 +131,13 @@ static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
 static loglin_status create_kernels(loglin_device *device, const loglin_problem *problem, loglin_engine_state *state) {
     static const char *const names[KERNEL_COUNT] = {"nvidia_prepare", "nvidia_states", "nvidia_tree", "nvidia_outputs",
                                                     "nvidia_final"};
-    static const char *const files[] = {"common.cl", "mma_nvidia.cl", "nvidia_layout.cl", "nvidia_mamba2.cl", NULL};
+    static const char *const files[] = {"common.cl",
+                                        "mma_nvidia.cl",
+                                        "nvidia_layout.cl",
+                                        "nvidia_mamba2.cl",
+                                        "nvidia_mamba2_states.cl",
+                                        "nvidia_mamba2_outputs.cl",
+                                        NULL};
     const nvidia_schedule *schedule = &state->schedule;
     char options[640]; /* 15 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,

@@ -179,7 +179,9 @@ static loglin_status create_kernels(loglin_device *device, const loglin_problem 
                                  "mma_nvidia.cl",
                                  "nvidia_delta_layout.cl",
                                  "nvidia_delta.cl",
-                                 backward ? "nvidia_delta_backward.cl" : NULL,
+                                 "nvidia_delta_walk.cl",
+                                 backward ? "nvidia_delta_backward.cl" : NULL, /* the end of a forward pass's */
+                                 "nvidia_delta_keys.cl",
                                  NULL};
     char options[480]; /* 11 numbers of at most 20 digits and their names */
     (void)snprintf(options, sizeof options,

@@ -32,6 +32,8 @@ loglin_panel loglin_panel_of(const loglin_problem *problem) {
         .near = near,
         .delta = problem->op == LOGLIN_GATED_DELTA,
         .packed = problem->sequences > 0,
+        .max_length = (unsigned)problem->max_length,
+        .max_position = (unsigned)problem->max_position,
         .scale = problem->scale,
         .length = problem->length,
     };

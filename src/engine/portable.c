@@ -395,11 +395,24 @@ static loglin_status create_slot_kernels(loglin_device *device, const loglin_pro
 static loglin_status create_lane_kernels(loglin_device *device, const loglin_problem *problem, const lane_shape *shape,
                                          unsigned tile_rows, portable_kernel first, portable_kernel end,
                                          loglin_engine_state *state) {
-    const char *const files[] = {
-        "panel.cl",           "common.cl",         "chunk_layout.cl",      "portable_items.cl",
-        "mma_layouts.cl",     state->schedule.mma, "mma_fragments.cl",     "portable_product.cl",
-        "portable_layout.cl", "portable_chunk.cl", "portable_states.cl",   "portable_forward.cl",
-        "portable_spread.cl", "portable_maps.cl",  "portable_backward.cl", NULL};
+    const char *const files[] = {"panel.cl",
+                                 "common.cl",
+                                 "chunk_layout.cl",
+                                 "portable_items.cl",
+                                 "mma_layouts.cl",
+                                 state->schedule.mma,
+                                 "mma_fragments.cl",
+                                 "portable_product.cl",
+                                 "portable_layout.cl",
+                                 "portable_chunk.cl",
+                                 "portable_head.cl",
+                                 "portable_states.cl",
+                                 "portable_forward.cl",
+                                 "portable_spread.cl",
+                                 "portable_maps.cl",
+                                 "portable_gradients.cl",
+                                 "portable_backward.cl",
+                                 NULL};
     char lanes[LOGLIN_LANE_OPTIONS], options[LOGLIN_LANE_OPTIONS + 640];
     loglin_lanes_options(&state->schedule, lanes);
     (void)snprintf(options, sizeof options,
@@ -424,10 +437,13 @@ static bool is_small(const loglin_problem *problem, const lane_shape *shape) {
 static loglin_status prepare(loglin_device *device, const loglin_problem *problem,
                              const loglin_configuration *configuration, loglin_engine_state *state) {
     RETURN_IF_ERROR(loglin_lanes_choose(device, problem->dtype, &state->schedule));
-    if (state->schedule.few_registers && (problem->op == LOGLIN_GATED_DELTA || problem->partition == LOGLIN_STRONG)) {
+    const char *too_much = problem->op == LOGLIN_GATED_DELTA             ? "the delta rule"
+                           : problem->partition == LOGLIN_STRONG         ? "the strong partition"
+                           : problem->dim_v > LOGLIN_FEW_REGISTERS_DIM_V ? "dim_v above 64"
+                                                                         : NULL;
+    if (state->schedule.few_registers && too_much != NULL) {
         return loglin_fail(LOGLIN_UNSUPPORTED, "%s: it has too few registers for the fused kernels of %s",
-                           device->info.name,
-                           problem->op == LOGLIN_GATED_DELTA ? "the delta rule" : "the strong partition");
+                           device->info.name, too_much);
     }
     RETURN_IF_ERROR(lay_out(device, problem, configuration->values, state));
     if (state->schedule.items > loglin_small_lanes.items && !state->schedule.few_registers &&

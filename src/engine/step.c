@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct loglin_stepper {
     cl_kernel step, advance;
@@ -72,7 +73,9 @@ static schedule cpu_schedule(const loglin_device *device, const loglin_problem *
 /* One column a work-item, a cache line of columns beside each other; fewer where that leaves compute units idle. */
 static schedule gpu_schedule(const loglin_device *device, const loglin_problem *problem) {
     const size_t most_columns = 32, least_columns = 8;
-    const size_t most_rows = 16, most_delta_rows = 32; /* registers */
+    const bool is_intel = strstr(device->info.vendor, "Intel") != NULL;
+    const size_t most_rows = is_intel ? 8 : 16,
+                 most_delta_rows = is_intel ? 8 : 32; /* without spills: scripts/vendorcheck */
     const bool is_delta = problem->op == LOGLIN_GATED_DELTA;
     size_t items = 256;
     while (items > device->info.max_work_group_size) {

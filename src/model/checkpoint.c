@@ -308,25 +308,17 @@ static loglin_status find_tensor(const loglin_checkpoint *checkpoint, const char
     return LOGLIN_OK;
 }
 
-static void print_shape(size_t rank, const size_t *shape, char *text, size_t capacity) {
-    size_t length = 0;
-    text[0] = '\0';
-    for (size_t i = 0; i < rank && length < capacity; i++) {
-        length += (size_t)snprintf(text + length, capacity - length, "%s%zu", i > 0 ? ", " : "", shape[i]);
-    }
-}
-
 static loglin_status check_shape(const loglin_checkpoint *checkpoint, const loglin_tensor *tensor, size_t rank,
                                  const size_t *shape) {
     if (tensor->rank == rank && memcmp(tensor->shape, shape, rank * sizeof *shape) == 0) {
         return LOGLIN_OK;
     }
-    char is[200];
-    char expected[100];
-    print_shape(tensor->rank, tensor->shape, is, sizeof is);
-    print_shape(rank, shape, expected, sizeof expected);
-    return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is [%s], expected [%s]", checkpoint->folder, tensor->name,
-                       is, expected);
+    char is[LOGLIN_TENSOR_SHAPE_TEXT];
+    char expected[LOGLIN_TENSOR_SHAPE_TEXT];
+    loglin_tensor_print_shape(tensor->rank, tensor->shape, is, sizeof is);
+    loglin_tensor_print_shape(rank, shape, expected, sizeof expected);
+    return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is %s, expected %s", checkpoint->folder, tensor->name, is,
+                       expected);
 }
 
 /* Index of the first value that is not finite; count if there is none. */
@@ -384,21 +376,24 @@ static loglin_status check_tensor(const loglin_checkpoint *checkpoint, const log
 /* The number of levels, and the width of the MLP where the config does not say it. */
 static loglin_status complete(const loglin_checkpoint *checkpoint, loglin_lm *lm) {
     char name[160];
+    char is[LOGLIN_TENSOR_SHAPE_TEXT];
     const loglin_tensor *tensor = NULL;
     loglin_lm_level_tensor_name(lm, name, sizeof name);
     RETURN_IF_ERROR(find_tensor(checkpoint, name, &tensor));
     if (tensor->rank != 2 || tensor->shape[0] != lm->heads || tensor->shape[1] < 1 ||
         tensor->shape[1] > LOGLIN_MAX_LEVELS - 1) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is not [%zu, levels] with 1 to %d levels",
-                           checkpoint->folder, name, lm->heads, LOGLIN_MAX_LEVELS - 1);
+        loglin_tensor_print_shape(tensor->rank, tensor->shape, is, sizeof is);
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is %s, expected [%zu, levels] with 1 to %d levels",
+                           checkpoint->folder, name, is, lm->heads, LOGLIN_MAX_LEVELS - 1);
     }
     lm->levels = tensor->shape[1];
     if (lm->intermediate == 0) {
         loglin_lm_gate_tensor_name(lm, name, sizeof name);
         RETURN_IF_ERROR(find_tensor(checkpoint, name, &tensor));
         if (tensor->rank != 2 || tensor->shape[0] < 1 || tensor->shape[0] > 1048576) {
-            return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is not [1 to 1048576, hidden_size]",
-                               checkpoint->folder, name);
+            loglin_tensor_print_shape(tensor->rank, tensor->shape, is, sizeof is);
+            return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is %s, expected [1 to 1048576, hidden_size]",
+                               checkpoint->folder, name, is);
         }
         lm->intermediate = tensor->shape[0];
     }

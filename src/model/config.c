@@ -3,6 +3,7 @@
 #include "model/config.h"
 
 #include "runtime/status.h"
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,13 +83,23 @@ static const json_t *find(const loglin_config *config, const char *key) {
     return json_is_null(value) ? NULL : value;
 }
 
+/* A value of the wrong kind. */
+static loglin_status fail_value(const loglin_config *config, const char *key, const json_t *value,
+                                const char *expected) {
+    char *text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(9));
+    const loglin_status status = loglin_fail(LOGLIN_BAD_FILE, "%s: %s is %.64s, expected %s", config->path, key,
+                                             text != NULL ? text : "another value", expected);
+    free(text);
+    return status;
+}
+
 loglin_status loglin_config_size(const loglin_config *config, const char *key, size_t min, size_t max, size_t *value) {
     const json_t *entry = find(config, key);
     if (entry == NULL) {
         return LOGLIN_OK;
     }
     if (!json_is_integer(entry)) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: %s is not an integer", config->path, key);
+        return fail_value(config, key, entry, "an integer");
     }
     const json_int_t number = json_integer_value(entry);
     if (number < 0 || (uint64_t)number < min || (uint64_t)number > max) {
@@ -113,7 +124,7 @@ loglin_status loglin_config_real(const loglin_config *config, const char *key, d
         return LOGLIN_OK;
     }
     if (!json_is_number(entry)) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: %s is not a number", config->path, key);
+        return fail_value(config, key, entry, "a number");
     }
     const double number = json_number_value(entry);
     if (!(number >= min && number <= max)) {
@@ -129,7 +140,7 @@ loglin_status loglin_config_bool(const loglin_config *config, const char *key, b
         return LOGLIN_OK;
     }
     if (!json_is_boolean(entry)) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: %s is not true or false", config->path, key);
+        return fail_value(config, key, entry, "true or false");
     }
     *value = json_is_true(entry);
     return LOGLIN_OK;
@@ -184,10 +195,10 @@ loglin_status loglin_config_limits(const loglin_config *config, const char *key,
     double low = 0;
     double high = 0;
     if (json_array_size(entry) != 2 || !read_limit(json_array_get(entry, 0), &low) ||
-        !read_limit(json_array_get(entry, 1), &high) || low < 0 || low > high || isinf(low)) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: %s is not [min, max] with 0 <= min <= max", config->path, key);
+        !read_limit(json_array_get(entry, 1), &high) || low < 0 || low > high || low > (double)FLT_MAX) {
+        return fail_value(config, key, entry, "[min, max] with 0 <= min <= max, and min finite as a float");
     }
     *min = (float)low;
-    *max = (float)high;
+    *max = high > (double)FLT_MAX ? HUGE_VALF : (float)high;
     return LOGLIN_OK;
 }

@@ -13,6 +13,10 @@ static loglin_status check_options(const loglin_model_options *options) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "options->dtype is %d, expected a loglin_dtype",
                            (int)options->dtype);
     }
+    if ((int)options->engine < LOGLIN_ENGINE_AUTO || (int)options->engine > LOGLIN_ENGINE_FUSED) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "options->engine is %d, expected a loglin_engine",
+                           (int)options->engine);
+    }
     if (options->piece > MAX_PIECE) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "options->piece is %zu, expected at most %d", options->piece,
                            MAX_PIECE);
@@ -42,6 +46,7 @@ loglin_status loglin_model_open(loglin_device *device, cl_command_queue queue, c
     const loglin_model_options defaults = {0};
     *model = NULL;
     RETURN_IF_ERROR(check_options(options != NULL ? options : &defaults));
+    RETURN_IF_ERROR(loglin_device_check_queue(device, queue));
     loglin_checkpoint *checkpoint = NULL;
     RETURN_IF_ERROR(loglin_checkpoint_open(folder, &checkpoint));
     loglin_model *opened = calloc(1, sizeof *opened);

@@ -41,7 +41,12 @@ loglin_status loglin_pass_create(loglin_session *session) {
     if (!model->device->is_cpu) {
         RETURN_IF_ERROR(prepare_products(session));
     }
-    return loglin_activations_create(session, piece, logit_rows, true, &session->pass_activations);
+    const loglin_status status =
+        loglin_activations_create(session, piece, logit_rows, true, &session->pass_activations);
+    if (status != LOGLIN_OK) {
+        loglin_activations_destroy(&session->pass_activations); /* the next pass tries again */
+    }
+    return status;
 }
 
 void loglin_pass_destroy(loglin_session *session) {

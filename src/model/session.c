@@ -113,8 +113,9 @@ static loglin_status create_parts(loglin_session *session) {
     return LOGLIN_OK;
 }
 
-static loglin_status check_queue(cl_command_queue queue) {
+static loglin_status check_queue(const loglin_model *model, cl_command_queue queue) {
     cl_command_queue_properties properties = 0;
+    RETURN_IF_ERROR(loglin_device_check_queue(model->device, queue));
     RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_PROPERTIES, sizeof properties, &properties, NULL));
     if ((properties & CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE) != 0) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "queue is out of order, expected an in-order queue");
@@ -134,7 +135,7 @@ loglin_status loglin_session_create(loglin_model *model, cl_command_queue queue,
     if (sequences < 1 || sequences > MAX_SEQUENCES) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "sequences is %zu, expected 1 to %d", sequences, MAX_SEQUENCES);
     }
-    RETURN_IF_ERROR(check_queue(queue));
+    RETURN_IF_ERROR(check_queue(model, queue));
     loglin_session *created = calloc(1, sizeof *created);
     if (created == NULL) {
         return loglin_fail(LOGLIN_OUT_OF_MEMORY, "out of memory");

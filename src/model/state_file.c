@@ -166,8 +166,13 @@ static loglin_status check_array(const char *path, const loglin_safetensors *fil
     }
     if (tensor->dtype != array->dtype || tensor->rank != array->rank ||
         memcmp(tensor->shape, array->shape, array->rank * sizeof *array->shape) != 0) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" has another type or shape than the session's states",
-                           path, array->name);
+        char is[LOGLIN_TENSOR_SHAPE_TEXT];
+        char expected[LOGLIN_TENSOR_SHAPE_TEXT];
+        loglin_tensor_print_shape(tensor->rank, tensor->shape, is, sizeof is);
+        loglin_tensor_print_shape(array->rank, array->shape, expected, sizeof expected);
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: tensor \"%s\" is %s %s, expected %s %s", path, array->name,
+                           loglin_tensor_dtype_name(tensor->dtype), is, loglin_tensor_dtype_name(array->dtype),
+                           expected);
     }
     for (size_t i = 0; tensor->dtype == LOGLIN_TENSOR_F32 && i < loglin_tensor_count(tensor); i++) {
         float value;

@@ -51,7 +51,7 @@ static void take_line(loglin_journal *journal, const json_t *line) {
     }
 }
 
-/* Reads the lines; false if the first one does not have the settings. */
+/* Reads the lines; false if the first one does not have the settings and a good seed. */
 static bool read_lines(loglin_journal *journal, FILE *stream, const char *settings, uint64_t *seed) {
     char *text = NULL;
     size_t capacity = 0;
@@ -59,9 +59,10 @@ static bool read_lines(loglin_journal *journal, FILE *stream, const char *settin
     for (size_t number = 0; getline(&text, &capacity, stream) >= 0 && (number == 0 || same); number++) {
         json_t *line = json_loads(text, 0, NULL);
         const char *found = json_string_value(json_object_get(line, "settings"));
-        if (number == 0 && found != NULL && strcmp(found, settings) == 0) {
+        const json_int_t found_seed = json_integer_value(json_object_get(line, "seed"));
+        if (number == 0 && found != NULL && strcmp(found, settings) == 0 && found_seed >= 0) {
             same = true;
-            *seed = (uint64_t)json_integer_value(json_object_get(line, "seed"));
+            *seed = (uint64_t)found_seed;
         } else if (same) {
             take_line(journal, line);
         }

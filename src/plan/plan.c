@@ -279,15 +279,7 @@ static loglin_status check_call(const loglin_plan *plan, loglin_phase phase, con
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "wait is %s with num_wait %u", wait != NULL ? "given" : "NULL",
                            num_wait);
     }
-    cl_context context = NULL;
-    cl_device_id id = NULL;
-    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_CONTEXT, sizeof(cl_context), &context, NULL));
-    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_DEVICE, sizeof(cl_device_id), &id, NULL));
-    if (context != plan->device->context || id != plan->device->id) {
-        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "queue is of another %s, expected the plan's",
-                           context != plan->device->context ? "context" : "device");
-    }
-    return LOGLIN_OK;
+    return loglin_device_check_queue(plan->device, queue);
 }
 
 static loglin_status check_inputs(const loglin_plan *plan, const loglin_inputs *in, bool one_token) {

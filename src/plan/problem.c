@@ -93,6 +93,11 @@ static loglin_status check_shape(const loglin_problem *problem) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "problem.batch is %zu, expected 1 with packed sequences",
                            problem->batch);
     }
+    if (problem->sequences == 0 && problem->max_length != 0 && problem->max_length != problem->length) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT,
+                           "problem.max_length is %zu, expected 0 or length, %zu, without packed sequences",
+                           problem->max_length, problem->length);
+    }
     if (problem->chunk != 0 &&
         (problem->chunk < 16 || problem->chunk > 256 || (problem->chunk & (problem->chunk - 1)) != 0)) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "problem.chunk is %zu, expected 0 or a power of two from 16 to 256",

@@ -78,14 +78,20 @@ loglin_status loglin_request_parse(const char *text, loglin_request *request) {
     return LOGLIN_OK;
 }
 
+/* "" instead of what is not UTF-8: a driver's own text, or one that was cut within a character. */
+static json_t *plain_text(const char *text) {
+    json_t *plain = json_string(text);
+    return plain != NULL ? plain : json_string("");
+}
+
 char *loglin_reply_print(const loglin_reply *reply) {
     json_t *times = json_array();
     for (unsigned i = 0; i < reply->sample.runs; i++) {
         (void)json_array_append_new(times, json_real(reply->sample.ms[i]));
     }
     json_t *document =
-        json_pack("{s:b, s:s, s:s, s:f, s:f, s:o}", "ok", reply->outcome == LOGLIN_OUTCOME_OK, "reason", reply->reason,
-                  "detail", reply->detail, "gflops", reply->gflops, "gbytes", reply->gbytes, "ms", times);
+        json_pack("{s:b, s:s, s:o, s:f, s:f, s:o}", "ok", reply->outcome == LOGLIN_OUTCOME_OK, "reason", reply->reason,
+                  "detail", plain_text(reply->detail), "gflops", reply->gflops, "gbytes", reply->gbytes, "ms", times);
     char *text = document != NULL ? json_dumps(document, JSON_COMPACT | JSON_REAL_PRECISION(9)) : NULL;
     json_decref(document);
     return text;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A child process with a time limit. */
+#define _GNU_SOURCE /* environ, pipe2; NOLINT(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
 #include "plan/worker.h"
 
 #include "runtime/status.h"
@@ -15,8 +16,6 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-
-extern char **environ;
 
 enum { REPLY_SIZE = 8192 };
 
@@ -151,23 +150,25 @@ static int reap(pid_t child, bool kill_it) {
     return status;
 }
 
+/* No child, for a reason that is no candidate's fault. */
+static loglin_reply not_started(const char *program, int code) {
+    loglin_reply reply = {.outcome = LOGLIN_OUTCOME_STOPPED};
+    (void)snprintf(reply.detail, sizeof reply.detail, "cannot start \"%.128s\": error %d", program, code);
+    return reply;
+}
+
 loglin_reply loglin_worker_ask(const char *program, const char *request, double limit, loglin_patience *patience,
                                void *context) {
     int ends[2];
-    if (pipe(ends) != 0) {
-        return failed("crashed", "no pipe to a child process");
+    if (pipe2(ends, O_CLOEXEC) != 0) {
+        return not_started(program, errno);
     }
-    (void)fcntl(ends[0], F_SETFD, FD_CLOEXEC);
-    (void)fcntl(ends[1], F_SETFD, FD_CLOEXEC);
     pid_t child = 0;
     const int code = start(program, request, ends[1], &child);
     close(ends[1]);
     if (code != 0) {
         close(ends[0]);
-        loglin_reply reply = failed("no worker", "");
-        reply.outcome = LOGLIN_OUTCOME_STOPPED;
-        (void)snprintf(reply.detail, sizeof reply.detail, "cannot start \"%.128s\": error %d", program, code);
-        return reply;
+        return not_started(program, code);
     }
     char text[REPLY_SIZE];
     const listen_end end = listen_to(ends[0], limit, patience, context, text);

@@ -75,9 +75,7 @@ static int tell(tuner *at) {
 }
 
 static int wait_patiently(void *context) {
-    tuner *at = context;
-    at->event.candidate = at->event.outcome = NULL;
-    return tell(at);
+    return tell(context);
 }
 
 /* ---- One measurement --------------------------------------------------------------------------------------------- */
@@ -184,10 +182,11 @@ static loglin_outcome measure(void *context, size_t candidate, unsigned round, u
         at->event.problem = at->problem;
         at->event.problem.engine = configuration->engine;
         at->event.problem.chunk = configuration->values[LOGLIN_TUNABLE_CHUNK];
-        if (tell(at) != 0) {
+        const bool stop = tell(at) != 0;
+        at->event.candidate = at->event.outcome = at->event.detail = NULL;
+        if (stop) {
             return LOGLIN_OUTCOME_STOPPED;
         }
-        at->event.candidate = at->event.outcome = NULL;
     }
     return reply.outcome;
 }

@@ -320,7 +320,7 @@ static void read_class(reader *in, const json_t *object, loglin_class *class) {
     class->phase = (loglin_phase)read_choice(in, object, "phase", phase_names, COUNT_OF(phase_names));
     class->dim_k = (unsigned)read_integer(in, object, "dim_k", 1, LOGLIN_MAX_DIM);
     class->dim_v = (unsigned)read_integer(in, object, "dim_v", 1, LOGLIN_MAX_DIM);
-    class->length = (unsigned)read_integer(in, object, "length", 1, (int64_t)1 << 31);
+    class->length = (unsigned)read_integer(in, object, "length", 1, (int64_t)1 << 30);
     class->shared = json_is_true(json_object_get(object, "shared"));
     if (!json_is_boolean(json_object_get(object, "shared"))) {
         complain(in, "shared", "true or false");

@@ -91,6 +91,7 @@ static bool make_directory(const char *directory) {
     return made;
 }
 
+/* Says once why the directory is of no use: errno, which stays. */
 static void report_unusable(const char *directory) {
     static atomic_flag reported = ATOMIC_FLAG_INIT;
     const int code = errno;
@@ -101,6 +102,7 @@ static void report_unusable(const char *directory) {
         }
         loglin_log(LOGLIN_LOG_INFO, "compiled programs are not kept: cannot write to %s: %s", directory, reason);
     }
+    errno = code;
 }
 
 bool loglin_cache_is_writable(const char *directory) {
@@ -143,10 +145,15 @@ bool loglin_write_all(int file, const void *data, size_t size) {
     return true;
 }
 
-/* The file is code to run: only this user's or the administrator's is trusted. */
+/* The file is code to run: only this user's or the administrator's is trusted, and only if nobody else may change it. */
+static bool is_trusted(const struct stat *status) {
+    return S_ISREG(status->st_mode) && (status->st_uid == geteuid() || status->st_uid == 0) &&
+           (status->st_mode & (S_IWGRP | S_IWOTH)) == 0;
+}
+
 static bool header_is_good(int file, const entry_header *header, size_t key_size) {
     struct stat status;
-    return fstat(file, &status) == 0 && S_ISREG(status.st_mode) && (status.st_uid == geteuid() || status.st_uid == 0) &&
+    return fstat(file, &status) == 0 && is_trusted(&status) &&
            memcmp(header->magic, entry_magic, sizeof entry_magic) == 0 && header->version == entry_version &&
            header->key_size == key_size && header->data_size > 0 && header->data_size <= max_data_size &&
            (uint64_t)status.st_size == sizeof *header + header->key_size + header->data_size;

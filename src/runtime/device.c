@@ -187,7 +187,8 @@ static loglin_status collect_devices(device_list *list) {
     if (status == LOGLIN_OK && list->count == 0) {
         status = loglin_fail(LOGLIN_NO_DEVICE,
                              "%u OpenCL platforms, but no device that can be used: check the driver and the right to "
-                             "open its device files, or install pocl-opencl-icd to run on the CPU",
+                             "open its device files (PoCL: to write to HOME or POCL_CACHE_DIR), or install "
+                             "pocl-opencl-icd to run on the CPU",
                              count);
     }
     if (status != LOGLIN_OK) {
@@ -374,4 +375,16 @@ void loglin_device_destroy(loglin_device *device) {
     if (device != NULL) {
         loglin_device_release(device);
     }
+}
+
+loglin_status loglin_device_check_queue(const loglin_device *device, cl_command_queue queue) {
+    cl_context context = NULL;
+    cl_device_id id = NULL;
+    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_CONTEXT, sizeof(cl_context), &context, NULL));
+    RETURN_IF_CL_ERROR(clGetCommandQueueInfo(queue, CL_QUEUE_DEVICE, sizeof(cl_device_id), &id, NULL));
+    if (context != device->context || id != device->id) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "queue is of another %s than the loglin_device",
+                           context != device->context ? "context" : "device");
+    }
+    return LOGLIN_OK;
 }

@@ -40,4 +40,7 @@ struct loglin_device {
 void loglin_device_retain(loglin_device *device);
 void loglin_device_release(loglin_device *device);
 
+/* Is the queue of the device and its context? */
+loglin_status loglin_device_check_queue(const loglin_device *device, cl_command_queue queue);
+
 #endif

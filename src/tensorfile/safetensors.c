@@ -306,6 +306,16 @@ size_t loglin_tensor_count(const loglin_tensor *tensor) {
     return tensor->size / loglin_tensor_dtype_size(tensor->dtype);
 }
 
+void loglin_tensor_print_shape(size_t rank, const size_t *shape, char *text, size_t capacity) {
+    size_t length = (size_t)snprintf(text, capacity, "[");
+    for (size_t i = 0; i < rank && length < capacity; i++) {
+        length += (size_t)snprintf(text + length, capacity - length, "%s%zu", i > 0 ? ", " : "", shape[i]);
+    }
+    if (length < capacity) {
+        (void)snprintf(text + length, capacity - length, "]");
+    }
+}
+
 /* ---- Writing ---------------------------------------------------------------------------------------------------- */
 
 static bool check_tensor(const loglin_tensor *tensor, loglin_tensor_error *error) {
@@ -460,32 +470,62 @@ static int create_temporary(const char *path, char *name, size_t capacity) {
     return descriptor;
 }
 
-static bool write_and_rename(const char *path, const char *header, const loglin_tensor *order, size_t count,
-                             loglin_tensor_error *error) {
+/* As create_temporary, for a file that is to replace `path`; the name is to be freed.  -1, with `error` filled in. */
+static int open_temporary(const char *path, char **name, loglin_tensor_error *error) {
     struct stat status;
+    *name = NULL;
+    if (path[0] == '\0') {
+        (void)fail(error, "cannot be created: its name is empty");
+        return -1;
+    }
     if (stat(path, &status) == 0 && !S_ISREG(status.st_mode)) {
-        return fail(error, "cannot be replaced: it is not a regular file");
+        (void)fail(error, "cannot be replaced: it is not a regular file");
+        return -1;
     }
     const size_t capacity = strlen(path) + 64;
     char *temporary = malloc(capacity);
     if (temporary == NULL) {
-        return fail(error, "out of memory");
+        (void)fail(error, "out of memory");
+        return -1;
     }
-    bool written = false;
     const int descriptor = create_temporary(path, temporary, capacity);
     if (descriptor < 0) {
         (void)fail(error, "cannot be created: %s", strerror(errno));
-    } else {
-        written = write_file(descriptor, header, order, count, error);
-        if (close(descriptor) != 0 && written) {
-            written = fail(error, "cannot be written: %s", strerror(errno));
-        }
-        if (written && rename(temporary, path) != 0) {
-            written = fail(error, "cannot be renamed: %s", strerror(errno));
-        }
-        if (!written) {
-            (void)unlink(temporary);
-        }
+        free(temporary);
+        return -1;
+    }
+    *name = temporary;
+    return descriptor;
+}
+
+bool loglin_safetensors_can_write(const char *path, loglin_tensor_error *error) {
+    char *temporary;
+    const int descriptor = open_temporary(path, &temporary, error);
+    if (descriptor < 0) {
+        return false;
+    }
+    (void)close(descriptor);
+    (void)unlink(temporary);
+    free(temporary);
+    return true;
+}
+
+static bool write_and_rename(const char *path, const char *header, const loglin_tensor *order, size_t count,
+                             loglin_tensor_error *error) {
+    char *temporary;
+    const int descriptor = open_temporary(path, &temporary, error);
+    if (descriptor < 0) {
+        return false;
+    }
+    bool written = write_file(descriptor, header, order, count, error);
+    if (close(descriptor) != 0 && written) {
+        written = fail(error, "cannot be written: %s", strerror(errno));
+    }
+    if (written && rename(temporary, path) != 0) {
+        written = fail(error, "cannot be renamed: %s", strerror(errno));
+    }
+    if (!written) {
+        (void)unlink(temporary);
     }
     free(temporary);
     return written;

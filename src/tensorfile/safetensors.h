@@ -60,6 +60,10 @@ const char *loglin_safetensors_metadata(const loglin_safetensors *file, const ch
 /* Elements of a tensor. */
 size_t loglin_tensor_count(const loglin_tensor *tensor);
 
+/* A shape for a message, "[2, 3]", in whole with LOGLIN_TENSOR_SHAPE_TEXT bytes of room. */
+enum { LOGLIN_TENSOR_SHAPE_TEXT = 22 * LOGLIN_TENSOR_MAX_RANK + 3 };
+void loglin_tensor_print_shape(size_t rank, const size_t *shape, char *text, size_t capacity);
+
 /*
  * Writes a file: to a temporary one beside it, which then takes its name.  On failure false, and `path` is as it was.
  * Data is aligned to its element size.
@@ -67,5 +71,8 @@ size_t loglin_tensor_count(const loglin_tensor *tensor);
 bool loglin_safetensors_write(const char *path, const loglin_tensor *tensors, size_t count,
                               const loglin_tensor_metadata *metadata, size_t metadata_count,
                               loglin_tensor_error *error);
+
+/* Whether a file can be written there as things stand, so that this need not be found out after a long computation. */
+bool loglin_safetensors_can_write(const char *path, loglin_tensor_error *error);
 
 #endif
