@@ -226,54 +226,6 @@ static loglin_status set_token(const loglin_session *session, loglin_launch *lau
     return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
 }
 
-/* Floats that the groups of cl/nvidia_token.cl tell each other. */
-static size_t told_words(const loglin_session *session) {
-    const loglin_activations *a = &session->step_activations;
-    const size_t inner = session->model->lm.inner;
-    return a->p_stride + a->y_stride + inner + inner / 8 + (size_t)(2 * LOGLIN_TOKEN_PARTS) * a->x_stride;
-}
-
-enum { NUMBER_ARGUMENT = 3 };
-
-/* The same on NVIDIA's GPUs. */
-static loglin_status set_nvidia_token(const loglin_session *session, loglin_launch *launch) {
-    const loglin_activations *a = &session->step_activations;
-    const loglin_model *model = session->model;
-    const loglin_lm *lm = &model->lm;
-    const loglin_model_program *program = &session->program;
-    const cl_mem log_decay = session->all_log_decays.all;
-    const cl_uint layers = (cl_uint)lm->layers;
-    const loglin_kernel_argument arguments[] = {
-        KERNEL_ARGUMENT(a->ids),
-        KERNEL_ARGUMENT(model->embedding),
-        KERNEL_ARGUMENT(session->told),
-        KERNEL_ARGUMENT(session->told_number),
-        KERNEL_ARGUMENT(layers),
-        KERNEL_ARGUMENT(model->vectors.all),
-        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_IN].all),
-        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_OUT].all),
-        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_GATE_UP].all),
-        KERNEL_ARGUMENT(model->matrices[LOGLIN_MATRIX_DOWN].all),
-        KERNEL_ARGUMENT(model->final_norm),
-        KERNEL_ARGUMENT(model->head),
-        KERNEL_ARGUMENT(a->logits),
-        KERNEL_ARGUMENT(lm->norm_eps),
-        KERNEL_ARGUMENT(lm->dt_min),
-        KERNEL_ARGUMENT(lm->dt_max),
-        KERNEL_ARGUMENT(session->all_tails.all),
-        KERNEL_ARGUMENT(session->all_values.all),
-        {sizeof log_decay, log_decay != NULL ? &log_decay : NULL},
-        KERNEL_ARGUMENT(session->all_positions.all),
-        KERNEL_ARGUMENT(session->in_vain),
-    };
-    RETURN_IF_ERROR(loglin_model_create_kernel(program, LOGLIN_KERNEL_token, &launch->kernel));
-    launch->local[0] = program->local + LOGLIN_TOKEN_COPYING;
-    launch->local[1] = 1;
-    launch->global[0] = program->token_groups * launch->local[0];
-    launch->global[1] = 1;
-    return loglin_set_arguments(launch->kernel, arguments, sizeof arguments / sizeof arguments[0]);
-}
-
 static loglin_status set_layer(loglin_session *session, size_t layer) {
     static const loglin_model_kernel ids[LOGLIN_STEP_LAUNCHES] = {
         [LOGLIN_STEP_IN] = LOGLIN_KERNEL_norm_product,   [LOGLIN_STEP_MIX] = LOGLIN_KERNEL_attention_inputs,
@@ -329,12 +281,7 @@ void loglin_fast_step_destroy(loglin_session *session) {
     }
     free(session->step_layers);
     loglin_shared_step_destroy(session);
-    if (session->in_vain != NULL) {
-        (void)clReleaseMemObject(session->in_vain);
-    }
-    if (session->told != NULL) {
-        (void)clReleaseMemObject(session->told);
-    }
+    loglin_streamed_step_destroy(session);
     release_kernel(session->step_embed.kernel);
     release_kernel(session->step_head.kernel);
     release_kernel(session->step_token.kernel);
@@ -366,7 +313,7 @@ static loglin_status enqueue_step(const loglin_session *session) {
     return loglin_launch_enqueue(&session->step_head, session->queue);
 }
 
-/* From the ids to the logits, and whether groups have waited in vain. */
+/* From the ids to the logits. */
 static loglin_status enqueue_all(loglin_session *session, float *logits) {
     const size_t vocabulary = session->model->lm.vocabulary;
     const size_t n = session->sequences;
@@ -375,17 +322,7 @@ static loglin_status enqueue_all(loglin_session *session, float *logits) {
     const size_t region[3] = {vocabulary * sizeof(float), n, 1};
     RETURN_IF_CL_ERROR(
         clEnqueueWriteBuffer(session->queue, a->ids, CL_FALSE, 0, n * sizeof(cl_int), session->ids, 0, NULL, NULL));
-    if (session->in_vain != NULL) {
-        RETURN_IF_CL_ERROR(clSetKernelArg(session->step_token.kernel, NUMBER_ARGUMENT, sizeof session->told_number,
-                                          &session->told_number));
-        session->told_number += (cl_uint)session->model->lm.layers;
-    }
     RETURN_IF_ERROR(enqueue_step(session));
-    if (session->in_vain != NULL) {
-        RETURN_IF_CL_ERROR(clEnqueueReadBuffer(session->queue, session->in_vain, CL_FALSE, 0,
-                                               sizeof session->waited_in_vain, &session->waited_in_vain, 0, NULL,
-                                               NULL));
-    }
     if (logits != NULL) {
         RETURN_IF_CL_ERROR(clEnqueueReadBufferRect(session->queue, a->logits, CL_FALSE, origin, origin, region,
                                                    a->logits_stride * sizeof(float), 0, vocabulary * sizeof(float), 0,
@@ -394,71 +331,31 @@ static loglin_status enqueue_all(loglin_session *session, float *logits) {
     return LOGLIN_OK;
 }
 
-/* Nobody has told anything yet, nor waited in vain. */
-static loglin_status clear_told(loglin_session *session) {
-    static const cl_uint zero;
-    session->waited_in_vain = 0;
-    session->told_number = 1;
-    RETURN_IF_CL_ERROR(clEnqueueFillBuffer(session->queue, session->told, &zero, sizeof zero, 0,
-                                           told_words(session) * sizeof(cl_ulong), 0, NULL, NULL));
-    RETURN_IF_CL_ERROR(
-        clEnqueueFillBuffer(session->queue, session->in_vain, &zero, sizeof zero, 0, sizeof zero, 0, NULL, NULL));
-    return LOGLIN_OK;
-}
-
 loglin_status loglin_fast_step_run(loglin_session *session, float *logits) {
     if (session->shared.words != NULL) {
         return loglin_shared_step_run(session, logits);
     }
-    mtx_t *meetings = session->in_vain != NULL ? &session->model->device->meetings : NULL;
-    if (meetings != NULL) {
-        mtx_lock(meetings);
+    if (session->streamed.told != NULL) {
+        return loglin_streamed_step_run(session, logits);
     }
     const loglin_status status = enqueue_all(session, logits);
     const cl_int code = clFinish(session->queue); /* also behind an error: ids and logits must stay until then */
-    if (meetings != NULL) {
-        mtx_unlock(meetings);
-    }
     RETURN_IF_ERROR(status);
     if (code != CL_SUCCESS) {
         return loglin_fail(code, "clFinish: %s", loglin_strerror(code));
     }
-    if (session->waited_in_vain != 0) {
-        RETURN_IF_ERROR(clear_told(session));
-        return loglin_fail(LOGLIN_INTERNAL, "the work-groups of a step waited for each other in vain");
-    }
     return LOGLIN_OK;
-}
-
-/* Are all groups of step_token on the device together?  A trial step tells; else steps take many launches. */
-static loglin_status try_token(loglin_session *session) {
-    RETURN_IF_ERROR(clear_told(session));
-    const loglin_status status = loglin_fast_step_run(session, NULL); /* session->ids are 0 */
-    if (status == LOGLIN_INTERNAL) {
-        release_kernel(session->step_token.kernel);
-        session->step_token.kernel = NULL;
-        (void)clReleaseMemObject(session->in_vain);
-        session->in_vain = NULL;
-        return LOGLIN_OK;
-    }
-    return status;
 }
 
 loglin_status loglin_fast_step_create(loglin_session *session) {
     RETURN_IF_ERROR(
         loglin_activations_create(session, session->sequences, session->sequences, false, &session->step_activations));
     if (session->program.token_groups > 1) {
-        RETURN_IF_ERROR(loglin_session_buffer(session, "waiting in vain", 1, sizeof(cl_uint), &session->in_vain));
-        RETURN_IF_ERROR(
-            loglin_session_buffer(session, "a step", told_words(session), sizeof(cl_ulong), &session->told));
-        RETURN_IF_ERROR(set_nvidia_token(session, &session->step_token));
+        RETURN_IF_ERROR(loglin_streamed_step_create(session));
     }
     if (session->program.token_groups == 1) {
         RETURN_IF_ERROR(set_token(session, &session->step_token));
         RETURN_IF_ERROR(loglin_shared_step_create(session));
-    }
-    if (session->in_vain != NULL) {
-        RETURN_IF_ERROR(try_token(session));
     }
     return session->step_token.kernel != NULL ? LOGLIN_OK : create_launches(session);
 }

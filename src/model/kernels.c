@@ -14,12 +14,29 @@
 /* A CPU takes a token through layers of at most so many bytes in one launch: a core reads one in the time of a few. */
 enum { SMALL_LAYER_BYTES = 2 << 20 };
 
-/* cl/nvidia_token.cl: work-items of a group that compute, so many registers leave room for it; parts of a product's columns. */
-enum { TOKEN_LOCAL = 512, TOKEN_PARTS = LOGLIN_TOKEN_PARTS, TOKEN_OCTETS = 4, TOKEN_MOST_K = 256 };
+/* cl/nvidia_token.cl: work-items of a group that compute, so many registers leave room for all; parts of a product's columns. */
+enum {
+    TOKEN_LOCAL = 384,
+    TOKEN_PARTS = LOGLIN_TOKEN_PARTS,
+    TOKEN_OCTETS = 4,
+    TOKEN_MOST_K = 256,
+    TOKEN_MOST_HIDDEN = 8192
+};
 #define TOKEN_OPTIONS " -cl-nv-maxrregcount=120"
 
-/* Local memory of such a group: at most so many bytes, and slots of so many in a ring. */
-enum { TOKEN_BYTES = 226 << 10, SLOT_BYTES = 32 * TOKEN_LOCAL, LEAST_SLOTS = 4, MOST_SLOTS = 8 };
+/*
+ * Local memory of such a group: at most so many bytes, slots of so many in a ring, and so many levels of 8 columns if they can be
+ * had for some of the slots.
+ */
+enum {
+    TOKEN_BYTES = 226 << 10,
+    TOKEN_SLACK = 1024,
+    TOKEN_PARTIALS = 2048,
+    SLOT_BYTES = 16 << 10,
+    LEAST_SLOTS = 6,
+    MOST_SLOTS = 8,
+    WANTED_LEVELS = 15
+};
 
 enum { GPU_LOCAL = 128, CPU_LOCAL = 256, GROUPS_PER_CORE = 1, TILE_OF_8 = 6, TILE_OF_16 = 16, GPU_TILE = 1 };
 
@@ -100,12 +117,27 @@ static size_t token_input(const loglin_lm *lm) {
     return lm->hidden > 2 * widest ? lm->hidden : 2 * widest;
 }
 
-/* Slots of its ring, beside a group's other local memory. */
-static size_t token_slots(const loglin_lm *lm) {
-    const size_t attention = TOKEN_OCTETS * (2 * (2 * lm->dim_k + 8) + 10 * lm->levels + 4);
-    const size_t partials = 8 * TOKEN_LOCAL / 2;
-    const size_t others = 6 * token_input(lm) + sizeof(float) * (partials + attention + lm->inner / lm->segment);
-    return others < TOKEN_BYTES ? min_size((TOKEN_BYTES - others) / SLOT_BYTES, MOST_SLOTS) : 0;
+/* Its local memory: slots of the ring, and levels of 8 columns that are there before they are needed. */
+typedef struct token_memory {
+    size_t slots, levels;
+} token_memory;
+
+static token_memory share_token_memory(const loglin_lm *lm) {
+    const size_t heads_of_key = lm->heads / lm->groups;
+    const size_t spanned = (TOKEN_OCTETS - 2) / (heads_of_key * lm->dim_v / 8) + 2;
+    const size_t inputs = min_size(spanned, lm->groups) * 2 * lm->dim_k + (size_t)TOKEN_OCTETS * 8;
+    const size_t attention = 2 * inputs + TOKEN_OCTETS * (18 * lm->levels + 8);
+    const size_t of_product = lm->hidden / TOKEN_PARTS + lm->inner / 8 + lm->inner / lm->segment + TOKEN_PARTIALS;
+    const size_t level_bytes = (lm->dim_k + 1) * 8 * sizeof(float);
+    const size_t others = 6 * (token_input(lm) + 16) + sizeof(float) * (attention + of_product) + TOKEN_SLACK;
+    token_memory memory = {MOST_SLOTS + 1, 0};
+    do {
+        memory.slots--;
+        const size_t used = others + memory.slots * SLOT_BYTES;
+        memory.levels = used < TOKEN_BYTES ? (TOKEN_BYTES - used) / level_bytes : 0;
+    } while (memory.slots > LEAST_SLOTS && memory.levels < WANTED_LEVELS);
+    memory.levels = min_size(memory.levels, TOKEN_OCTETS * lm->levels);
+    return memory;
 }
 
 /* Its groups: all that the device takes at once, if there is something to tell for each of them in every phase. */
@@ -126,8 +158,8 @@ static bool streams_weights(const loglin_session *session) {
     const loglin_lm *lm = &model->lm;
     return is_nvidia(model->device) && session->sequences == 1 && has_whole_buffers(session) &&
            model->matrix_dtype == LOGLIN_BF16 && (lm->hidden | lm->inner | lm->intermediate | lm->dim_k) % 16 == 0 &&
-           (lm->dim_v | lm->segment) % 8 == 0 && lm->dim_k <= TOKEN_MOST_K && token_slots(lm) >= LEAST_SLOTS &&
-           streaming_groups(model) >= TOKEN_PARTS &&
+           (lm->dim_v | lm->segment) % 8 == 0 && lm->dim_k <= TOKEN_MOST_K && share_token_memory(lm).levels > 0 &&
+           lm->hidden <= TOKEN_MOST_HIDDEN && streaming_groups(model) >= TOKEN_PARTS &&
            loglin_nvidia_probe_wgmma(model->device, LOGLIN_BF16, TOKEN_BYTES) == LOGLIN_OK;
 }
 
@@ -163,11 +195,12 @@ static void write_token_options(const loglin_session *session, char *options, si
         loglin_whole_blocks(model->layout.columns), loglin_whole_blocks(lm->intermediate),
         loglin_whole_blocks(lm->vocabulary));
     if (session->program.token_groups > 1 && size > 0) {
+        const token_memory memory = share_token_memory(lm);
         (void)snprintf(options + size, capacity - (size_t)size,
                        " -DHIDDEN=%zu -DINTERMEDIATE=%zu -DDIM_K=%zu -DOUT_WIDTH=%zu -DDOWN_WIDTH=%zu -DPREPARED=%zu "
-                       "-DSLOTS=%zu -DBULK_COPIES" TOKEN_OPTIONS,
+                       "-DSLOTS=%zu -DSTAGED=%zu -DBULK_COPIES" TOKEN_OPTIONS,
                        lm->hidden, lm->intermediate, lm->dim_k, part_width(lm->inner), part_width(lm->intermediate),
-                       token_input(lm), token_slots(lm));
+                       token_input(lm), memory.slots, memory.levels);
     }
 }
 

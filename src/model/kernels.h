@@ -30,7 +30,7 @@ typedef enum loglin_model_kernel {
 } loglin_model_kernel;
 
 /* cl/nvidia_token.cl: most parts of the columns of some matrices; items beside those that compute. */
-enum { LOGLIN_TOKEN_PARTS = 4, LOGLIN_TOKEN_COPYING = 32 };
+enum { LOGLIN_TOKEN_PARTS = 4, LOGLIN_TOKEN_BESIDE = 160 };
 
 /* How the kernels were built. */
 typedef struct loglin_model_program {

@@ -71,6 +71,14 @@ typedef struct loglin_shared_step {
     int64_t answered; /* when, in nanoseconds */
 } loglin_shared_step;
 
+/* What a step of one launch needs beside the session's other buffers, see streamed_step.c. */
+typedef struct loglin_streamed_step {
+    cl_mem told;    /* what groups tell each other */
+    cl_mem answer;  /* the logits; whether groups have waited in vain */
+    float *mapped;  /* answer, between steps */
+    cl_uint number; /* the next that no launch had */
+} loglin_streamed_step;
+
 /* A plan for pieces of a shape. */
 typedef struct loglin_piece_plan {
     loglin_plan *plan;
@@ -93,11 +101,9 @@ struct loglin_session {
     loglin_activations step_activations; /* rows 0: the session is too large for the fast step */
     loglin_step_layer *step_layers;
     loglin_launch step_embed, step_head;
-    loglin_launch step_token;  /* all of these in one, where the program has it */
-    cl_mem told, in_vain;      /* of a step_token of several groups, see cl/nvidia_token.cl; NULL elsewhere */
-    cl_uint told_number;       /* the next that no launch had */
-    cl_uint waited_in_vain;    /* a group has waited in vain for the others */
-    loglin_shared_step shared; /* of a step_token that one group takes; NULL where the device shares no memory */
+    loglin_launch step_token;      /* all of these in one, where the program has it */
+    loglin_streamed_step streamed; /* of a step_token that several groups take; NULL elsewhere */
+    loglin_shared_step shared;     /* of a step_token that one group takes; NULL where the device shares no memory */
 
     loglin_activations pass_activations;        /* rows 0 until the first pass */
     loglin_nvidia_product_kernels matrix_units; /* of passes; not made where others make their products */
@@ -137,6 +143,11 @@ loglin_status loglin_fast_step_create(loglin_session *session);
 void loglin_fast_step_destroy(loglin_session *session);
 /* Takes session->ids, one token of every sequence, through the layers and waits; logits [N, vocabulary] may be NULL. */
 loglin_status loglin_fast_step_run(loglin_session *session, float *logits);
+
+/* streamed_step.c; step_token stays without a kernel where the groups are not on the device together */
+loglin_status loglin_streamed_step_create(loglin_session *session);
+void loglin_streamed_step_destroy(loglin_session *session);
+loglin_status loglin_streamed_step_run(loglin_session *session, float *logits);
 
 /* shared_step.c, for a session with a step_token of one group */
 loglin_status loglin_shared_step_create(loglin_session *session);
