@@ -126,6 +126,9 @@ loglin_status loglin_streamed_step_run(loglin_session *session, float *logits) {
     const loglin_status status = take_token(session);
     mtx_unlock(&session->model->device->meetings);
     RETURN_IF_ERROR(status);
+    if (streamed->mapped == NULL) {
+        return loglin_fail(LOGLIN_INTERNAL, "the logits of a step are not mapped");
+    }
     memcpy(&waited_in_vain, streamed->mapped + session->step_activations.logits_stride, sizeof waited_in_vain);
     if (waited_in_vain != 0) {
         RETURN_IF_ERROR(clear_told(session));
