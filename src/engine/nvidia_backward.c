@@ -208,9 +208,9 @@ static size_t sums_bytes(const backward_shape *shape) {
 /* Local memory of a work-group of the rows. */
 static size_t rows_bytes(const backward_shape *shape) {
     const size_t state = shape->padded_k * NB_COLUMNS * 2, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
-    const size_t d_o = (size_t)16 * NB_COLUMNS * 2, scales = 16 * (slots | 1) * sizeof(float);
-    const size_t warp = 2 * (d_o + sizeof(float[16][2]) + slots * sizeof(float)) + 3 * scales + 16;
-    return NB_ROW_STAGES * (state + 16) + NB_ITEMS / 32 * warp;
+    const size_t d_o = (size_t)16 * NB_COLUMNS * 2, scales = 16 * (slots + 12) * sizeof(float), source = 128;
+    const size_t warp = 2 * (d_o + sizeof(float[16][2]) + slots * sizeof(float)) + 3 * scales + source;
+    return NB_ROW_STAGES * (state + 16) + NB_ITEMS / 32 * (ceil_div(warp, 1024) * 1024 + 16);
 }
 
 /* And of the tiles. */
@@ -304,7 +304,7 @@ static loglin_status enqueue(const loglin_nvidia_backward *backward, loglin_nvid
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_weights], &in->level_scales, 1, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_sums], sums, 2, &inputs_aligned, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tree], NULL, 0, NULL, NULL));
-    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_rows], rows, 3, &inputs_aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_rows], rows, 3, &all_aligned, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tiles], tiles, 5, &all_aligned, NULL));
     if (out->dg.mem != NULL) {
         RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_crossings], NULL, 0, NULL, NULL));
