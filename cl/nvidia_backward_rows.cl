@@ -13,6 +13,7 @@
 #define ROW_TILES (NV_K / 64)
 #define ROW_PARTS (ROW_HEADS * TILES_V) /* of dO, 64 columns each */
 #define ROW_LEVELS (LEVELS > CHUNK_LEVEL ? LEVELS - CHUNK_LEVEL : 0) /* above a chunk, also those that do not exist */
+#define GRADIENTS_ROW (GRADIENT_BOXES ? BOX_HEADS * LEVELS : SCALES_ROW) /* in local memory */
 #define ROW_AHEAD (NB_ROW_STAGES - 1) /* states that are asked for before the first one is needed */
 
 uint lowest_bit(uint bits) { return 31 - clz(bits & (0 - bits)); }
@@ -121,9 +122,9 @@ typedef struct row_source {
 typedef struct __attribute__((aligned(1024))) row_warp {
     uint4 d_o[2][16 * 8];
     float scales[2][16 * ROW_SCALES];
+    float gradients[16 * GRADIENTS_ROW]; /* of level scales */
     float2 gates[2][16];
     float kept[2][SLOTS];
-    float gradients[16 * SCALES_ROW]; /* of level scales */
     row_source source;                /* not in registers, of which there are few */
 } row_warp;
 
@@ -166,9 +167,10 @@ void fetch_row_scales(__local float *to, const __local row_source *source, uint 
     }
 }
 
-/* Which inputs come as boxes. */
+/* What is copied as boxes. */
 int has_value_boxes(uint aligned) { return WGMMA && (aligned & 1) != 0; }
 int has_scale_boxes(uint aligned) { return SCALE_BOXES && (aligned & 4) != 0; }
+int has_gradient_boxes(uint aligned) { return GRADIENT_BOXES && (aligned & 8) != 0; }
 
 /* Where parts and heads lie; parts count on from a work-group's first chunk to its second. */
 uint part_place(uint count) { return count % 2; }
@@ -280,20 +282,54 @@ typedef struct row_results {
     uint n, chunks;
 } row_results;
 
+/* Where a head's gradients above a chunk are among those of a row. */
+uint gradients_at(uint h) { return GRADIENT_BOXES ? h % BOX_HEADS * LEVELS + CHUNK_LEVEL : 0; }
+
+/* Writes a warp's gradients of some heads, up to h, with zeros for levels inside a chunk, which the tiles write later. */
+void store_gradient_box(__local row_warp *from, uint h) {
+#if WGMMA
+    if ((h + 1) % BOX_HEADS == 0) {
+        tile_publish();
+        meet_in_warp();
+        if (warp_lane() == 0) {
+            const __local row_source *at = &from->source;
+            store_box(&at->maps[NB_MAP_GRADIENTS],
+                      (uint4)(at->sequence, at->token, 0, (at->head + h + 1 - BOX_HEADS) * LEVELS), from->gradients);
+        }
+    }
+#endif
+}
+
+/* Waits until the place of the gradients is free. */
+void wait_for_gradient_box(void) {
+#if WGMMA
+    if (warp_lane() == 0) {
+        wait_for_boxes();
+    }
+    meet_in_warp();
+#endif
+}
+
 /* Writes a head's results; scales: of the head; row_dot: of the item's row, sum over levels. */
-void store_head(__local row_warp *from, const __local float *scales, row_results to, uint h, float row_dot) {
+void store_head(__local row_warp *from, const __local float *scales, row_results to, uint h, float row_dot,
+                uint aligned) {
     const uint lane = warp_lane();
+    const __local float *gradients = from->gradients + gradients_at(h);
     meet_in_warp();
     if (lane < CHUNK_LEVELS && (to.n >> lane & 1) != 0) {
         float sum = 0.0f;
 #pragma unroll
         for (uint row = 0; row < 16; row++) {
-            sum = fma(from->gradients[row * SCALES_ROW + lane], scales[row * ROW_SCALES + lane], sum);
+            sum = fma(gradients[row * GRADIENTS_ROW + lane], scales[row * ROW_SCALES + lane], sum);
         }
         to.level_dots[((ulong)h * to.chunks * CHUNK_LEVELS + lane) * NB_LEVEL_DOTS] = sum;
     }
     if (lane % 4 < 2) {
         to.dots[(ulong)h * to.chunks * NB_CHUNK] = row_dot;
+    }
+    if (has_gradient_boxes(aligned)) {
+        store_gradient_box(from, h);
+        return;
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -302,7 +338,7 @@ void store_head(__local row_warp *from, const __local float *scales, row_results
             if (to.gradients && j + lane % 8 < ROW_LEVELS && 4 * i < to.rows) {
                 store_weight(to.gradients, h * LEVELS + i * (4 * HEADS * LEVELS) + j,
                              j + lane % 8 < CHUNK_LEVELS
-                                 ? from->gradients[(lane / 8 + 4 * i) * SCALES_ROW + lane % 8 + j]
+                                 ? gradients[(lane / 8 + 4 * i) * GRADIENTS_ROW + lane % 8 + j]
                                  : 0.0f);
             }
         }
@@ -342,6 +378,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     if (lane == 0) {
         use_map(map_of(call, ws, ws_offset, NB_MAP_ROW_D_O));
         use_map(map_of(call, ws, ws_offset, NB_MAP_ROW_SCALES));
+        use_map(map_of(call, ws, ws_offset, NB_MAP_GRADIENTS));
     }
 #endif
     start_ring(&ring);
@@ -399,7 +436,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
         }
 #pragma unroll 1
         for (uint h = 0; n == 0 && h < ROW_HEADS; h++) {
-            store_head(mine, mine->scales[0], results, h, 0.0f);
+            store_head(mine, mine->scales[0], results, h, 0.0f, aligned);
         }
         float row_dot = 0.0f;
 #pragma unroll 1
@@ -439,15 +476,18 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 if (bits == n && part + 1 < ROW_PARTS) {
                     fetch_part(mine, part + 1, count + 1, aligned);
                 }
+                if (bits == n) {
+                    wait_for_gradient_box();
+                }
                 tile_wait_before_last(product);
                 const float gradient = dot_rows(product, values) * (p % 2 == 0 ? upper : lower);
                 row_dot = fma(gradient, p % 2 == 0 ? upper_scale : lower_scale, row_dot);
                 if (p < 2) {
-                    __local float *to = &mine->gradients[own * SCALES_ROW + j];
+                    __local float *to = &mine->gradients[own * GRADIENTS_ROW + gradients_at(h) + j];
                     *to = tile == 0 ? gradient : *to + gradient;
                 }
                 if ((bits & (bits - 1)) == 0 && tile + 1 == TILES_V) {
-                    store_head(mine, scales, results, h, row_dot);
+                    store_head(mine, scales, results, h, row_dot, aligned);
                     row_dot = 0.0f;
                 }
 #pragma unroll
@@ -457,6 +497,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 release_state(&ring, turn);
             }
         }
+        wait_for_gradient_box();
         __global float *to = (__global float *)place(ws, ws_offset, call.row_parts) +
                              ((((ulong)block * call.batch + b) * GROUPS + group) * padded + first + r) * NV_K + 2 * p;
 #pragma unroll
