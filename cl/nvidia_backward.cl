@@ -66,7 +66,7 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
 /* Level scales come as boxes: floats in rows of multiples of 16 bytes, and of a head not fewer than a chunk has. */
 #define SCALE_BOXES (WGMMA && WEIGHT_STORAGE == 0 && HEADS * LEVELS % 4 == 0 && LEVELS >= CHUNK_LEVEL)
 
-/* Level scales above a chunk that a token has in local memory: of boxes an odd number of fours, so that rows lie apart in banks. */
+/* Level scales above a chunk that a token has in local memory: an odd number, or of fours, so that rows lie apart in banks. */
 #define ROW_SCALES (SCALE_BOXES ? ((SLOTS + 6) / 4 | 1) * 4 : SCALES_ROW)
 
 /* Heads whose level scales together are a multiple of 16 bytes: the gradients of so many are stored as a box. */
