@@ -66,13 +66,6 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
 /* Level scales come as boxes: floats in rows of multiples of 16 bytes, and of a head not fewer than a chunk has. */
 #define SCALE_BOXES (WGMMA && WEIGHT_STORAGE == 0 && HEADS * LEVELS % 4 == 0 && LEVELS >= CHUNK_LEVEL)
 
-/* Level scales above a chunk that a token has in local memory: an odd number, or of fours, so that rows lie apart in banks. */
-#define ROW_SCALES (SCALE_BOXES ? ((SLOTS + 6) / 4 | 1) * 4 : SCALES_ROW)
-
-/* Heads whose level scales together are a multiple of 16 bytes: the gradients of so many are stored as a box. */
-#define BOX_HEADS (LEVELS % 4 == 0 ? 1 : LEVELS % 2 == 0 ? 2 : 4)
-#define GRADIENT_BOXES (SCALE_BOXES && ROW_HEADS % BOX_HEADS == 0)
-
 #if WGMMA
 __global heads_map *map_of(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, uint i) {
     return (__global heads_map *)(((ulong)place(ws, ws_offset, call.maps) + 127) & ~(ulong)127) + i;
@@ -259,8 +252,7 @@ nb_prepare(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 __kernel __attribute__((reqd_work_group_size(32, 1, 1))) void
 nb_since(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
          ulong v_offset, const __global ushort *d_o, ulong d_o_offset, const __global ushort *dv, ulong dv_offset,
-         const __global weight *level_scales, ulong level_scales_offset, const __global weight *dlevel_scales,
-         ulong dlevel_scales_offset) {
+         const __global weight *level_scales, ulong level_scales_offset) {
 #if WGMMA
     if (get_global_id(0) == 0) {
         const uint4 sizes = (uint4)(call.batch, call.length, HEADS, DIM_V);
@@ -269,12 +261,6 @@ nb_since(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         map_heads(map_of(call, ws, ws_offset, NB_MAP_DV), dv + dv_offset, sizes, 2, 16, NB_COLUMNS, 1);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_SCALES), level_scales + level_scales_offset,
                   (uint4)(sizes.xy, 1, HEADS * LEVELS), 4, NB_CHUNK, NB_BOX_SCALES, 0);
-        map_heads(map_of(call, ws, ws_offset, NB_MAP_ROW_D_O), d_o + d_o_offset, sizes, 2, 16, NB_COLUMNS, 1);
-        map_heads(map_of(call, ws, ws_offset, NB_MAP_ROW_SCALES), level_scales + level_scales_offset,
-                  (uint4)(sizes.xy, 1, HEADS * LEVELS), 4, 16, ROW_SCALES, 0);
-        map_heads(map_of(call, ws, ws_offset, NB_MAP_GRADIENTS),
-                  dlevel_scales ? dlevel_scales + dlevel_scales_offset : dlevel_scales,
-                  (uint4)(sizes.xy, 1, HEADS * LEVELS), 4, 16, BOX_HEADS * LEVELS, 0);
     }
 #endif
     __global float2 *since = (__global float2 *)place(ws, ws_offset, call.since) + get_group_id(0) * (call.chunks + 1);

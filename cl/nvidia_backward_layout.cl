@@ -35,19 +35,13 @@
 
 /*
  * Maps for copies of boxes (heads_map in mma_nvidia.cl): of v and dO, 64 columns of a chunk; of dv, those of 16 tokens; of the
- * level scales, twelve of a chunk's tokens from a multiple of four on, among which are a head's eight inside a chunk.  For a
- * warp of the rows, of 16 tokens: of dO, 64 columns; of the level scales, those above a chunk and up to three before them; of
- * these scales' gradients, all of as many heads as fill rows of multiples of 16 bytes.
+ * level scales, twelve of a chunk's tokens from a multiple of four on, among which are a head's eight inside a chunk.
  */
 #define NB_MAP_V 0
 #define NB_MAP_D_O 1
 #define NB_MAP_DV 2
 #define NB_MAP_SCALES 3
-#define NB_TILE_MAPS 4
-#define NB_MAP_ROW_D_O 4
-#define NB_MAP_ROW_SCALES 5
-#define NB_MAP_GRADIENTS 6
-#define NB_MAPS 7
+#define NB_MAPS 4
 
 /* Level scales that a token has in local memory: those of a box, or the eight inside a chunk. */
 #define NB_BOX_SCALES 12

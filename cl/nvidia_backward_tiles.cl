@@ -576,7 +576,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     }
 #if WGMMA
     if (item == FETCHING_ITEM) {
-        for (uint i = 0; i < NB_TILE_MAPS; i++) {
+        for (uint i = 0; i < NB_MAPS; i++) {
             use_map(map_of(call, ws, ws_offset, i));
         }
     }

@@ -42,7 +42,7 @@ struct loglin_nvidia_backward {
 /* What the kernels are compiled for. */
 typedef struct backward_shape {
     size_t padded_k, tiles_v;
-    size_t levels, chunks, chunk_levels;
+    size_t chunks, chunk_levels;
     size_t unit_bits, unit_count;   /* chunks of a unit of the sums; units of a level */
     size_t sum_turns;               /* heads and tiles of V of a work-group of the sums */
     size_t row_heads, block_heads;  /* heads of a work-group of rows, of tiles */
@@ -92,7 +92,6 @@ static backward_shape find_shape(const loglin_device *device, const loglin_probl
     backward_shape shape = {
         .padded_k = ceil_div(problem->dim_k, 64) * 64,
         .tiles_v = ceil_div(problem->dim_v, NB_COLUMNS),
-        .levels = problem->levels,
         .chunks = ceil_div(problem->length, NB_CHUNK),
         .unit_bits = unit_bits,
     };
@@ -209,10 +208,9 @@ static size_t sums_bytes(const backward_shape *shape) {
 /* Local memory of a work-group of the rows. */
 static size_t rows_bytes(const backward_shape *shape) {
     const size_t state = shape->padded_k * NB_COLUMNS * 2, slots = shape->chunk_levels > 0 ? shape->chunk_levels : 1;
-    const size_t d_o = (size_t)16 * NB_COLUMNS * 2, scales = 16 * (slots + 12) * sizeof(float), source = 128;
-    const size_t gradients = shape->wgmma ? 16 * 4 * shape->levels * sizeof(float) : scales;
-    const size_t warp = 2 * (d_o + scales + sizeof(float[16][2]) + slots * sizeof(float)) + gradients + source;
-    return NB_ROW_STAGES * (state + 16) + NB_ITEMS / 32 * (ceil_div(warp, 1024) * 1024 + 16);
+    const size_t d_o = (size_t)16 * NB_COLUMNS * 2, scales = 16 * (slots | 1) * sizeof(float);
+    const size_t warp = 2 * (d_o + sizeof(float[16][2]) + slots * sizeof(float)) + 3 * scales + 16;
+    return NB_ROW_STAGES * (state + 16) + NB_ITEMS / 32 * warp;
 }
 
 /* And of the tiles. */
@@ -292,23 +290,21 @@ static loglin_status enqueue(const loglin_nvidia_backward *backward, loglin_nvid
     const loglin_gradients *out = &call->out;
     const cl_uint inputs_are = loglin_nvidia_is_aligned(in->v) && loglin_nvidia_is_aligned(call->d_o);
     const cl_uint all_are = inputs_are | (cl_uint)loglin_nvidia_is_aligned(out->dv) << 1 |
-                            (cl_uint)loglin_nvidia_is_aligned(in->level_scales) << 2 |
-                            (cl_uint)(out->dlevel_scales.mem != NULL && loglin_nvidia_is_aligned(out->dlevel_scales))
-                                << 3;
+                            (cl_uint)loglin_nvidia_is_aligned(in->level_scales) << 2;
     const loglin_nvidia_argument inputs_aligned = {sizeof inputs_are, &inputs_are};
     const loglin_nvidia_argument all_aligned = {sizeof all_are, &all_are};
     const loglin_buffer prepare[] = {in->q, in->k, in->g};
-    const loglin_buffer since[] = {in->v, call->d_o, out->dv, in->level_scales, out->dlevel_scales};
+    const loglin_buffer since[] = {in->v, call->d_o, out->dv, in->level_scales};
     const loglin_buffer sums[] = {in->v, call->d_o};
     const loglin_buffer rows[] = {call->d_o, in->level_scales, out->dlevel_scales};
     const loglin_buffer tiles[] = {in->v, call->d_o, in->level_scales, out->dv, out->dlevel_scales};
     const loglin_buffer reduce[] = {in->q, in->k, out->dq, out->dk};
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_prepare], prepare, 3, NULL, NULL));
-    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_since], since, 5, NULL, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_since], since, 4, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_weights], &in->level_scales, 1, NULL, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_sums], sums, 2, &inputs_aligned, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tree], NULL, 0, NULL, NULL));
-    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_rows], rows, 3, &all_aligned, NULL));
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_rows], rows, 3, &inputs_aligned, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_tiles], tiles, 5, &all_aligned, NULL));
     if (out->dg.mem != NULL) {
         RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_nb_crossings], NULL, 0, NULL, NULL));
