@@ -212,8 +212,14 @@ static int tile_tokens(const loglin_device *device) {
 loglin_status loglin_session_build(loglin_session *session, const loglin_problem *step) {
     static const char *const files[] = {"common.cl", "model.cl", NULL};
     static const char *const token_files[] = {"common.cl", "step.cl", "model.cl", "token_layout.cl", "token.cl", NULL};
-    static const char *const nvidia_files[] = {"common.cl",       "mma_nvidia.cl",   "model.cl",
-                                               "token_layout.cl", "nvidia_token.cl", NULL};
+    static const char *const nvidia_files[] = {"common.cl",
+                                               "mma_nvidia.cl",
+                                               "model.cl",
+                                               "token_layout.cl",
+                                               "nvidia_token_stream.cl",
+                                               "nvidia_token_attention.cl",
+                                               "nvidia_token.cl",
+                                               NULL};
     const loglin_model *model = session->model;
     loglin_model_program *program = &session->program;
     const loglin_lm *lm = &model->lm;
