@@ -300,8 +300,8 @@ typedef struct dimensions {
 } dimensions;
 
 /*
- * The paper's shape, with few heads and with many; with `all`, every shape class.  Every operator, partition and type, of which
- * one partition is normalised, with weights in f32, and in the next shape the other.
+ * The paper's shape, with few heads and with many, and those with weights in f32; with `all`, every shape class.  Every
+ * operator, partition and type, of which one partition is normalised, with weights in f32, and in the next shape the other.
  */
 static void plan_classes(loglin_device *device, bool all) {
     static const dimensions shapes[] = {{128, 64}, {128, 128}, {64, 64}, {256, 256}, {20, 24}};
@@ -318,7 +318,7 @@ static void plan_classes(loglin_device *device, bool all) {
                                       .dim_v = shapes[shape].v,
                                       .levels = loglin_num_levels(8192)};
             problem.normalize_qk = (problem.partition == LOGLIN_STRONG) == (shape % 2 == 0);
-            problem.weight_dtype = problem.normalize_qk ? LOGLIN_F32 : problem.dtype;
+            problem.weight_dtype = problem.normalize_qk || problem.heads == MANY_HEADS ? LOGLIN_F32 : problem.dtype;
             if (all || problem.partition == LOGLIN_WEAK || problem.dtype == LOGLIN_BF16) {
                 plan_phases(device, problem);
             }
