@@ -558,7 +558,10 @@ void copy_box(__local void *to, const __global heads_map *map, uint4 at, uint by
                  : "memory");
 }
 
-/* Starts to copy a box to where it belongs in x; what is outside of x is left out.  What is copied has been published. */
+/*
+ * Starts to copy a box to where it belongs in x; what is outside of x is left out.  What is copied has been published;
+ * wait_for_stores waits for boxes, too.
+ */
 void store_box(const __global heads_map *map, uint4 at, const __local void *from) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
                  "cp.async.bulk.commit_group;"
@@ -566,9 +569,6 @@ void store_box(const __global heads_map *map, uint4 at, const __local void *from
                  : "l"(map), "r"(at.w), "r"(at.z), "r"(at.y), "r"(at.x), "r"(local_address(from))
                  : "memory");
 }
-
-/* Waits until all boxes that this item stores have been read. */
-void wait_for_boxes(void) { asm volatile("cp.async.bulk.wait_group.read 0;" : : : "memory"); }
 
 /* The reverse of load_matrices_at. */
 void store_matrices_at(uint row, uint4 x) {

@@ -92,13 +92,6 @@ uint4 load_a_transposed(const __local uint4 *tile, uint pieces, uint row, uint p
     return load_transposed(&tile[swizzled(row + far_row(), pieces, piece + far_piece())]);
 }
 
-/* Starts copying whole rows to a local tile. */
-void fetch_tile(__local uint4 *to, const __global uint4 *from, uint rows, uint pieces, uint item, uint items) {
-    for (uint i = item; i < rows * pieces; i += items) {
-        copy_16(&to[swizzled(i / pieces, pieces, i % pieces)], &from[i], 1);
-    }
-}
-
 /* Starts copying a state or adjoint, whose pieces lie as in a local tile. */
 void fetch_state(__local uint4 *to, const __global uint4 *from, uint item, uint items) {
 #pragma unroll 1

@@ -69,7 +69,6 @@ nb_weights(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offs
 
 /* ---- sums -------------------------------------------------------------------------------------------------------- */
 
-#define SUM_ITEMS 256
 #define GROUP_MATRICES (GROUP_HEADS * TILES_V) /* heads and tiles of V of a group */
 #define SUM_BLOCKS ((GROUP_MATRICES + SUM_TURNS - 1) / SUM_TURNS)
 #define K_TILES (NV_K / 64)
@@ -103,7 +102,7 @@ typedef struct sum_work {
 
 /* Starts copying a unit's rows of q or k, 64 columns after the other; a chunk that is not there becomes the last one. */
 void fetch_unit(__local uint4 *to, const __global uint4 *from, uint first, uint chunks) {
-    for (uint i = get_local_id(0); i < UNIT * NB_CHUNK * K_PIECES; i += SUM_ITEMS) {
+    for (uint i = get_local_id(0); i < UNIT * NB_CHUNK * K_PIECES; i += NB_ITEMS) {
         const uint chunk = i / (NB_CHUNK * K_PIECES), row = i / K_PIECES % NB_CHUNK, piece = i % K_PIECES;
         copy_16(&to[(chunk * K_TILES + piece / 8) * CHUNK_COLUMNS + swizzled(row, 8, piece % 8)],
                 &from[(min(first + chunk, chunks - 1) * NB_CHUNK + row) * K_PIECES + piece], 1);
@@ -269,12 +268,12 @@ INLINE void give_sum(float4 sum[K_TILES][8], sum_work work, uint turn) {
         const float4 x = sum[i / 4][2 * i % 8] * unit, y = sum[i / 4][(2 * i + 1) % 8] * unit;
         work.sent[i * 128 + item] = (uint4)(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w));
     }
-    announce(GIVEN + turn, SUM_ITEMS);
+    announce(GIVEN + turn, NB_ITEMS);
 }
 
 INLINE void take_sum(float4 sum[K_TILES][8], sum_work work, uint turn, float own_weight, float weight) {
     const uint item = anew(get_local_id(0)) % 128;
-    meet(GIVEN + turn, SUM_ITEMS);
+    meet(GIVEN + turn, NB_ITEMS);
 #pragma unroll
     for (uint i = 0; i < K_TILES * 4; i++) {
         const uint4 other = work.sent[i * 128 + item];
@@ -429,7 +428,7 @@ INLINE void sum_adjoints(sum_work work, __global uint4 *nodes, __global uint4 *p
  * levels.  The unit's rows of k or q stay in local memory; a warpgroup has half of the chunks, whose v or dO stay in registers
  * while all sums are made.  Chunks that are not there add zeros.
  */
-__kernel __attribute__((reqd_work_group_size(SUM_ITEMS, 1, 1))) void
+__kernel __attribute__((reqd_work_group_size(NB_ITEMS, 1, 1))) void
 nb_sums(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *v,
         ulong v_offset, const __global ushort *d_o, ulong d_o_offset, uint aligned) {
     __local uint4 rows_at[UNIT * K_TILES * CHUNK_COLUMNS] __attribute__((aligned(1024)));

@@ -633,7 +633,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         __local tile_inputs *in = &inputs[(uint)h % TILE_STAGES];
 #if WGMMA
         if (lane == 0) {
-            wait_for_boxes(); /* of the head before, whose place is taken now */
+            wait_for_stores(); /* of the head before, whose place is taken now */
         }
 #endif
         if (TILE_STAGES > 1 && !(boxes && scale_boxes)) {

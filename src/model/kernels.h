@@ -57,6 +57,13 @@ typedef struct loglin_kernel_argument {
 
 #define KERNEL_ARGUMENT(variable)                                                                                      \
     { sizeof(variable), &(variable) }
+/* A model's arrays of all layers and of its end, as a kernel that takes a token through all layers has them. */
+#define KERNEL_MODEL_ARRAYS(model)                                                                                     \
+    KERNEL_ARGUMENT((model)->vectors.all), KERNEL_ARGUMENT((model)->matrices[LOGLIN_MATRIX_IN].all),                   \
+        KERNEL_ARGUMENT((model)->matrices[LOGLIN_MATRIX_OUT].all),                                                     \
+        KERNEL_ARGUMENT((model)->matrices[LOGLIN_MATRIX_GATE_UP].all),                                                 \
+        KERNEL_ARGUMENT((model)->matrices[LOGLIN_MATRIX_DOWN].all), KERNEL_ARGUMENT((model)->final_norm),              \
+        KERNEL_ARGUMENT((model)->head)
 #define KERNEL_LOCAL(bytes)                                                                                            \
     { (bytes), NULL }
 
