@@ -27,8 +27,17 @@
 /* Bytes of a half's gates: sums and three tables of decays of its tokens, four decays of its tiles, and its own sum. */
 #define NV_GATES (NV_HALF * (4 + 3 * 2) + (NV_HALF / 16 + 1) * 16)
 
+/*
+ * Maps for copies of boxes (heads_map in mma_nvidia.cl), of a segment's tokens: of 64 columns of values; of level scales, as
+ * many as a row of them has in local memory, from a multiple of four on.
+ */
+#define NV_MAP_V 0
+#define NV_MAP_SCALES 1
+#define NV_MAPS 2
+
 /* A call.  Places in the workspace are bytes from its start. */
 typedef struct loglin_nvidia_call {
+    unsigned long maps;     /* NV_MAPS heads_map, from a multiple of 128 bytes on */
     unsigned long products; /* of each sequence, group and segment: q, k and q k^T as tiles */
     unsigned long gates;    /* of each sequence, head and half: NV_GATES bytes */
     unsigned long nodes;    /* of each sequence, head, tile of V and segment: a state */

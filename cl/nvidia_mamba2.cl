@@ -62,6 +62,15 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
+/* With wgmma, values and level scales come as boxes where these are floats in rows of multiples of 16 bytes. */
+#define BOXES (WGMMA && WEIGHT_STORAGE == 0 && HEADS * LEVELS % 4 == 0)
+
+#if BOXES
+__global heads_map *map_of(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, uint i) {
+    return (__global heads_map *)(((ulong)place(ws, ws_offset, call.maps) + 127) & ~(ulong)127) + i;
+}
+#endif
+
 /* Copies eight columns, whatever their alignment, or clears them; seldom needed, so it is short. */
 void copy_piece(__local uint4 *to, const __global ushort *from, int wanted) {
 #pragma unroll 1
@@ -221,16 +230,25 @@ void add_product(float4 c[2], uint4 a, uint4 k) {
 
 /*
  * Three work-groups make the record of a segment: one for each half, and one for q of the second half times k of the first.
- * A warp has 16 rows.  The work-groups behind the last segment's make gates.
+ * A warp has 16 rows.  The work-groups behind the last segment's make gates, an item of the first one also the maps.
  */
 __kernel __attribute__((reqd_work_group_size(NV_PREPARE_ITEMS, 1, 1))) void
 nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *q,
                ulong q_offset, const __global ushort *k, ulong k_offset, const __global float *g, ulong g_offset,
+               const __global ushort *v, ulong v_offset, const __global weight *level_scales, ulong level_scales_offset,
                uint aligned) {
     __local uint4 rows[2 * NV_HALF * NV_K / 8];
     __local uint4 *queries = rows, *keys = rows + NV_HALF * NV_K / 8;
     const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32);
     const ulong id = get_group_id(0), records = (ulong)call.batch * GROUPS * call.segments;
+#if BOXES
+    if (id == 3 * records && item == 0) {
+        map_heads(map_of(call, ws, ws_offset, NV_MAP_V), v + v_offset, (uint4)(call.batch, call.length, HEADS, DIM_V), 2,
+                  NV_SEGMENT, NV_TILE_V, 1);
+        map_heads(map_of(call, ws, ws_offset, NV_MAP_SCALES), level_scales + level_scales_offset,
+                  (uint4)(call.batch, call.length, 1, HEADS * LEVELS), 4, NV_SEGMENT, SCALES_ROW, 0);
+    }
+#endif
     if (id >= 3 * records) {
         prepare_gates(call, (__global half_gates *)place(ws, ws_offset, call.gates), g ? g + g_offset : g,
                       id - 3 * records, (__local float *)rows);

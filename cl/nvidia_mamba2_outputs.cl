@@ -203,6 +203,10 @@ typedef struct outputs_place {
     const __global uint4 *nodes, *record;
     uint segments; /* of the sequence */
     int tokens;    /* of the segment */
+#if BOXES
+    const __global heads_map *maps;
+    uint b, token, head; /* sequence, first token in it, and first head */
+#endif
 } outputs_place;
 
 /*
@@ -232,6 +236,24 @@ void fetch_item(__local uint4 *values, __local half_gates *gates, __local float 
     arrive_with_copies(here);
 #endif
 }
+
+/* Copies of an item of work where boxes are: values, level scales, and gates in bulk. */
+#define BOX_COPIES 3
+
+#if BOXES
+/* One item starts them, if there is such an item of work; its place is empty. */
+void fetch_boxes(__local uint4 *values, __local half_gates *gates, __local float *scales, __local arrivals *here,
+                 const __local outputs_place *at, uint item, uint count) {
+    if (item < count) {
+        const uint head = item / TILES_V, tile = item % TILES_V;
+        copy_box(values, &at->maps[NV_MAP_V], (uint4)(at->b, at->token, at->head + head, tile * NV_TILE_V),
+                 NV_SEGMENT * NV_TILE_V * 2, here);
+        copy_box(scales, &at->maps[NV_MAP_SCALES], (uint4)(at->b, at->token, 0, (at->head + head) * LEVELS / 4 * 4),
+                 NV_SEGMENT * SCALES_ROW * 4, here);
+        copy_bulk(gates, at->gates + (ulong)head * at->segments * 2, 2 * NV_GATES, here);
+    }
+}
+#endif
 
 /*
  * States on their way to the matrix units, 64 rows at a time, in a ring of NV_STAGES.  With wgmma they come in bulk: `full`
@@ -314,7 +336,7 @@ void release_stage(stage_ring ring, uint n, uint item, uint index, const __local
 __kernel __attribute__((reqd_work_group_size(NV_OUTPUT_ITEMS, 1, 1))) void
 nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *v,
                ulong v_offset, const __global weight *level_scales, ulong level_scales_offset, __global ushort *o,
-               ulong o_offset, uint aligned) {
+               ulong o_offset, uint aligned) { /* bits: values, o, level scales */
     __local uint4 values_at[VALUES][NV_SEGMENT * 8] __attribute__((aligned(1024)));
     __local uint4 stages[NV_STAGES * STAGE] __attribute__((aligned(1024)));
     __local uint4 inside[2][36 * 32];
@@ -322,7 +344,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local uint4 cross[64 * 32];
 #endif
     __local half_gates gates_at[2][2] __attribute__((aligned(16)));
-    __local float scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(16)));
+    __local float scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(128)));
     __local float kept[NV_OUTPUT_COUNT][NV_SEGMENTS_BITS]; /* decay from a block of segments to this one, times scale */
     __local uint ends[NV_SEGMENTS_BITS], levels[NV_SEGMENTS_BITS]; /* the blocks' last segments, and levels */
 #if WGMMA
@@ -331,6 +353,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local arrivals record_here;                /* q k^T */
 #endif
     const uint item = get_local_id(0);
+    const int boxes = BOXES && (aligned & 5) == 5;
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
     const ulong id = get_group_id(0);
     const uint bundle = id % bundles, rest = id / bundles, group = rest % GROUPS, b = rest / GROUPS % call.batch;
@@ -341,6 +364,12 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     const __global uint4 *record = (const __global uint4 *)place(ws, ws_offset, call.products) +
                                    (((ulong)b * GROUPS + group) * call.segments + segment) * SEGMENT_RECORD;
     const ulong first_column = (token * HEADS + group * (HEADS / GROUPS)) * DIM_V;
+#if BOXES
+    if (boxes && item % 32 == 0) { /* who may fetch */
+        use_map(map_of(call, ws, ws_offset, NV_MAP_V));
+        use_map(map_of(call, ws, ws_offset, NV_MAP_SCALES));
+    }
+#endif
     __local outputs_place place_of_segment; /* not in registers, of which there are few */
     const __local outputs_place *at = &place_of_segment;
     if (item == 0) {
@@ -353,6 +382,12 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             record,
             call.segments,
             (int)min(call.length - segment * NV_SEGMENT, (uint)NV_SEGMENT),
+#if BOXES
+            map_of(call, ws, ws_offset, 0),
+            b,
+            segment * NV_SEGMENT,
+            group * (HEADS / GROUPS),
+#endif
         };
     }
 
@@ -375,7 +410,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         arrivals_start(&empty[item], NV_OUTPUT_ITEMS / 32);
     }
     if (item < 2) {
-        arrivals_start(&item_here[item], FETCH_ITEMS + 1);
+        arrivals_start(&item_here[item], boxes ? BOX_COPIES : FETCH_ITEMS + 1);
         arrivals_start(&item_free[item], NV_OUTPUT_ITEMS / 32);
     }
     if (item == 0) {
@@ -394,8 +429,14 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
 #endif
         start_stages(ring, at);
     }
-    if (item < FETCH_ITEMS) {
-        fetch_item(values_at[0], gates_at[0], scales_at[0], &item_here[0], at, first_item, item, aligned);
+#if BOXES
+    if (boxes && item < 64 && item % 32 == 0) {
+        const uint n = item / 32;
+        fetch_boxes(values_at[n], gates_at[n], scales_at[n], &item_here[n], at, first_item + n, first_item + count);
+    }
+#endif
+    if (!boxes && item < FETCH_ITEMS) {
+        fetch_item(values_at[0], gates_at[0], scales_at[0], &item_here[0], at, first_item, item, aligned & 1);
     }
 #else
     start_stages(ring, at);
@@ -405,7 +446,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     fetch(cross, record + CROSS_TILES, 64 * 32, item, NV_OUTPUT_ITEMS);
 #endif
     if (item < FETCH_ITEMS) {
-        fetch_item(values_at[0], gates_at[0], scales_at[0], at, first_item, item, aligned);
+        fetch_item(values_at[0], gates_at[0], scales_at[0], at, first_item, item, aligned & 1);
     }
 #endif
     /* Sixteen lanes have the blocks before an item of work; those behind the last item do that one again. */
@@ -440,14 +481,16 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         const __global weight *scales_from = at->level_scales + (first_item + n) / TILES_V * LEVELS;
 #if WGMMA
         arrivals_wait(&item_here[n % 2], n / 2 % 2);
-        tile_publish();
-        if (id < FETCH_ITEMS && n + 1 < count) {
+        if (!boxes) {
+            tile_publish();
+        }
+        if (!boxes && id < FETCH_ITEMS && n + 1 < count) {
             const uint next = (n + 1) % 2;
             if (n > 0) {
                 arrivals_wait(&item_free[next], (n - 1) / 2 % 2);
             }
             fetch_item(values_at[next], gates_at[next], scales_at[next], &item_here[next], at, first_item + n + 1, id,
-                       aligned);
+                       aligned & 1);
         }
 #else
         wait_for_copies();
@@ -468,7 +511,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         barrier(CLK_LOCAL_MEM_FENCE);
         if (id < FETCH_ITEMS && n + 1 < count) {
             fetch_item(values_at[0], gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, id,
-                       aligned);
+                       aligned & 1);
         }
 #endif
 
@@ -504,11 +547,20 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         const uint of_group = first_item + anew(number), head = of_group / TILES_V, tile = of_group % TILES_V;
         store_rows(at->o + (ulong)(16 * warp) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V,
                    (__local uint *)&scales_at[n % 2][16 * warp * SCALES_ROW], c, at->tokens - (int)(16 * warp),
-                   DIM_V - (int)tile * NV_TILE_V, aligned);
+                   DIM_V - (int)tile * NV_TILE_V, aligned & 2);
 #if WGMMA
+        if (boxes) {
+            arrivals_publish(); /* what was read and written here, before boxes come */
+        }
         meet_in_warp();
-        if (lane == 0) {
-            arrive(&item_free[n % 2]);
+        if (lane == 0 && arrive_last(&item_free[n % 2])) {
+#if BOXES
+            if (boxes) {
+                arrivals_wait(&item_free[n % 2], n / 2 % 2);
+                fetch_boxes(values_at[n % 2], gates_at[n % 2], scales_at[n % 2], &item_here[n % 2], at, first_item + n + 2,
+                            first_item + count);
+            }
+#endif
         }
 #endif
     }

@@ -49,11 +49,11 @@ Test(matrix_units, lengths) {
 
 Test(matrix_units, dimensions) {
     static const struct {
-        size_t k, v;
-    } shapes[] = {{128, 64}, {16, 16}, {32, 192}, {64, 48}, {192, 128}, {224, 16}, {256, 256}};
+        size_t heads, k, v; /* four heads: level scales in rows of multiples of 16 bytes, which are copied as boxes */
+    } shapes[] = {{4, 128, 64}, {1, 16, 16}, {4, 32, 192}, {4, 64, 48}, {1, 192, 128}, {1, 224, 16}, {1, 256, 256}};
     for (size_t i = 0; i < some(sizeof shapes / sizeof shapes[0]); i++) {
         expect_16_bit((support_case){
-            .length = 600, .heads = 1, .dim_k = shapes[i].k, .dim_v = shapes[i].v, .final_states = true});
+            .length = 600, .heads = shapes[i].heads, .dim_k = shapes[i].k, .dim_v = shapes[i].v, .final_states = true});
     }
 }
 
@@ -70,7 +70,7 @@ Test(matrix_units, groups_and_batch) {
 }
 
 Test(matrix_units, options) {
-    const support_case c = {.length = 700, .heads = 2, .dim_k = 64, .dim_v = 64};
+    const support_case c = {.length = 700, .heads = 4, .dim_k = 64, .dim_v = 64};
     for (size_t i = 0; i < some(6); i++) {
         support_case one = c;
         one.normalize_qk = i == 0;

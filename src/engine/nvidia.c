@@ -102,6 +102,7 @@ static void lay_out(const loglin_problem *problem, loglin_engine_state *state) {
     const size_t record_bytes = (2 * (padded_k(problem) + 36) + 64) * 512;
     size_t end = 0;
     state->call = (loglin_nvidia_call){
+        .maps = loglin_nvidia_reserve(&end, ((size_t)NV_MAPS + 1) * 128),
         .products = loglin_nvidia_reserve(&end, groups * segments * record_bytes),
         .gates = loglin_nvidia_reserve(&end, matrices * segments * 2 * NV_GATES),
         .nodes = loglin_nvidia_reserve(&end, matrices * tiles * segments * state_bytes(problem)),
@@ -274,18 +275,19 @@ static loglin_status enqueue(const loglin_engine_state *state, loglin_nvidia_run
     const loglin_nvidia_kernel *kernels = state->kernels;
     const cl_uint qk_aligned = loglin_nvidia_is_aligned(call->in.q) && loglin_nvidia_is_aligned(call->in.k);
     const cl_uint v_aligned = loglin_nvidia_is_aligned(call->in.v);
-    const cl_uint vo_aligned = v_aligned && loglin_nvidia_is_aligned(call->o);
+    const cl_uint all_aligned = v_aligned | (cl_uint)loglin_nvidia_is_aligned(call->o) << 1 |
+                                (cl_uint)loglin_nvidia_is_aligned(call->in.level_scales) << 2;
     const loglin_nvidia_argument sums = {state->call.segments * sizeof(float), NULL};
     const bool has_final = call->final.values.mem != NULL;
-    const loglin_buffer prepare_buffers[] = {call->in.q, call->in.k, call->in.g};
-    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_PREPARE], prepare_buffers, 3,
+    const loglin_buffer prepare_buffers[] = {call->in.q, call->in.k, call->in.g, call->in.v, call->in.level_scales};
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_PREPARE], prepare_buffers, 5,
                                          &(loglin_nvidia_argument){sizeof qk_aligned, &qk_aligned}, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_STATES], &call->in.v, 1,
                                          &(loglin_nvidia_argument){sizeof v_aligned, &v_aligned}, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_TREE], NULL, 0, &sums, NULL));
     const loglin_buffer outputs_buffers[] = {call->in.v, call->in.level_scales, call->o};
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_OUTPUTS], outputs_buffers, 3,
-                                         &(loglin_nvidia_argument){sizeof vo_aligned, &vo_aligned},
+                                         &(loglin_nvidia_argument){sizeof all_aligned, &all_aligned},
                                          has_final ? NULL : event));
     if (!has_final) {
         return LOGLIN_OK;

@@ -3,6 +3,7 @@
  * The measurement: random inputs, outputs between guards and full of NaN, one call whose results are compared with
  * float64, and then the calls that are timed.  It runs in a process of its own, whose end frees what a failure leaves.
  */
+#define _DEFAULT_SOURCE /* madvise; NOLINT(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp) */
 #include "plan/worker.h"
 
 #include "plan/plan.h"
@@ -18,16 +19,38 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { GUARD = 64 };                          /* elements before and behind an array */
+enum { SAMPLES = 1048573 };                   /* random numbers of an array */
 static const double reference_budget = 1.5e8; /* multiplications that the comparison may take */
 static const double short_call = 200;         /* ms: longer calls do not feel what the caches held before */
 static const double enough_ms = 2000;         /* no further run is timed behind so many */
 
 /* ---- Arrays ------------------------------------------------------------------------------------------------------ */
+
+/* Like malloc; in huge pages where the system has them, for arrays of a gigabyte are touched once. */
+static void *reserve(size_t bytes) {
+    const size_t page = (size_t)2 << 20;
+    void *memory = NULL;
+    if (bytes < page) {
+        return malloc(bytes);
+    }
+    if (posix_memalign(&memory, page, bytes) != 0) {
+        return NULL;
+    }
+    (void)madvise(memory, bytes, MADV_HUGEPAGE);
+    return memory;
+}
+
+/* The same, cleared. */
+static void *reserve_zeros(size_t bytes) {
+    void *memory = reserve(bytes);
+    return memory != NULL ? memset(memory, 0, bytes) : NULL;
+}
 
 enum { IN_Q, IN_K, IN_V, IN_G, IN_SCALES, IN_BETA, IN_DO, INPUT_COUNT };
 enum { OUT_Q, OUT_K, OUT_V, OUT_G, OUT_SCALES, OUT_BETA, OUT_O, OUTPUT_COUNT };
@@ -58,62 +81,59 @@ static loglin_tensor_dtype stored(loglin_dtype dtype) {
     return dtype == LOGLIN_F16 ? LOGLIN_TENSOR_F16 : dtype == LOGLIN_BF16 ? LOGLIN_TENSOR_BF16 : LOGLIN_TENSOR_F32;
 }
 
-static double uniform(measurement *at) {
-    return (double)(loglin_search_random(&at->random) >> 11) * 0x1p-53;
-}
-
-/* Rounded as the device stores it. */
-static double rounded(loglin_dtype dtype, double x) {
-    float value = (float)x;
-    unsigned char bytes[sizeof(float)];
-    loglin_tensor_from_float(stored(dtype), &value, 1, bytes);
-    loglin_tensor_to_float(stored(dtype), bytes, 1, &value);
-    return (double)value;
-}
-
-static loglin_status make_buffer(measurement *at, array *made, bool guarded) {
-    const size_t size = loglin_dtype_size(made->dtype), guards = guarded ? (size_t)2 * GUARD : 0;
-    const size_t bytes = (made->count + guards) * size;
-    unsigned char *content = malloc(bytes + 1);
-    float *floats = malloc((made->count + 1) * sizeof *floats);
-    loglin_status status = LOGLIN_OK;
-    if (content == NULL || floats == NULL) {
-        status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
-    } else {
-        memset(content, 0xff, bytes);
-        for (size_t i = 0; i < made->count && !guarded; i++) {
-            floats[i] = (float)made->values[i];
-        }
-        if (!guarded) {
-            loglin_tensor_from_float(stored(made->dtype), floats, made->count, content);
-        }
-        cl_int code;
-        made->mem = clCreateBuffer(at->context, CL_MEM_READ_WRITE | CL_MEM_COPY_HOST_PTR, bytes > 0 ? bytes : 1,
-                                   content, &code);
-        status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clCreateBuffer: %s", loglin_strerror(code));
+/*
+ * `count` random numbers as the device stores them, in double and in that type.  Long arrays repeat their first
+ * SAMPLES numbers, a prime: they are made at the speed of memory, and no two rows are alike.
+ */
+static void draw(measurement *at, double *values, unsigned char *content, size_t count, loglin_dtype dtype, double low,
+                 double high) {
+    const size_t size = loglin_dtype_size(dtype), fresh = count < SAMPLES ? count : SAMPLES;
+    for (size_t i = 0; i < fresh; i++) {
+        const double uniform = (double)(loglin_search_random(&at->random) >> 11) * 0x1p-53;
+        float value = (float)(low + (high - low) * uniform);
+        loglin_tensor_from_float(stored(dtype), &value, 1, content + i * size);
+        loglin_tensor_to_float(stored(dtype), content + i * size, 1, &value);
+        values[i] = (double)value;
     }
-    free(content);
-    free(floats);
-    return status;
+    for (size_t first = fresh; first < count; first += fresh) {
+        const size_t again = count - first < fresh ? count - first : fresh;
+        memcpy(values + first, values, again * sizeof *values);
+        memcpy(content + first * size, content, again * size);
+    }
+}
+
+/* A buffer of the device: a copy of content, or, if that is NULL, full of the byte. */
+static loglin_status make_buffer(measurement *at, cl_mem *made, size_t bytes, void *content, cl_uchar byte) {
+    cl_int code;
+    *made = clCreateBuffer(at->context, CL_MEM_READ_WRITE | (content != NULL ? CL_MEM_COPY_HOST_PTR : 0), bytes,
+                           content, &code);
+    RETURN_IF_CL_ERROR(code);
+    if (content == NULL) {
+        RETURN_IF_CL_ERROR(clEnqueueFillBuffer(at->queue, *made, &byte, sizeof byte, 0, bytes, 0, NULL, NULL));
+    }
+    return LOGLIN_OK;
 }
 
 static loglin_status make_input(measurement *at, int which, loglin_dtype dtype, size_t count, double low, double high) {
+    const size_t bytes = count * loglin_dtype_size(dtype);
     array *made = &at->in[which];
-    *made = (array){.count = count, .dtype = dtype, .values = calloc(count + 1, sizeof(double))};
-    if (made->values == NULL) {
-        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
+    *made = (array){.count = count, .dtype = dtype, .values = reserve(count * sizeof(double))};
+    unsigned char *content = reserve(bytes);
+    loglin_status status;
+    if (made->values == NULL || content == NULL) {
+        status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
+    } else {
+        draw(at, made->values, content, count, dtype, low, high);
+        status = make_buffer(at, &made->mem, bytes, content, 0);
     }
-    for (size_t i = 0; i < count; i++) {
-        made->values[i] = rounded(dtype, low + (high - low) * uniform(at));
-    }
-    return which == IN_DO ? LOGLIN_OK : make_buffer(at, made, false); /* do depends on the rows that are compared */
+    free(content);
+    return status;
 }
 
-static loglin_status make_output(measurement *at, int which, loglin_dtype dtype, size_t count) {
-    array *made = &at->out[which];
-    *made = (array){.count = count, .dtype = dtype, .values = calloc(count + 1, sizeof(double))};
-    return made->values == NULL ? loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory")
-                                : make_buffer(at, made, true);
+/* Between guards, full of NaN. */
+static loglin_status make_output(measurement *at, array *made, loglin_dtype dtype, size_t count) {
+    *made = (array){.count = count, .dtype = dtype};
+    return make_buffer(at, &made->mem, (count + (size_t)2 * GUARD) * loglin_dtype_size(dtype), NULL, 0xff);
 }
 
 static loglin_status make_inputs(measurement *at) {
@@ -128,21 +148,22 @@ static loglin_status make_inputs(measurement *at) {
     if (p->op == LOGLIN_GATED_DELTA) {
         RETURN_IF_ERROR(make_input(at, IN_BETA, p->weight_dtype, n->gates, 0.1, 0.9));
     }
-    return make_input(at, IN_DO, p->dtype, n->vo, -1, 1);
+    return LOGLIN_OK;
 }
 
 static loglin_status make_outputs(measurement *at) {
     const loglin_problem *p = &at->problem;
     const loglin_counts *n = &at->counts;
+    array *out = at->out;
     if (p->phases == LOGLIN_FORWARD) {
-        return make_output(at, OUT_O, p->dtype, n->vo);
+        return make_output(at, &out[OUT_O], p->dtype, n->vo);
     }
-    RETURN_IF_ERROR(make_output(at, OUT_Q, p->dtype, n->qk));
-    RETURN_IF_ERROR(make_output(at, OUT_K, p->dtype, n->qk));
-    RETURN_IF_ERROR(make_output(at, OUT_V, p->dtype, n->vo));
-    RETURN_IF_ERROR(make_output(at, OUT_G, LOGLIN_F32, n->gates));
-    RETURN_IF_ERROR(make_output(at, OUT_SCALES, p->weight_dtype, n->level_scales));
-    return p->op == LOGLIN_GATED_DELTA ? make_output(at, OUT_BETA, p->weight_dtype, n->gates) : LOGLIN_OK;
+    RETURN_IF_ERROR(make_output(at, &out[OUT_Q], p->dtype, n->qk));
+    RETURN_IF_ERROR(make_output(at, &out[OUT_K], p->dtype, n->qk));
+    RETURN_IF_ERROR(make_output(at, &out[OUT_V], p->dtype, n->vo));
+    RETURN_IF_ERROR(make_output(at, &out[OUT_G], LOGLIN_F32, n->gates));
+    RETURN_IF_ERROR(make_output(at, &out[OUT_SCALES], p->weight_dtype, n->level_scales));
+    return p->op == LOGLIN_GATED_DELTA ? make_output(at, &out[OUT_BETA], p->weight_dtype, n->gates) : LOGLIN_OK;
 }
 
 /* ---- The call ---------------------------------------------------------------------------------------------------- */
@@ -189,40 +210,47 @@ static loglin_status run_call(measurement *at, double *ms) {
     return LOGLIN_OK;
 }
 
-/* Are the bytes of both guards as they were made? */
-static bool guards_are_intact(const unsigned char *content, size_t bytes, size_t guard) {
-    for (size_t i = 0; i < guard; i++) {
-        if (content[i] != 0xff || content[bytes - 1 - i] != 0xff) {
-            return false;
-        }
+/* Are the bytes of a guard, which starts at this byte, as they were made? */
+static loglin_status check_guard(measurement *at, const array *of, size_t start, bool *intact) {
+    unsigned char content[GUARD * sizeof(float)];
+    const size_t bytes = GUARD * loglin_dtype_size(of->dtype);
+    RETURN_IF_CL_ERROR(clEnqueueReadBuffer(at->queue, of->mem, CL_TRUE, start, bytes, content, 0, NULL, NULL));
+    for (size_t i = 0; i < bytes; i++) {
+        *intact = *intact && content[i] == 0xff;
     }
-    return true;
-}
-
-/* Reads an array with its guards into content; floats receives the array in between. */
-static loglin_status read_content(measurement *at, const array *from, unsigned char *content, size_t bytes,
-                                  float *floats, bool *intact) {
-    const size_t guard = GUARD * loglin_dtype_size(from->dtype);
-    if (content == NULL || floats == NULL) {
-        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
-    }
-    RETURN_IF_CL_ERROR(clEnqueueReadBuffer(at->queue, from->mem, CL_TRUE, 0, bytes, content, 0, NULL, NULL));
-    *intact = *intact && guards_are_intact(content, bytes, guard);
-    loglin_tensor_to_float(stored(from->dtype), content + guard, from->count, floats);
     return LOGLIN_OK;
 }
 
-/* Reads an array back, its values unless NULL; *intact becomes false if a guard was overwritten. */
-static loglin_status read_back(measurement *at, const array *from, double *values, bool *intact) {
-    const size_t bytes = (from->count + (size_t)2 * GUARD) * loglin_dtype_size(from->dtype);
-    unsigned char *content = malloc(bytes + 1);
-    float *floats = malloc((from->count + 1) * sizeof *floats);
-    const loglin_status status = read_content(at, from, content, bytes, floats, intact);
-    for (size_t i = 0; i < from->count && values != NULL && status == LOGLIN_OK; i++) {
-        values[i] = (double)floats[i];
+static loglin_status check_guards(measurement *at, const array *of, bool *intact) {
+    const size_t size = loglin_dtype_size(of->dtype);
+    RETURN_IF_ERROR(check_guard(at, of, 0, intact));
+    return check_guard(at, of, (GUARD + of->count) * size, intact);
+}
+
+/* Reads an array's values from between its guards; *finite becomes false if one is not a number. */
+static loglin_status read_back(measurement *at, array *from, bool *finite) {
+    enum { PIECE = 1 << 16 };
+    float floats[PIECE];
+    const size_t size = loglin_dtype_size(from->dtype), bytes = from->count * size;
+    unsigned char *content = reserve(bytes);
+    from->values = reserve(from->count * sizeof *from->values);
+    loglin_status status = LOGLIN_OK;
+    if (content == NULL || from->values == NULL) {
+        status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
+    } else {
+        const cl_int code =
+            clEnqueueReadBuffer(at->queue, from->mem, CL_TRUE, GUARD * size, bytes, content, 0, NULL, NULL);
+        status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clEnqueueReadBuffer: %s", loglin_strerror(code));
+    }
+    for (size_t first = 0; first < from->count && status == LOGLIN_OK; first += PIECE) {
+        const size_t count = from->count - first < PIECE ? from->count - first : PIECE;
+        loglin_tensor_to_float(stored(from->dtype), content + first * size, count, floats);
+        for (size_t i = 0; i < count; i++) {
+            from->values[first + i] = (double)floats[i];
+            *finite = *finite && isfinite(floats[i]);
+        }
     }
     free(content);
-    free(floats);
     return status;
 }
 
@@ -236,15 +264,6 @@ static double error_of(const double *got, const double *expected, size_t count) 
         size += expected[i] * expected[i];
     }
     return isfinite(difference) ? sqrt(difference / (size > 0 ? size : 1)) : INFINITY;
-}
-
-static bool all_finite(const array *values) {
-    for (size_t i = 0; i < values->count; i++) {
-        if (!isfinite(values->values[i])) {
-            return false;
-        }
-    }
-    return true;
 }
 
 static double allowed_error(const measurement *at) {
@@ -307,16 +326,26 @@ static loglin_status compare_output(measurement *at, double *error) {
     return LOGLIN_OK;
 }
 
-/* do stays in the compared rows and is 0 in all others: then every gradient depends on those alone. */
-static loglin_status finish_do(measurement *at) {
+/* do is 0 but in the compared rows: then every gradient depends on those alone. */
+static loglin_status make_do(measurement *at) {
     const loglin_problem *p = &at->problem;
     const size_t rows = p->batch * p->length * p->heads, step = row_step(at);
-    for (size_t row = 0; row < rows; row++) {
-        if ((rows - 1 - row) % step != 0) {
-            memset(at->in[IN_DO].values + row * p->dim_v, 0, p->dim_v * sizeof(double));
+    const size_t size = loglin_dtype_size(p->dtype), width = p->dim_v;
+    array *made = &at->in[IN_DO];
+    *made = (array){.count = rows * width, .dtype = p->dtype, .values = reserve_zeros(rows * width * sizeof(double))};
+    unsigned char *content = reserve_zeros(rows * width * size);
+    loglin_status status;
+    if (made->values == NULL || content == NULL) {
+        status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
+    } else {
+        for (size_t i = 0; i < rows; i += step) {
+            const size_t first = (rows - 1 - i) * width;
+            draw(at, made->values + first, content + first * size, width, p->dtype, -1, 1);
         }
+        status = make_buffer(at, &made->mem, rows * width * size, content, 0);
     }
-    return make_buffer(at, &at->in[IN_DO], false);
+    free(content);
+    return status;
 }
 
 static void add_gradients(const measurement *at, double *const expected[], double *scratch) {
@@ -342,7 +371,7 @@ static loglin_status compare_gradients(measurement *at, double *error) {
     double *scratch = calloc((at->problem.length + 4) * at->problem.dim_k, sizeof *scratch);
     bool whole = scratch != NULL;
     for (int i = 0; i < OUTPUT_COUNT; i++) {
-        expected[i] = calloc(at->out[i].count + 1, sizeof *expected[i]);
+        expected[i] = reserve_zeros((at->out[i].count + 1) * sizeof *expected[i]);
         whole = whole && expected[i] != NULL;
     }
     if (whole) {
@@ -364,11 +393,11 @@ static loglin_status compare_gradients(measurement *at, double *error) {
 static loglin_status validate(measurement *at, loglin_reply *reply) {
     bool intact = true, finite = true;
     double error = INFINITY;
-    RETURN_IF_ERROR(read_back(at, &at->workspace, NULL, &intact));
+    RETURN_IF_ERROR(check_guards(at, &at->workspace, &intact));
     for (int i = 0; i < OUTPUT_COUNT; i++) {
         if (at->out[i].mem != NULL) {
-            RETURN_IF_ERROR(read_back(at, &at->out[i], at->out[i].values, &intact));
-            finite = finite && all_finite(&at->out[i]);
+            RETURN_IF_ERROR(check_guards(at, &at->out[i], &intact));
+            RETURN_IF_ERROR(read_back(at, &at->out[i], &finite));
         }
     }
     if (intact && finite) {
@@ -421,10 +450,10 @@ static loglin_status prepare(measurement *at) {
         loglin_plan_create_configured(at->device, &at->request->problem, &at->request->configuration, &at->plan));
     RETURN_IF_ERROR(loglin_problem_validate(&at->request->problem, &at->problem));
     at->counts = loglin_problem_counts(&at->problem, 0);
-    at->workspace.count = loglin_workspace_size(at->plan, (loglin_phase)at->problem.phases) / sizeof(float);
-    RETURN_IF_ERROR(make_buffer(at, &at->workspace, true));
+    const size_t workspace = loglin_workspace_size(at->plan, (loglin_phase)at->problem.phases);
+    RETURN_IF_ERROR(make_output(at, &at->workspace, LOGLIN_F32, workspace / sizeof(float)));
     RETURN_IF_ERROR(make_inputs(at));
-    RETURN_IF_ERROR(finish_do(at));
+    RETURN_IF_ERROR(at->problem.phases == LOGLIN_BACKWARD ? make_do(at) : LOGLIN_OK);
     return make_outputs(at);
 }
 
@@ -483,9 +512,8 @@ static loglin_status time_rates(measurement *at, loglin_reply *reply) {
     RETURN_IF_ERROR(loglin_program_get(at->device, files, "", &program));
     cl_kernel kernel = clCreateKernel(program, "peak", &code);
     RETURN_IF_CL_ERROR(code);
-    at->workspace = (array){.count = bytes / sizeof(float)};
     cl_mem to = NULL;
-    loglin_status status = make_buffer(at, &at->workspace, true);
+    loglin_status status = make_output(at, &at->workspace, LOGLIN_F32, bytes / sizeof(float));
     if (status == LOGLIN_OK) {
         to = clCreateBuffer(at->context, CL_MEM_READ_WRITE, bytes, NULL, &code);
         status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clCreateBuffer: %s", loglin_strerror(code));
