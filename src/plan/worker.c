@@ -227,31 +227,35 @@ static loglin_status check_guards(measurement *at, const array *of, bool *intact
     return check_guard(at, of, (GUARD + of->count) * size, intact);
 }
 
-/* Reads an array's values from between its guards; *finite becomes false if one is not a number. */
-static loglin_status read_back(measurement *at, array *from, bool *finite) {
-    enum { PIECE = 1 << 16 };
+/* Numbers as they are stored, in double; *finite becomes false if one is not a number. */
+static void widen(loglin_dtype dtype, const unsigned char *content, size_t count, double *values, bool *finite) {
+    enum { PIECE = 1 << 12 };
     float floats[PIECE];
-    const size_t size = loglin_dtype_size(from->dtype), bytes = from->count * size;
-    unsigned char *content = reserve(bytes);
-    from->values = reserve(from->count * sizeof *from->values);
-    loglin_status status = LOGLIN_OK;
-    if (content == NULL || from->values == NULL) {
-        status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
-    } else {
-        const cl_int code =
-            clEnqueueReadBuffer(at->queue, from->mem, CL_TRUE, GUARD * size, bytes, content, 0, NULL, NULL);
-        status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clEnqueueReadBuffer: %s", loglin_strerror(code));
-    }
-    for (size_t first = 0; first < from->count && status == LOGLIN_OK; first += PIECE) {
-        const size_t count = from->count - first < PIECE ? from->count - first : PIECE;
-        loglin_tensor_to_float(stored(from->dtype), content + first * size, count, floats);
-        for (size_t i = 0; i < count; i++) {
-            from->values[first + i] = (double)floats[i];
+    for (size_t first = 0; first < count; first += PIECE) {
+        const size_t piece = count - first < PIECE ? count - first : PIECE;
+        loglin_tensor_to_float(stored(dtype), content + first * loglin_dtype_size(dtype), piece, floats);
+        for (size_t i = 0; i < piece; i++) {
+            values[first + i] = (double)floats[i];
             *finite = *finite && isfinite(floats[i]);
         }
     }
+}
+
+/* Reads an array's values from between its guards. */
+static loglin_status read_back(measurement *at, array *from, bool *finite) {
+    const size_t size = loglin_dtype_size(from->dtype), bytes = from->count * size;
+    unsigned char *content = reserve(bytes);
+    from->values = reserve(from->count * sizeof *from->values);
+    if (content == NULL || from->values == NULL) {
+        free(content);
+        return loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
+    }
+    const cl_int code = clEnqueueReadBuffer(at->queue, from->mem, CL_TRUE, GUARD * size, bytes, content, 0, NULL, NULL);
+    if (code == CL_SUCCESS) {
+        widen(from->dtype, content, from->count, from->values, finite);
+    }
     free(content);
-    return status;
+    return code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clEnqueueReadBuffer: %s", loglin_strerror(code));
 }
 
 /* ---- Comparison with float64 ------------------------------------------------------------------------------------- */
