@@ -283,8 +283,25 @@ __kernel void prepare_gated(const __global storage *o, const __global float *p, 
 
 /* ---- Products with one vector ---- */
 
+/* Elements of a matrix that a lone work-item asks ahead. */
+#define AHEAD 1024
+
 /* `count` <= 2 blocks of rows, `next` elements from the first to the second, times x, to sums[count][16]. */
 #if LOCAL == 1
+/*
+ * Asks for four columns of 16 rows that come soon: the processor does so by itself, but not over the end of a page, which 128
+ * columns of 16 bits fill.  Only where the compiler makes a CPU's code and not SPIR-V, which cannot say it.
+ */
+void ask_for_columns(const __global matrix *w) {
+#if defined(__x86_64__) || defined(__aarch64__)
+    for (uint byte = 0; byte < 64 * sizeof *w; byte += 64) {
+        __builtin_prefetch((const __global char *)w + byte, 0, 3); /* to read, into the first cache */
+    }
+#else
+    (void)w;
+#endif
+}
+
 void multiply_pair(const __global matrix *w, ulong next, uint count, const __local float *x, uint columns,
                    __local float *sums, __local float *scratch) {
     (void)scratch;
@@ -295,6 +312,7 @@ void multiply_pair(const __global matrix *w, ulong next, uint count, const __loc
         float16 d = 0.0f;
         uint k = 0;
         for (; k + 3 < columns; k += 4) {
+            ask_for_columns(w + (ulong)k * 16 + AHEAD);
             a = fma((float16)x[k], load16(w + (ulong)k * 16), a);
             b = fma((float16)x[k + 1], load16(w + (ulong)(k + 1) * 16), b);
             c = fma((float16)x[k + 2], load16(w + (ulong)(k + 2) * 16), c);
