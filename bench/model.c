@@ -13,6 +13,7 @@
 #include "loglin_model.h"
 
 #include "model/model.h"
+#include <ctype.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -28,6 +29,7 @@ enum {
     MOST_STEPS = 64,
     LEAST_STEPS = 4,
     DEFAULT_PREFILL = 2048,
+    MOST_TOKENS = 1 << 24,
     MAX_COPY = 256 << 20
 };
 
@@ -237,18 +239,24 @@ static void measure(bench *b) {
     }
 }
 
+/* A number of tokens; 0 if it is none. */
+static size_t read_count(const char *text) {
+    char *end;
+    const unsigned long count = strtoul(text, &end, 10);
+    return isdigit((unsigned char)text[0]) && *end == '\0' && count < MOST_TOKENS ? count : 0;
+}
+
 int main(int argc, char **argv) {
-    bench b = {.prefill = DEFAULT_PREFILL};
-    if (argc < 2 || argc > 4) {
-        fprintf(stderr, "usage: %s FOLDER [PREFILL [PIECE]]\n", argv[0]);
+    bench b = {.prefill = argc > 2 ? read_count(argv[2]) : DEFAULT_PREFILL};
+    const size_t piece = argc > 3 ? read_count(argv[3]) : 0;
+    if (argc < 2 || argc > 4 || b.prefill == 0 || (argc > 3 && piece == 0)) {
+        fprintf(stderr, "usage: %s FOLDER [PREFILL [PIECE]]: a model's folder, tokens from 1 to %d\n", argv[0],
+                MOST_TOKENS - 1);
         return 2;
-    }
-    if (argc > 2) {
-        b.prefill = strtoul(argv[2], NULL, 10);
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
     open_device(&b);
-    load(&b, argv[1], argc > 3 ? strtoul(argv[3], NULL, 10) : 0);
+    load(&b, argv[1], piece);
     start_session(&b);
     measure(&b);
     clReleaseMemObject(b.copy_from);
