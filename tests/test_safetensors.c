@@ -359,6 +359,28 @@ Test(safetensors, can_write, .init = make_directory, .fini = remove_directory) {
     cr_expect_not_null(strstr(error.text, "its name is empty"), "%s", error.text);
 }
 
+/* /dev/stdout is such a link: it must not be what is replaced. */
+Test(safetensors, links_are_followed, .init = make_directory, .fini = remove_directory) {
+    const float data = 1.0F;
+    const loglin_tensor tensor = {"a", LOGLIN_TENSOR_F32, 1, {1}, &data, 4};
+    loglin_tensor_error error = {""};
+    char link[128];
+    struct stat status;
+    snprintf(link, sizeof link, "%s/link", directory);
+    cr_assert_eq(symlink("file.safetensors", link), 0);
+    cr_expect_not(loglin_safetensors_can_write(link, &error));
+    cr_expect_not_null(strstr(error.text, "cannot be replaced: No such file"), "%s", error.text);
+    cr_assert(loglin_safetensors_write(path, NULL, 0, NULL, 0, &error), "%s", error.text);
+    cr_expect(loglin_safetensors_can_write(link, &error), "%s", error.text);
+    cr_assert(loglin_safetensors_write(link, &tensor, 1, NULL, 0, &error), "%s", error.text);
+    cr_expect(lstat(link, &status) == 0 && S_ISLNK(status.st_mode), "the link was replaced");
+    loglin_safetensors *file;
+    cr_assert(loglin_safetensors_open(path, &file, &error), "%s", error.text);
+    cr_expect_eq(loglin_safetensors_count(file), 1);
+    loglin_safetensors_close(file);
+    unlink(link);
+}
+
 Test(safetensors, write_replaces_and_honours_umask, .init = make_directory, .fini = remove_directory) {
     const float data[2] = {1.0F, 2.0F};
     const loglin_tensor first = {"a", LOGLIN_TENSOR_F32, 1, {2}, data, 8};

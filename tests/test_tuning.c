@@ -370,6 +370,13 @@ Test(tuning, an_export_can_be_imported) {
     cr_expect_eq(read.count, 1u);
     struct stat status;
     cr_expect(stat(path, &status) == 0 && (status.st_mode & 0777) == 0644, "an export is to be shared");
+    char link[96];
+    snprintf(link, sizeof link, "%s/link", support_cache);
+    cr_assert_eq(symlink("shared.json", link), 0);
+    cr_expect_eq(loglin_tuning_export(info.id, link), LOGLIN_OK, "%s", loglin_last_error());
+    cr_expect(lstat(link, &status) == 0 && S_ISLNK(status.st_mode), "a link was replaced");
+    cr_assert_eq(unlink(path), 0);
+    cr_expect_eq(loglin_tuning_export(info.id, link), LOGLIN_IO, "a link that leads nowhere was replaced");
     cr_expect_eq(loglin_tuning_export(info.id, support_cache), LOGLIN_IO, "a directory was replaced");
     snprintf(path, sizeof path, "%s/fifo", support_cache);
     cr_assert_eq(mkfifo(path, 0600), 0);

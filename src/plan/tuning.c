@@ -5,6 +5,7 @@
 #include "runtime/cache.h"
 #include "runtime/log.h"
 #include "runtime/status.h"
+#include "tensorfile/safetensors.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -538,8 +539,12 @@ loglin_status loglin_tuning_write(const char *path, const loglin_tuning *tuning)
     if (stat(path, &there) == 0 && !S_ISREG(there.st_mode)) {
         return loglin_fail(LOGLIN_IO, "cannot replace %s: it is not a regular file", path);
     }
+    char *target = loglin_follow_links(path);
+    if (target == NULL) {
+        return fail_io("cannot replace", path);
+    }
     char *text = loglin_tuning_print(tuning);
-    char *temporary = join(path, ".new-XXXXXX");
+    char *temporary = join(target, ".new-XXXXXX");
     loglin_status status = LOGLIN_OK;
     if (text == NULL || temporary == NULL) {
         status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of host memory", path);
@@ -547,8 +552,9 @@ loglin_status loglin_tuning_write(const char *path, const loglin_tuning *tuning)
         status = loglin_fail(LOGLIN_IO, "cannot write %s: its %zu bytes are more than the %zu that are read again",
                              path, strlen(text), max_file_size);
     } else {
-        status = replace_file(path, temporary, text);
+        status = replace_file(target, temporary, text);
     }
+    free(target);
     free(text);
     free(temporary);
     return status;

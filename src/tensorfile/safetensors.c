@@ -470,64 +470,79 @@ static int create_temporary(const char *path, char *name, size_t capacity) {
     return descriptor;
 }
 
-/* As create_temporary, for a file that is to replace `path`; the name is to be freed.  -1, with `error` filled in. */
-static int open_temporary(const char *path, char **name, loglin_tensor_error *error) {
+/* A file that is being written beside the one that it is to replace; the names are to be freed. */
+typedef struct replacement {
+    int descriptor;
+    char *target, *temporary;
+} replacement;
+
+char *loglin_follow_links(const char *path) {
     struct stat status;
-    *name = NULL;
+    return lstat(path, &status) == 0 ? realpath(path, NULL) : strdup(path);
+}
+
+static void free_names(replacement *file) {
+    free(file->target);
+    free(file->temporary);
+}
+
+/* False, with `error` filled in and nothing to free, if `path` cannot be replaced. */
+static bool open_replacement(const char *path, replacement *file, loglin_tensor_error *error) {
+    struct stat status;
     if (path[0] == '\0') {
-        (void)fail(error, "cannot be created: its name is empty");
-        return -1;
+        return fail(error, "cannot be created: its name is empty");
     }
     if (stat(path, &status) == 0 && !S_ISREG(status.st_mode)) {
-        (void)fail(error, "cannot be replaced: it is not a regular file");
-        return -1;
+        return fail(error, "cannot be replaced: it is not a regular file");
     }
-    const size_t capacity = strlen(path) + 64;
-    char *temporary = malloc(capacity);
-    if (temporary == NULL) {
+    *file = (replacement){.descriptor = -1, .target = loglin_follow_links(path)};
+    if (file->target == NULL) {
+        return fail(error, "cannot be replaced: %s", strerror(errno));
+    }
+    const size_t capacity = strlen(file->target) + 64;
+    file->temporary = malloc(capacity);
+    if (file->temporary == NULL) {
         (void)fail(error, "out of memory");
-        return -1;
+    } else {
+        file->descriptor = create_temporary(file->target, file->temporary, capacity);
+        if (file->descriptor < 0) {
+            (void)fail(error, "cannot be created: %s", strerror(errno));
+        }
     }
-    const int descriptor = create_temporary(path, temporary, capacity);
-    if (descriptor < 0) {
-        (void)fail(error, "cannot be created: %s", strerror(errno));
-        free(temporary);
-        return -1;
+    if (file->descriptor < 0) {
+        free_names(file);
     }
-    *name = temporary;
-    return descriptor;
+    return file->descriptor >= 0;
 }
 
 bool loglin_safetensors_can_write(const char *path, loglin_tensor_error *error) {
-    char *temporary;
-    const int descriptor = open_temporary(path, &temporary, error);
-    if (descriptor < 0) {
+    replacement file;
+    if (!open_replacement(path, &file, error)) {
         return false;
     }
-    (void)close(descriptor);
-    (void)unlink(temporary);
-    free(temporary);
+    (void)close(file.descriptor);
+    (void)unlink(file.temporary);
+    free_names(&file);
     return true;
 }
 
 static bool write_and_rename(const char *path, const char *header, const loglin_tensor *order, size_t count,
                              loglin_tensor_error *error) {
-    char *temporary;
-    const int descriptor = open_temporary(path, &temporary, error);
-    if (descriptor < 0) {
+    replacement file;
+    if (!open_replacement(path, &file, error)) {
         return false;
     }
-    bool written = write_file(descriptor, header, order, count, error);
-    if (close(descriptor) != 0 && written) {
+    bool written = write_file(file.descriptor, header, order, count, error);
+    if (close(file.descriptor) != 0 && written) {
         written = fail(error, "cannot be written: %s", strerror(errno));
     }
-    if (written && rename(temporary, path) != 0) {
+    if (written && rename(file.temporary, file.target) != 0) {
         written = fail(error, "cannot be renamed: %s", strerror(errno));
     }
     if (!written) {
-        (void)unlink(temporary);
+        (void)unlink(file.temporary);
     }
-    free(temporary);
+    free_names(&file);
     return written;
 }
 

@@ -65,6 +65,12 @@ enum { LOGLIN_TENSOR_SHAPE_TEXT = 22 * LOGLIN_TENSOR_MAX_RANK + 3 };
 void loglin_tensor_print_shape(size_t rank, const size_t *shape, char *text, size_t capacity);
 
 /*
+ * The name to rename a file to that is to replace `path`: where links lead, or a link itself would be replaced.  For the
+ * caller to free; NULL, with errno, if a link leads nowhere or memory ran out.
+ */
+char *loglin_follow_links(const char *path);
+
+/*
  * Writes a file: to a temporary one beside it, which then takes its name.  On failure false, and `path` is as it was.
  * Data is aligned to its element size.
  */
