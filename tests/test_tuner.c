@@ -401,6 +401,24 @@ Test(tuner, a_file_system_without_room_loses_nothing) {
 /* ---- Candidates -------------------------------------------------------------------------------------------------- */
 
 /* Where CLBlast's own parameters are the faster ones for a class, what a plan will run is told, not what it won't. */
+static void expect_options_refused(const loglin_tune_options *options, const char *message) {
+    loglin_tune_options all = *options;
+    all.worker = worker;
+    cr_expect_eq(loglin_tune(support_open()->id, &all), LOGLIN_INVALID_ARGUMENT, "%s", message);
+    cr_expect(strstr(loglin_last_error(), message) != NULL, "\"%s\" is not in: %s", message, loglin_last_error());
+    cr_expect_eq(asked(), 0u);
+}
+
+Test(tuner, bad_options_are_refused_at_once) {
+    expect_options_refused(&(loglin_tune_options){.time_limit = -1}, "options.time_limit is -1");
+    expect_options_refused(&(loglin_tune_options){.time_limit = NAN}, "options.time_limit is nan");
+    expect_options_refused(&(loglin_tune_options){.candidate_limit = INFINITY}, "options.candidate_limit is inf");
+    expect_options_refused(&(loglin_tune_options){.engine = (loglin_engine)3}, "options.engine is 3");
+    expect_options_refused(&(loglin_tune_options){.engine = (loglin_engine)-1}, "options.engine is -1");
+    expect_options_refused(&(loglin_tune_options){.problem_count = 2}, "options.problems is NULL with problem_count 2");
+    expect_options_refused(&(loglin_tune_options){.problems = &PROBLEM}, "options.problems is given");
+}
+
 Test(tuner, the_gain_of_a_class_is_that_of_the_device_s_parameters) {
     const loglin_device_info info = support_device_info();
     loglin_tuning tuning = {.identity = loglin_identity_of(&info)};

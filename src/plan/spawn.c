@@ -153,7 +153,7 @@ static int reap(pid_t child, bool kill_it) {
 /* No child, for a reason that is no candidate's fault. */
 static loglin_reply not_started(const char *program, int code) {
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_STOPPED};
-    (void)snprintf(reply.detail, sizeof reply.detail, "cannot start \"%.128s\": error %d", program, code);
+    (void)snprintf(reply.detail, sizeof reply.detail, "cannot start \"%.128s\": %s", program, strerror(code));
     return reply;
 }
 

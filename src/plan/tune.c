@@ -516,8 +516,26 @@ static loglin_status prepare_and_run(tuner *at, cl_device_id id) {
     return run(at, problems, count);
 }
 
+static loglin_status check_seconds(const char *name, double seconds) {
+    if (!isfinite(seconds) || seconds < 0) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "options.%s is %g, expected a finite number, 0 or more", name,
+                           seconds);
+    }
+    return LOGLIN_OK;
+}
+
 static loglin_status check_options(const loglin_tune_options *options) {
-    for (size_t i = 0; options->problems != NULL && i < options->problem_count; i++) {
+    RETURN_IF_ERROR(check_seconds("time_limit", options->time_limit));
+    RETURN_IF_ERROR(check_seconds("candidate_limit", options->candidate_limit));
+    if ((int)options->engine < 0 || options->engine > LOGLIN_ENGINE_FUSED) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "options.engine is %d, expected 0 to %d", (int)options->engine,
+                           (int)LOGLIN_ENGINE_FUSED);
+    }
+    if ((options->problems != NULL) != (options->problem_count > 0)) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "options.problems is %s with problem_count %zu",
+                           options->problems != NULL ? "given" : "NULL", options->problem_count);
+    }
+    for (size_t i = 0; i < options->problem_count; i++) {
         const loglin_problem *problem = &options->problems[i];
         loglin_problem filled;
         RETURN_IF_ERROR(loglin_problem_validate(problem, &filled));
@@ -540,11 +558,11 @@ loglin_status loglin_tune(cl_device_id id, const loglin_tune_options *options) {
     at->options = options != NULL ? *options : (loglin_tune_options){.quick = 0};
     at->options.worker = at->options.worker != NULL ? at->options.worker : "loglin";
     at->options.seed = (at->options.seed != 0 ? at->options.seed : (uint64_t)time(NULL)) & INT64_MAX;
+    loglin_status status = check_options(&at->options);
     at->options.candidate_limit = at->options.candidate_limit > 0 ? at->options.candidate_limit : usual_limit;
     at->options.time_limit =
         at->options.quick != 0 && at->options.time_limit <= 0 ? quick_limit : at->options.time_limit;
     at->begin = now();
-    loglin_status status = check_options(&at->options);
     status = status != LOGLIN_OK ? status : prepare_and_run(at, id);
     loglin_journal_close(at->journal);
     loglin_tuning_free(&at->known);
