@@ -177,6 +177,33 @@ Test(plan, describes_itself) {
     loglin_plan_destroy(plan);
 }
 
+static void expect_said(const char *word) {
+    cr_expect(strstr(loglin_last_error(), word) != NULL, "the text lacks \"%s\": %s", word, loglin_last_error());
+}
+
+Test(plan, what_there_is_not_has_no_size) {
+    char text[8] = "before";
+    cr_expect_eq(loglin_workspace_size(NULL, LOGLIN_FORWARD), 0);
+    expect_said("plan is NULL");
+    cr_expect_eq(loglin_state_size(NULL), 0);
+    cr_expect_eq(loglin_plan_describe(NULL, text, sizeof text), 0);
+    cr_expect_eq(text[0], '\0');
+    cr_expect_eq(loglin_plan_describe(NULL, NULL, sizeof text), 0);
+
+    loglin_problem problem = GOOD;
+    problem.phases = LOGLIN_BACKWARD | LOGLIN_STEP;
+    loglin_plan *plan = make_plan(&problem);
+    cr_expect_eq(loglin_plan_describe(plan, NULL, sizeof text), loglin_plan_describe(plan, NULL, 0));
+    cr_expect_gt(loglin_workspace_size(plan, LOGLIN_BACKWARD), 0);
+    const int not_planned[] = {0, LOGLIN_FORWARD, LOGLIN_BACKWARD | LOGLIN_STEP, 8, -1};
+    for (size_t i = 0; i < sizeof not_planned / sizeof *not_planned; i++) {
+        (void)loglin_workspace_size(NULL, LOGLIN_FORWARD);
+        cr_expect_eq(loglin_workspace_size(plan, (loglin_phase)not_planned[i]), 0, "phase %d", not_planned[i]);
+        expect_said("expected one of those planned, 0x6");
+    }
+    loglin_plan_destroy(plan);
+}
+
 /* is_blas: whose it is. */
 static size_t workspace_of(loglin_op op, loglin_phase phase, size_t length, loglin_engine engine, bool *is_blas) {
     const loglin_problem problem = {.op = op,
@@ -272,6 +299,7 @@ Test(plan, checks_gates) {
     const float good[] = {0.0f, -0.0f, -1e-45f, -50.0f, -3e38f};
     cr_expect_eq(loglin_check_gates(good, 5), 5);
     cr_expect_eq(loglin_check_gates(NULL, 0), 0);
+    cr_expect_eq(loglin_check_gates(NULL, 3), 0);
     const float bad[] = {NAN, INFINITY, -INFINITY, 1e-45f, 1.0f};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         float gates[4] = {-1.0f, -2.0f, bad[i], bad[i]};
@@ -563,17 +591,65 @@ Test(plan, initial_states_must_be_planned) {
     close_calls(&f);
 }
 
+static cl_context other_context(void) {
+    cl_int status = CL_SUCCESS;
+    cl_context context = clCreateContext(NULL, 1, &support_open()->id, NULL, NULL, &status);
+    support_require(status, "clCreateContext");
+    return context;
+}
+
 Test(plan, queue_must_be_of_its_context) {
     call_fixture f = open_calls(LOGLIN_MAMBA2);
-    cl_device_id id = support_open()->id;
+    cl_context context = other_context();
     cl_int status = CL_SUCCESS;
-    cl_context context = clCreateContext(NULL, 1, &id, NULL, NULL, &status);
-    support_require(status, "clCreateContext");
-    cl_command_queue queue = clCreateCommandQueueWithProperties(context, id, NULL, &status);
+    cl_command_queue queue = clCreateCommandQueueWithProperties(context, support_open()->id, NULL, &status);
     support_require(status, "clCreateCommandQueueWithProperties");
     cr_expect_eq(call_forward(f.plan, &f.good, queue, 0, NULL, NULL), LOGLIN_INVALID_ARGUMENT);
-    cr_expect(strstr(loglin_last_error(), "queue") != NULL, "%s", loglin_last_error());
+    expect_said("queue");
     clReleaseCommandQueue(queue);
+    clReleaseContext(context);
+    close_calls(&f);
+}
+
+/* Drivers take some of these without a word: the step's kernels were enqueued behind nothing. */
+Test(plan, events_must_be_of_the_context) {
+    call_function *const calls[] = {call_forward, call_backward, call_step};
+    call_fixture f = open_calls(LOGLIN_MAMBA2);
+    cl_context context = other_context();
+    cl_int status = CL_SUCCESS;
+    cl_event own = clCreateUserEvent(support_open()->context, &status);
+    support_require(status, "clCreateUserEvent");
+    cl_event foreign = clCreateUserEvent(context, &status);
+    support_require(status, "clCreateUserEvent");
+    for (size_t i = 0; i < COUNT(calls); i++) {
+        cl_event event = NULL;
+        cl_command_queue queue = support_open()->queue;
+        cr_expect_eq(calls[i](f.plan, &f.good, queue, 2, (cl_event[]){own, NULL}, &event), LOGLIN_INVALID_ARGUMENT);
+        expect_said("wait[1] is NULL");
+        cr_expect_eq(calls[i](f.plan, &f.good, queue, 2, (cl_event[]){own, foreign}, &event), LOGLIN_INVALID_ARGUMENT);
+        expect_said("wait[1] is of another context");
+        cr_expect_null(event);
+    }
+    clReleaseEvent(foreign);
+    clReleaseEvent(own);
+    clReleaseContext(context);
+    close_calls(&f);
+}
+
+Test(plan, buffers_must_be_of_the_context) {
+    call_fixture f = open_calls(LOGLIN_MAMBA2);
+    cl_context context = other_context();
+    cl_int status = CL_SUCCESS;
+    cl_mem foreign = clCreateBuffer(context, CL_MEM_READ_WRITE, 1 << 20, NULL, &status);
+    support_require(status, "clCreateBuffer");
+    arguments a = f.good;
+    a.in.v.mem = foreign;
+    expect_call_refused(call_forward, f.plan, &a, LOGLIN_INVALID_ARGUMENT, "v: the buffer is of another context");
+    expect_call_refused(call_step, f.plan, &a, LOGLIN_INVALID_ARGUMENT, "v: the buffer is of another context");
+    a = f.good;
+    a.out.dg.mem = foreign;
+    expect_call_refused(call_backward, f.plan, &a, LOGLIN_INVALID_ARGUMENT, "dg: the buffer is of another context");
+    clReleaseMemObject(foreign);
     clReleaseContext(context);
     close_calls(&f);
 }

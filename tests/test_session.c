@@ -275,6 +275,11 @@ Test(session, bad_arguments) {
     cr_expect_eq(loglin_session_score(session, good, 1, NULL), LOGLIN_INVALID_ARGUMENT);
     cr_expect_eq(loglin_session_position(session, 0), 0);
     cr_expect_eq(loglin_session_step(session, good, logits), LOGLIN_OK);
+    loglin_model_info info = {.hidden = 1};
+    loglin_model_get_info(NULL, &info);
+    cr_expect_eq(info.hidden, 0);
+    loglin_model_get_info(model, NULL);
+    cr_expect_not_null(strstr(loglin_last_error(), "info is NULL"), "%s", loglin_last_error());
     loglin_session_destroy(session);
     loglin_model_close(model);
 }

@@ -211,8 +211,20 @@ void loglin_plan_destroy(loglin_plan *plan) {
 
 /* ---- What a plan can tell ---------------------------------------------------------------------------------------- */
 
+/* False, with the error's text, for NULL. */
+static bool is_given(const loglin_plan *plan) {
+    if (plan == NULL) {
+        (void)loglin_fail(LOGLIN_INVALID_ARGUMENT, "plan is NULL");
+    }
+    return plan != NULL;
+}
+
 size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity) {
     static const char *const dtypes[] = {"f32", "f16", "bf16"};
+    capacity = text != NULL ? capacity : 0;
+    if (!is_given(plan)) {
+        return (size_t)snprintf(text, capacity, "%s", "");
+    }
     const loglin_problem *p = &plan->problem;
     char calls[768] = "";
     if (plan->state != NULL) {
@@ -237,11 +249,20 @@ size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity
 }
 
 size_t loglin_workspace_size(const loglin_plan *plan, loglin_phase phase) {
-    return phase == LOGLIN_STEP || plan->state == NULL ? 0 : plan->engine->workspace_size(plan->state, phase);
+    if (!is_given(plan)) {
+        return 0;
+    }
+    const bool is_one = phase == LOGLIN_FORWARD || phase == LOGLIN_BACKWARD || phase == LOGLIN_STEP;
+    if (!is_one || !plans(plan, phase)) {
+        (void)loglin_fail(LOGLIN_INVALID_ARGUMENT, "phase is 0x%x, expected one of those planned, 0x%x",
+                          (unsigned)phase, plan->problem.phases);
+        return 0;
+    }
+    return phase == LOGLIN_STEP ? 0 : plan->engine->workspace_size(plan->state, phase);
 }
 
 size_t loglin_state_size(const loglin_plan *plan) {
-    return loglin_problem_counts(&plan->problem, 0).states * sizeof(float);
+    return is_given(plan) ? loglin_problem_counts(&plan->problem, 0).states * sizeof(float) : 0;
 }
 
 /* ---- Checks of a call -------------------------------------------------------------------------------------------- */
@@ -254,17 +275,36 @@ typedef struct checked_buffer {
     bool required;
 } checked_buffer;
 
-static loglin_status check_buffers(const checked_buffer *buffers, size_t count) {
+static loglin_status check_buffers(const loglin_plan *plan, const checked_buffer *buffers, size_t count) {
     for (size_t i = 0; i < count; i++) {
-        RETURN_IF_ERROR(loglin_buffer_check(buffers[i].name, buffers[i].buffer, buffers[i].count, buffers[i].size,
-                                            buffers[i].required));
+        RETURN_IF_ERROR(loglin_buffer_check(plan->device->context, buffers[i].name, buffers[i].buffer, buffers[i].count,
+                                            buffers[i].size, buffers[i].required));
     }
     return LOGLIN_OK;
 }
 
-#define CHECK_BUFFERS(...)                                                                                             \
-    check_buffers((const checked_buffer[]){__VA_ARGS__},                                                               \
+#define CHECK_BUFFERS(plan, ...)                                                                                       \
+    check_buffers(plan, (const checked_buffer[]){__VA_ARGS__},                                                         \
                   sizeof((const checked_buffer[]){__VA_ARGS__}) / sizeof(checked_buffer))
+
+/* An event of another context may be taken by a driver that then does not wait for it. */
+static loglin_status check_wait(const loglin_plan *plan, cl_uint num_wait, const cl_event *wait) {
+    if ((num_wait > 0) != (wait != NULL)) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "wait is %s with num_wait %u", wait != NULL ? "given" : "NULL",
+                           num_wait);
+    }
+    for (cl_uint i = 0; i < num_wait; i++) {
+        if (wait[i] == NULL) {
+            return loglin_fail(LOGLIN_INVALID_ARGUMENT, "wait[%u] is NULL, expected an event", i);
+        }
+        cl_context context = NULL;
+        RETURN_IF_CL_ERROR(clGetEventInfo(wait[i], CL_EVENT_CONTEXT, sizeof(cl_context), &context, NULL));
+        if (context != plan->device->context) {
+            return loglin_fail(LOGLIN_INVALID_ARGUMENT, "wait[%u] is of another context than the loglin_device", i);
+        }
+    }
+    return LOGLIN_OK;
+}
 
 static loglin_status check_call(const loglin_plan *plan, loglin_phase phase, const void *in, cl_command_queue queue,
                                 cl_uint num_wait, const cl_event *wait) {
@@ -275,10 +315,7 @@ static loglin_status check_call(const loglin_plan *plan, loglin_phase phase, con
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "problem.phases is 0x%x, expected 0x%x in it for this call",
                            plan->problem.phases, (unsigned)phase);
     }
-    if ((num_wait > 0) != (wait != NULL)) {
-        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "wait is %s with num_wait %u", wait != NULL ? "given" : "NULL",
-                           num_wait);
-    }
+    RETURN_IF_ERROR(check_wait(plan, num_wait, wait));
     return loglin_device_check_queue(plan->device, queue);
 }
 
@@ -294,8 +331,8 @@ static loglin_status check_inputs(const loglin_plan *plan, const loglin_inputs *
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "cu_seqlens is given, expected none: %s",
                            one_token ? "a step takes one token of every sequence" : "problem.sequences is 0");
     }
-    return CHECK_BUFFERS({"q", in->q, n.qk, size, true}, {"k", in->k, n.qk, size, true}, {"v", in->v, n.vo, size, true},
-                         {"g", in->g, n.gates, sizeof(float), false},
+    return CHECK_BUFFERS(plan, {"q", in->q, n.qk, size, true}, {"k", in->k, n.qk, size, true},
+                         {"v", in->v, n.vo, size, true}, {"g", in->g, n.gates, sizeof(float), false},
                          {"level_scales", in->level_scales, n.level_scales, weight, true},
                          {"beta", in->beta, n.gates, weight, delta},
                          {"cu_seqlens", in->cu_seqlens, n.sequences + 1, sizeof(cl_int), packed});
@@ -312,7 +349,7 @@ static loglin_status check_state(const loglin_plan *plan, const char *name, cons
     if (p->op == LOGLIN_GATED_DELTA && state->log_decay.mem != NULL) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is given, expected none for the delta rule", log_decay);
     }
-    return CHECK_BUFFERS({values, state->values, n.states, sizeof(float), true},
+    return CHECK_BUFFERS(plan, {values, state->values, n.states, sizeof(float), true},
                          {log_decay, state->log_decay, n.sequences * p->heads * p->levels, sizeof(float), false},
                          {position, state->position, n.sequences, sizeof(cl_int), needs_position});
 }
@@ -332,7 +369,7 @@ static loglin_status take_initial(const loglin_plan *plan, const loglin_state *i
 
 static loglin_status check_workspace(const loglin_plan *plan, loglin_phase phase, loglin_buffer workspace) {
     return CHECK_BUFFERS(
-        {"workspace", workspace, loglin_workspace_size(plan, phase) / sizeof(float), sizeof(float), true});
+        plan, {"workspace", workspace, loglin_workspace_size(plan, phase) / sizeof(float), sizeof(float), true});
 }
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------- */
@@ -349,7 +386,7 @@ loglin_status loglin_forward(loglin_plan *plan, const loglin_inputs *in, const l
         call.final = *final;
     }
     const loglin_counts n = loglin_problem_counts(&plan->problem, 0);
-    RETURN_IF_ERROR(CHECK_BUFFERS({"o", o, n.vo, loglin_dtype_size(plan->problem.dtype), true}));
+    RETURN_IF_ERROR(CHECK_BUFFERS(plan, {"o", o, n.vo, loglin_dtype_size(plan->problem.dtype), true}));
     RETURN_IF_ERROR(check_workspace(plan, LOGLIN_FORWARD, workspace));
     return plan->engine->forward(plan->state, &call, workspace, queue, num_wait, wait, event);
 }
@@ -364,7 +401,7 @@ static loglin_status check_gradients(const loglin_plan *plan, const loglin_gradi
     if (!has_initial && out->dinitial_states.mem != NULL) {
         return loglin_fail(LOGLIN_INVALID_ARGUMENT, "dinitial_states is given, expected none without initial states");
     }
-    return CHECK_BUFFERS({"dq", out->dq, n.qk, size, true}, {"dk", out->dk, n.qk, size, true},
+    return CHECK_BUFFERS(plan, {"dq", out->dq, n.qk, size, true}, {"dk", out->dk, n.qk, size, true},
                          {"dv", out->dv, n.vo, size, true}, {"dg", out->dg, n.gates, sizeof(float), false},
                          {"dlevel_scales", out->dlevel_scales, n.level_scales, weight, false},
                          {"dbeta", out->dbeta, n.gates, weight, false},
@@ -387,7 +424,7 @@ loglin_status loglin_backward(loglin_plan *plan, const loglin_inputs *in, const 
                         .normalize = plan->problem.normalize_qk != 0};
     RETURN_IF_ERROR(take_initial(plan, initial, &call));
     const loglin_counts n = loglin_problem_counts(&plan->problem, 0);
-    RETURN_IF_ERROR(CHECK_BUFFERS({"d_o", d_o, n.vo, loglin_dtype_size(plan->problem.dtype), true},
+    RETURN_IF_ERROR(CHECK_BUFFERS(plan, {"d_o", d_o, n.vo, loglin_dtype_size(plan->problem.dtype), true},
                                   {"dfinal_states", dfinal_states, n.states, sizeof(float), false}));
     RETURN_IF_ERROR(check_gradients(plan, out, initial != NULL));
     RETURN_IF_ERROR(check_workspace(plan, LOGLIN_BACKWARD, workspace));
@@ -403,6 +440,6 @@ loglin_status loglin_step(loglin_plan *plan, const loglin_inputs *in, const logl
     }
     RETURN_IF_ERROR(check_state(plan, "state", state, true));
     const loglin_counts n = loglin_problem_counts(&plan->problem, 1);
-    RETURN_IF_ERROR(CHECK_BUFFERS({"o", o, n.vo, loglin_dtype_size(plan->problem.dtype), true}));
+    RETURN_IF_ERROR(CHECK_BUFFERS(plan, {"o", o, n.vo, loglin_dtype_size(plan->problem.dtype), true}));
     return loglin_stepper_enqueue(plan->stepper, in, state, o, queue, num_wait, wait, event);
 }

@@ -19,7 +19,7 @@ size_t loglin_num_levels(size_t length) {
 
 size_t loglin_check_gates(const float *g, size_t count) {
     for (size_t i = 0; i < count; i++) {
-        if (!(g[i] <= 0.0f) || !isfinite(g[i])) {
+        if (g == NULL || !(g[i] <= 0.0f) || !isfinite(g[i])) {
             return i;
         }
     }
@@ -153,16 +153,25 @@ loglin_counts loglin_problem_counts(const loglin_problem *problem, int one_token
     };
 }
 
-loglin_status loglin_buffer_check(const char *name, loglin_buffer buffer, size_t count, size_t size, int required) {
+loglin_status loglin_buffer_check(cl_context context, const char *name, loglin_buffer buffer, size_t count, size_t size,
+                                  int required) {
     if (buffer.mem == NULL) {
         return required ? loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s is missing, expected a buffer of %zu elements", name,
                                       count)
                         : LOGLIN_OK;
     }
     size_t bytes = 0;
-    const cl_int code = clGetMemObjectInfo(buffer.mem, CL_MEM_SIZE, sizeof bytes, &bytes, NULL);
+    cl_context owner = NULL;
+    cl_int code = clGetMemObjectInfo(buffer.mem, CL_MEM_SIZE, sizeof bytes, &bytes, NULL);
+    if (code == CL_SUCCESS) {
+        code = clGetMemObjectInfo(buffer.mem, CL_MEM_CONTEXT, sizeof(cl_context), &owner, NULL);
+    }
     if (code != CL_SUCCESS) {
         return loglin_fail(code, "%s: not a valid buffer: %s", name, loglin_strerror(code));
+    }
+    if (owner != context) {
+        return loglin_fail(LOGLIN_INVALID_ARGUMENT, "%s: the buffer is of another context than the loglin_device",
+                           name);
     }
     const size_t held = bytes / size;
     if (buffer.offset > held || held - buffer.offset < count) {

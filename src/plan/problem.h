@@ -25,9 +25,10 @@ typedef struct loglin_counts {
 loglin_counts loglin_problem_counts(const loglin_problem *problem, int one_token);
 
 /*
- * Does the buffer hold `count` elements of `size` bytes from its offset on?  A missing buffer is an error if it is
- * required.
+ * Is the buffer one of the context that holds `count` elements of `size` bytes from its offset on?  A missing buffer is
+ * an error if it is required.
  */
-loglin_status loglin_buffer_check(const char *name, loglin_buffer buffer, size_t count, size_t size, int required);
+loglin_status loglin_buffer_check(cl_context context, const char *name, loglin_buffer buffer, size_t count, size_t size,
+                                  int required);
 
 #endif
