@@ -219,8 +219,8 @@ typedef struct loglin_problem {
     size_t dim_k;              /* K, 1 to 512 */
     size_t dim_v;              /* V, 1 to 512 */
     size_t levels;             /* L, columns of level_scales, at most LOGLIN_MAX_LEVELS; at least loglin_num_levels of
-                                  the longest sequence with its position; columns beyond that are ignored and their
-                                  gradient is 0 */
+                                  max_position plus the longest sequence (max_length, or length); columns beyond that
+                                  are ignored and their gradient is 0 */
     float scale;               /* multiplies q; 0 means 1 */
     int normalize_qk;          /* not 0: q and k are first divided by sqrt(sum of squares + 1e-6), per head */
     size_t sequences;          /* N of packed sequences of any lengths, 0 included: batch must be 1, length is the
@@ -241,7 +241,7 @@ LOGLIN_API size_t loglin_num_levels(size_t length);
 
 /*
  * The kernels rely on g <= 0 and finite and do not check it.  Looks through `count` gates in host memory: returns the
- * index of the first that is NaN, infinite or positive, or count if all are good.
+ * index of the first that is NaN, infinite or positive, or count if all are good; 0 if g is NULL.
  */
 LOGLIN_API size_t loglin_check_gates(const float *g, size_t count);
 
@@ -264,11 +264,16 @@ LOGLIN_API void loglin_plan_destroy(loglin_plan *plan);
 
 /*
  * Writes a line of text about the plan (engine, chunk size, where they come from, workspace) and its final NUL, cut to
- * capacity bytes; returns the length of the whole text without its NUL.
+ * capacity bytes; returns the length of the whole text without its NUL.  Writes nothing if text is NULL.
+ *
+ * This function and the two below only read the plan.  They return 0 if it is NULL, and loglin_last_error() says so.
  */
 LOGLIN_API size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity);
 
-/* Bytes of workspace that a call of one phase needs, one that was planned; 0 for LOGLIN_STEP.  It grows as O(T). */
+/*
+ * Bytes of workspace that a call of one phase needs: never 0 for LOGLIN_FORWARD and LOGLIN_BACKWARD, 0 for LOGLIN_STEP.
+ * It grows as O(T).  0 also, and loglin_last_error() says so, for what is not one phase, or one that was not planned.
+ */
 LOGLIN_API size_t loglin_workspace_size(const loglin_plan *plan, loglin_phase phase);
 
 /* Bytes of a state's values: 4 N H L K V. */
@@ -301,7 +306,7 @@ typedef int loglin_tune_progress(void *context, const loglin_tune_event *event);
 typedef struct loglin_tune_options {
     /*
      * Each with one phase, forward or backward, and without scale, normalisation, packed sequences and initial states;
-     * NULL: the standard classes.
+     * NULL, with problem_count 0: the standard classes.
      */
     const loglin_problem *problems;
     size_t problem_count;
@@ -381,16 +386,18 @@ typedef struct loglin_gradients {
 
 /*
  * All calls only enqueue: they neither block nor compile nor allocate device memory.  `queue` belongs to the plan's
- * context and device and may be out of order.  The work starts after the num_wait events of `wait`; *event (may be
- * NULL) receives an event of its end, which the caller releases.  Every buffer must stay alive until then (OpenCL sees
- * to that for one that is released meanwhile), and the workspace must not be shared by calls that may overlap.
+ * context and device and may be out of order; buffers and events are of that context.  The work starts after the
+ * num_wait events of `wait` (NULL if there are none); *event (may be NULL) receives an event of its end, which the caller
+ * releases.  Every buffer must stay alive until then (OpenCL sees to that for one that is released meanwhile), and the
+ * workspace must not be shared by calls that may overlap.  Structures are read during the call only.
  * Arguments are checked before anything is enqueued: LOGLIN_INVALID_ARGUMENT for one that is missing or not allowed,
  * LOGLIN_BUFFER_TOO_SMALL where offset and shape reach beyond the end of a buffer, LOGLIN_UNSUPPORTED where the blas
  * engine's workspace lies so far behind its buffer's start that CLBlast, which counts elements in int, does not reach its
  * end.  Buffers' contents are not checked: positions, cu_seqlens and gates out of their ranges give undefined numbers, but
  * never an access outside the buffers.
  *
- * Outputs are overwritten, not added to.  They may not overlap inputs, except final over initial of the same call.
+ * Outputs are overwritten, not added to.  Outputs and workspace may not overlap inputs nor each other, which is not
+ * checked; but final may be initial of the same call.
  * All results are deterministic: the same call on the same device gives the same bits.
  */
 
