@@ -387,9 +387,9 @@ typedef struct loglin_gradients {
 /*
  * All calls only enqueue: they neither block nor compile nor allocate device memory.  `queue` belongs to the plan's
  * context and device and may be out of order; buffers and events are of that context.  The work starts after the
- * num_wait events of `wait` (NULL if there are none); *event (may be NULL) receives an event of its end, which the caller
- * releases.  Every buffer must stay alive until then (OpenCL sees to that for one that is released meanwhile), and the
- * workspace must not be shared by calls that may overlap.  Structures are read during the call only.
+ * num_wait events of `wait` (NULL if there are none); *event (may be NULL) receives an event of its end, which the
+ * caller releases.  Every buffer must stay alive until then (OpenCL sees to that for one that is released meanwhile), and
+ * the workspace must not be shared by calls that may overlap.  Structures are read during the call only.
  * Arguments are checked before anything is enqueued: LOGLIN_INVALID_ARGUMENT for one that is missing or not allowed,
  * LOGLIN_BUFFER_TOO_SMALL where offset and shape reach beyond the end of a buffer, LOGLIN_UNSUPPORTED where the blas
  * engine's workspace lies so far behind its buffer's start that CLBlast, which counts elements in int, does not reach its

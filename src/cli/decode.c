@@ -191,7 +191,9 @@ static loglin_cli_status execute(loglin_cli_run *run) {
 
 loglin_cli_status loglin_cli_decode(int argc, char **argv) {
     static const loglin_cli_operation operation = {
-        .summary = "Computes what \"loglin forward\" does, token by token with the states updated in place.",
+        .summary =
+            "Computes what \"loglin forward\" does, token by token with the states updated in place.  A step has one\n"
+            "implementation, so --engine and --chunk do not matter.",
         .files = "IN     as for \"loglin forward\"\n"
                  "OUT    as of \"loglin forward\"",
         .phase = LOGLIN_STEP,
