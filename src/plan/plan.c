@@ -29,9 +29,14 @@ static bool plans(const loglin_plan *plan, unsigned phases) {
     return (plan->problem.phases & phases) != 0;
 }
 
+/* Bytes; of a plan that is not for steps alone. */
+static size_t workspace_of(const loglin_plan *plan, loglin_phase phase) {
+    return plan->engine->workspace_size(plan->state, phase);
+}
+
 static loglin_status check_allocation(const loglin_plan *plan, loglin_phase phase) {
-    const size_t size = loglin_workspace_size(plan, phase);
-    if (plans(plan, phase) && size > plan->device->info.max_allocation) {
+    const size_t size = plans(plan, phase) ? workspace_of(plan, phase) : 0;
+    if (size > plan->device->info.max_allocation) {
         return loglin_fail(LOGLIN_UNSUPPORTED,
                            "workspace: the %s call needs %zu bytes, expected at most the device's largest allocation "
                            "of %llu bytes",
@@ -230,13 +235,13 @@ size_t loglin_plan_describe(const loglin_plan *plan, char *text, size_t capacity
     if (plan->state != NULL) {
         (void)snprintf(calls, sizeof calls, ", engine %s (%s), chunk %zu (%s), workspace %zu bytes forward",
                        plan->engine->name, plan->engine_reason, p->chunk, plan->chunk_reason,
-                       loglin_workspace_size(plan, LOGLIN_FORWARD));
+                       workspace_of(plan, LOGLIN_FORWARD));
         const size_t used = strlen(calls);
         if (plans(plan, LOGLIN_BACKWARD)) {
             const char *remark =
                 plan->engine->backward_remark == NULL ? NULL : plan->engine->backward_remark(plan->state);
             (void)snprintf(calls + used, sizeof calls - used, ", %zu backward%s%s%s",
-                           loglin_workspace_size(plan, LOGLIN_BACKWARD), remark == NULL ? "" : " (",
+                           workspace_of(plan, LOGLIN_BACKWARD), remark == NULL ? "" : " (",
                            remark == NULL ? "" : remark, remark == NULL ? "" : ")");
         }
     }
@@ -258,7 +263,7 @@ size_t loglin_workspace_size(const loglin_plan *plan, loglin_phase phase) {
                           (unsigned)phase, plan->problem.phases);
         return 0;
     }
-    return phase == LOGLIN_STEP ? 0 : plan->engine->workspace_size(plan->state, phase);
+    return phase == LOGLIN_STEP ? 0 : workspace_of(plan, phase);
 }
 
 size_t loglin_state_size(const loglin_plan *plan) {
