@@ -32,6 +32,7 @@ Test(checkpoint, bad_configs) {
         {"", LOGLIN_BAD_FILE, "line"},
         {"[]", LOGLIN_BAD_FILE, "not an object"},
         {"{}", LOGLIN_BAD_FILE, "model_type is missing"},
+        {"{\"model_type\": 7}", LOGLIN_BAD_FILE, "model_type is 7, expected a string"},
         {"{\"model_type\": \"llama\"}", LOGLIN_UNSUPPORTED, "llama"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"hidden_size\": 16"), LOGLIN_BAD_FILE, "duplicate"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": -1"), LOGLIN_BAD_FILE, "hidden_size is -1"},
@@ -65,6 +66,9 @@ Test(checkpoint, bad_configs) {
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 8, \"state_size\": 8, "
                                "\"hidden_act\": \"gelu\""),
          LOGLIN_UNSUPPORTED, "gelu"},
+        {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 8, \"state_size\": 8, "
+                               "\"hidden_act\": 4"),
+         LOGLIN_BAD_FILE, "hidden_act is 4, expected a string"},
         {SUPPORT_DELTA_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 5, \"expand_v\": 1.5"),
          LOGLIN_BAD_FILE, "head_dim * expand_v is 7.5"},
         {SUPPORT_DELTA_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 5, \"expand_v\": 1e9"),
