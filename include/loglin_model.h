@@ -80,6 +80,7 @@ LOGLIN_API loglin_status loglin_model_open(loglin_device *device, cl_command_que
 /* Sessions keep their model alive.  NULL is allowed. */
 LOGLIN_API void loglin_model_close(loglin_model *model);
 
+/* All zero where model is NULL. */
 LOGLIN_API void loglin_model_get_info(const loglin_model *model, loglin_model_info *info);
 
 /* ---- Sessions --------------------------------------------------------------------------------------------------- */

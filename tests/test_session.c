@@ -259,6 +259,9 @@ Test(session, bad_arguments) {
     const int32_t bad[] = {1, 256};
     const int32_t negative[] = {-1, 2};
     loglin_session *none = NULL;
+    loglin_model_info info = {.layers = 3};
+    loglin_model_get_info(NULL, &info);
+    cr_expect_eq(info.layers, 0);
     cr_expect_eq(loglin_session_create(model, support_open()->queue, 0, &none), LOGLIN_INVALID_ARGUMENT);
     cr_expect_null(none);
     if (support_open()->out_of_order != NULL) {

@@ -103,6 +103,10 @@ void loglin_model_close(loglin_model *model) {
 }
 
 void loglin_model_get_info(const loglin_model *model, loglin_model_info *info) {
+    if (model == NULL) {
+        *info = (loglin_model_info){0};
+        return;
+    }
     const loglin_lm *lm = &model->lm;
     const size_t gates = lm->op == LOGLIN_MAMBA2 ? lm->heads * lm->levels : 0;
     const size_t floats =
