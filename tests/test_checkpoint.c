@@ -32,6 +32,7 @@ Test(checkpoint, bad_configs) {
         {"", LOGLIN_BAD_FILE, "line"},
         {"[]", LOGLIN_BAD_FILE, "not an object"},
         {"{}", LOGLIN_BAD_FILE, "model_type is missing"},
+        {"{\"model_type\": 7}", LOGLIN_BAD_FILE, "model_type is 7, expected a string"},
         {"{\"model_type\": \"llama\"}", LOGLIN_UNSUPPORTED, "llama"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"hidden_size\": 16"), LOGLIN_BAD_FILE, "duplicate"},
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": -1"), LOGLIN_BAD_FILE, "hidden_size is -1"},
@@ -65,6 +66,9 @@ Test(checkpoint, bad_configs) {
         {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 8, \"state_size\": 8, "
                                "\"hidden_act\": \"gelu\""),
          LOGLIN_UNSUPPORTED, "gelu"},
+        {SUPPORT_MAMBA2_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 8, \"state_size\": 8, "
+                               "\"hidden_act\": 4"),
+         LOGLIN_BAD_FILE, "hidden_act is 4, expected a string"},
         {SUPPORT_DELTA_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 5, \"expand_v\": 1.5"),
          LOGLIN_BAD_FILE, "head_dim * expand_v is 7.5"},
         {SUPPORT_DELTA_CONFIG("\"hidden_size\": 16, \"num_heads\": 4, \"head_dim\": 5, \"expand_v\": 1e9"),
@@ -189,21 +193,51 @@ Test(checkpoint, bad_indexes) {
     support_remove_folder(folder);
 }
 
-/* A tensor in two shards. */
-Test(checkpoint, duplicate_tensor) {
+static const char first_file[] = "model-00001-of-00002.safetensors";
+static const char second_file[] = "model-00002-of-00002.safetensors";
+
+/* An index of two tensors. */
+static void write_index(const char *folder, const char *tensor, const char *file, const char *other,
+                        const char *other_file) {
+    char index[512];
+    (void)snprintf(index, sizeof index, "{\"weight_map\": {\"%s\": \"%s\", \"%s\": \"%s\"}}", tensor, file, other,
+                   other_file);
+    support_write_text(folder, "model.safetensors.index.json", index);
+}
+
+/* Indexes that say otherwise than the files. */
+Test(checkpoint, wrong_indexes) {
     char folder[64];
     support_make_folder(folder, sizeof folder);
     support_lm lm = support_lm_make(good_config, LOGLIN_TENSOR_F32, 7, 20, 3);
-    lm.tensors[lm.count] = lm.tensors[0];
-    lm.count++;
+    const char *of_first = lm.tensors[0].name;
+    const char *of_second = lm.tensors[lm.count - 1].name;
     support_lm_write(&lm, folder, 2);
-    char index[512];
-    (void)snprintf(index, sizeof index,
-                   "{\"weight_map\": {\"a\": \"model-00001-of-00002.safetensors\", "
-                   "\"b\": \"model-00002-of-00002.safetensors\"}}");
-    support_write_text(folder, "model.safetensors.index.json", index);
+    write_index(folder, of_first, first_file, "ghost", second_file);
+    expect_refused(folder, LOGLIN_BAD_FILE,
+                   "weight_map[\"ghost\"] is \"model-00002-of-00002.safetensors\", which has no such tensor");
+    write_index(folder, of_first, second_file, of_second, first_file);
+    expect_refused(folder, LOGLIN_BAD_FILE, "which has no such tensor");
+    write_index(folder, of_first, first_file, of_second, second_file);
+    expect_refused(folder, LOGLIN_BAD_FILE, "weight_map has no entry for tensor");
+    support_lm_free(&lm);
+    support_remove_folder(folder);
+}
+
+/* A tensor in two shards, once in the index. */
+Test(checkpoint, duplicate_tensor) {
+    char folder[64];
+    char path[128];
+    loglin_tensor_error error;
+    support_make_folder(folder, sizeof folder);
+    support_lm lm = support_lm_make(good_config, LOGLIN_TENSOR_F32, 7, 20, 3);
+    const size_t begin = lm.count / 2; /* of the second file */
+    support_lm_write(&lm, folder, 2);
+    lm.tensors[lm.count] = lm.tensors[0];
+    (void)snprintf(path, sizeof path, "%s/%s", folder, second_file);
+    cr_assert(loglin_safetensors_write(path, lm.tensors + begin, lm.count + 1 - begin, NULL, 0, &error), "%s",
+              error.text);
     expect_refused(folder, LOGLIN_BAD_FILE, "is in two files");
-    lm.count--;
     support_lm_free(&lm);
     support_remove_folder(folder);
 }

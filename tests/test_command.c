@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -833,6 +834,8 @@ Test(command, generate_on_an_engine) {
     cr_expect_eq(strlen(read_text(stdout_path)), 5); /* and the line's end */
     EXPECT_BAD("--engine is \"cublas\"", "generate", "--model", MAMBA2, "--ids", "73", "--tokens", "4", "--engine",
                "cublas");
+    EXPECT_BAD("--top-k has no effect without a --temperature", "generate", "--model", MAMBA2, "--ids", "73",
+               "--tokens", "4", "--top-k", "3");
     EXPECT_BAD("--ids: at \"256\"", "generate", "--model", MAMBA2, "--ids", "256", "--tokens", "4");
     EXPECT_BAD("--tokens is \"0\"", "generate", "--model", MAMBA2, "--ids", "1", "--tokens", "0");
 }
@@ -920,4 +923,68 @@ Test(command, perplexity_as_recorded) {
         const double bits = strtod(score + strlen("score"), NULL);
         cr_expect_float_eq(bits, (double)expected, 1e-4);
     }
+}
+
+/* Values that are finite in the file and overflow on the way to the logits. */
+static void write_overflowing_model(const char *folder) {
+    char path[256];
+    char text[4096];
+    loglin_tensor tensors[128];
+    loglin_tensor_error error;
+    snprintf(path, sizeof path, "%s/config.json", MAMBA2);
+    FILE *config = fopen(path, "rb");
+    cr_assert_not_null(config);
+    const size_t size = fread(text, 1, sizeof text, config);
+    fclose(config);
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    config = fopen(path, "wb");
+    cr_assert(config != NULL && fwrite(text, 1, size, config) == size && fclose(config) == 0);
+    loglin_safetensors *file = open_file(MAMBA2 "/model.safetensors");
+    const size_t count = loglin_safetensors_count(file);
+    static uint16_t norm[128]; /* BF16, 2^127 each */
+    cr_assert_leq(count, 128);
+    for (size_t i = 0; i < count; ++i) {
+        tensors[i] = *loglin_safetensors_at(file, i);
+        if (strcmp(tensors[i].name, "backbone.norm_f.weight") == 0) {
+            memset(norm, 0x7f, sizeof norm);
+            cr_assert_eq(tensors[i].size, sizeof norm);
+            tensors[i].data = norm;
+        }
+    }
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    cr_assert(loglin_safetensors_write(path, tensors, count, NULL, 0, &error), "%s", error.text);
+    loglin_safetensors_close(file);
+}
+
+/* Logits that are no numbers are told, not turned into tokens. */
+Test(command, logits_that_overflow) {
+    char folder[96];
+    char path[128];
+    snprintf(folder, sizeof folder, "%s/model", directory);
+    cr_assert_eq(mkdir(folder, 0700), 0);
+    write_overflowing_model(folder);
+    cr_expect_eq(run("generate", "--model", folder, "--prompt", "In the", "--tokens", "3", NULL), 1);
+    cr_expect_not_null(strstr(read_text(stderr_path), "the logits after 6 tokens are not finite"), "%s",
+                       read_text(stderr_path));
+    cr_expect_eq(run("perplexity", "--model", folder, TEST_DATA_DIR "/kjv-val.txt", "--window", "64", NULL), 1);
+    cr_expect_not_null(strstr(read_text(stderr_path), "the logits of byte 0 are not finite"), "%s",
+                       read_text(stderr_path));
+    cr_expect_eq(run("logits", "--model", folder, MAMBA2 "/expected.safetensors", out_path, NULL), 1);
+    cr_expect_not_null(strstr(read_text(stderr_path), "input_ids[0,0] are not finite"), "%s", read_text(stderr_path));
+    cr_expect_neq(access(out_path, F_OK), 0);
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    unlink(path);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    unlink(path);
+    cr_expect_eq(rmdir(folder), 0);
+}
+
+/* An id that no vocabulary has is told as it is. */
+Test(command, ids_beyond_every_vocabulary) {
+    const int64_t ids[] = {1, 5000000000, 2};
+    const loglin_tensor tensor = {
+        .name = "input_ids", .dtype = LOGLIN_TENSOR_I64, .rank = 2, .shape = {1, 3}, .data = ids, .size = sizeof ids};
+    loglin_tensor_error error;
+    cr_assert(loglin_safetensors_write(in_path, &tensor, 1, NULL, 0, &error), "%s", error.text);
+    EXPECT_BAD("value 1 is 5000000000", "logits", "--model", MAMBA2, in_path, out_path);
 }

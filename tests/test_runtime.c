@@ -91,6 +91,12 @@ Test(status, a_long_error_is_cut) {
     cr_expect_lt(strlen(loglin_last_error()), sizeof text - 1);
 }
 
+/* Names in files may hold what moves a terminal's cursor; the log of a compiler keeps its lines. */
+Test(status, control_characters_are_replaced) {
+    loglin_fail(LOGLIN_BAD_FILE, "%s", "\x1b[2Ja\x7f\r\n\tb\xc3\xa9");
+    cr_expect_str_eq(loglin_last_error(), "?[2Ja??\n\tb\xc3\xa9");
+}
+
 Test(status, the_version_is_that_of_the_header) {
     char version[32];
     snprintf(version, sizeof version, "%d.%d.%d", LOGLIN_VERSION_MAJOR, LOGLIN_VERSION_MINOR, LOGLIN_VERSION_PATCH);

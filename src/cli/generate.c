@@ -18,6 +18,7 @@ enum { BYTE_VOCABULARY = 256 };
 typedef struct generate_run {
     loglin_cli_model_options options;
     const char *prompt, *id_list;
+    const char *of_sampling; /* an option that only sampling has, NULL if none is given */
     size_t tokens;
     loglin_cli_sampling sampling;
     loglin_cli_model model;
@@ -51,10 +52,13 @@ static loglin_cli_status parse_own(int option, generate_run *run) {
     case 'T':
         return loglin_cli_parse_real("--temperature", optarg, 0, 100, &run->sampling.temperature);
     case 'K':
+        run->of_sampling = "--top-k";
         return loglin_cli_parse_size("--top-k", optarg, 1, INT32_MAX, &run->sampling.top_k);
     case 'Q':
+        run->of_sampling = "--top-p";
         return loglin_cli_parse_real("--top-p", optarg, 1e-6, 1, &run->sampling.top_p);
     default:
+        run->of_sampling = "--seed";
         RETURN_IF_FAILED(loglin_cli_parse_size("--seed", optarg, 0, SIZE_MAX, &seed));
         run->sampling.random = seed;
         return LOGLIN_CLI_OK;
@@ -106,6 +110,10 @@ static loglin_cli_status parse(int argc, char **argv, generate_run *run) {
     }
     if (run->tokens == 0) {
         return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "generate: --tokens is missing");
+    }
+    if (run->of_sampling != NULL && run->sampling.temperature == 0) {
+        return loglin_cli_fail(LOGLIN_CLI_BAD_INPUT, "generate: %s has no effect without a --temperature above 0",
+                               run->of_sampling);
     }
     return LOGLIN_CLI_OK;
 }
@@ -170,6 +178,14 @@ static loglin_cli_status print_token(const generate_run *run, int32_t id) {
     return LOGLIN_CLI_OK;
 }
 
+static loglin_cli_status check_logits(const generate_run *run) {
+    if (loglin_cli_finite_rows(run->logits, 1, run->model.info.vocabulary) == 0) {
+        return loglin_cli_fail(LOGLIN_CLI_FAILED, "generate: the logits after %zu tokens are " LOGLIN_CLI_NOT_FINITE,
+                               loglin_session_position(run->model.session, 0));
+    }
+    return LOGLIN_CLI_OK;
+}
+
 /* Ends early at an interrupt, or where the model's levels end. */
 static loglin_cli_status generate(generate_run *run) {
     loglin_session *session = run->model.session;
@@ -179,6 +195,7 @@ static loglin_cli_status generate(generate_run *run) {
     run->prefill_ms = loglin_cli_now_ms() - begin;
     loglin_cli_waiting_end();
     while (status == LOGLIN_OK && interrupted == 0) {
+        RETURN_IF_FAILED(check_logits(run));
         const int32_t id = loglin_cli_sample(&run->sampling, run->logits, run->model.info.vocabulary, run->order);
         RETURN_IF_FAILED(print_token(run, id));
         run->generated++;

@@ -6,6 +6,7 @@
 #include "cli/waiting.h"
 #include <ctype.h>
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -116,6 +117,15 @@ void loglin_cli_model_close(loglin_cli_model *model) {
         (void)clReleaseContext(model->context);
     }
     *model = (loglin_cli_model){0};
+}
+
+size_t loglin_cli_finite_rows(const float *logits, size_t rows, size_t vocabulary) {
+    for (size_t i = 0; i < rows * vocabulary; ++i) {
+        if (!isfinite(logits[i])) {
+            return i / vocabulary;
+        }
+    }
+    return rows;
 }
 
 const char *loglin_cli_model_kind(const loglin_cli_model *model) {

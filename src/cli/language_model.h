@@ -55,6 +55,11 @@ void loglin_cli_model_close(loglin_cli_model *model);
 /* As loglin_cli_fail_library; a folder that is not a good model is bad input. */
 loglin_cli_status loglin_cli_fail_model(loglin_status status);
 
+/* Rows of logits before the first that is not finite. */
+size_t loglin_cli_finite_rows(const float *logits, size_t rows, size_t vocabulary);
+
+#define LOGLIN_CLI_NOT_FINITE "not finite: values of the model overflow"
+
 /* The name of an operator, for reports. */
 const char *loglin_cli_model_kind(const loglin_cli_model *model);
 

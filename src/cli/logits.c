@@ -61,8 +61,8 @@ static loglin_cli_status parse(int argc, char **argv, logits_run *run) {
     return LOGLIN_CLI_OK;
 }
 
-/* I32 or I64, which may be unaligned; an id out of the int32 range becomes -1, which no vocabulary has. */
-static void copy_ids(const loglin_tensor *tensor, int32_t *ids) {
+/* I32 or I64, which may be unaligned. */
+static loglin_cli_status copy_ids(const char *path, const loglin_tensor *tensor, int32_t *ids) {
     for (size_t i = 0; i < loglin_tensor_count(tensor); ++i) {
         int64_t id = 0;
         if (tensor->dtype == LOGLIN_TENSOR_I64) {
@@ -72,8 +72,15 @@ static void copy_ids(const loglin_tensor *tensor, int32_t *ids) {
             memcpy(&narrow, (const char *)tensor->data + i * sizeof narrow, sizeof narrow);
             id = narrow;
         }
-        ids[i] = id < 0 || id > INT32_MAX ? -1 : (int32_t)id;
+        if (id < 0 || id > INT32_MAX) {
+            return loglin_cli_fail(
+                LOGLIN_CLI_BAD_INPUT,
+                "%s: tensor \"input_ids\": value %zu is %lld, expected 0 to less than the vocabulary", path, i,
+                (long long)id);
+        }
+        ids[i] = (int32_t)id;
     }
+    return LOGLIN_CLI_OK;
 }
 
 static loglin_cli_status read_input(logits_run *run) {
@@ -93,8 +100,7 @@ static loglin_cli_status read_input(logits_run *run) {
     if (run->ids == NULL) {
         return loglin_cli_fail(LOGLIN_CLI_FAILED, "out of memory");
     }
-    copy_ids(ids, run->ids);
-    return LOGLIN_CLI_OK;
+    return copy_ids(run->in, ids, run->ids);
 }
 
 /* The reference, if it is asked for. */
@@ -165,6 +171,11 @@ static loglin_cli_status compute(logits_run *run) {
     loglin_cli_waiting_end();
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_model(status);
+    }
+    const size_t finite = loglin_cli_finite_rows(run->logits, run->batch * run->length, run->model.info.vocabulary);
+    if (finite < run->batch * run->length) {
+        return loglin_cli_fail(LOGLIN_CLI_FAILED, "logits: those of input_ids[%zu,%zu] are " LOGLIN_CLI_NOT_FINITE,
+                               finite / run->length, finite % run->length);
     }
     run->error = reference != NULL ? relative_error(run->logits, reference) : -1;
     return write_output(run, count);

@@ -97,6 +97,11 @@ static loglin_cli_status score_window(perplexity_run *run) {
     if (status != LOGLIN_OK) {
         return loglin_cli_fail_model(status);
     }
+    const size_t finite = loglin_cli_finite_rows(run->logits, run->window, BYTE_VOCABULARY);
+    if (finite < run->window) {
+        return loglin_cli_fail(LOGLIN_CLI_FAILED, "perplexity: the logits of byte %zu are " LOGLIN_CLI_NOT_FINITE,
+                               run->windows * run->window + finite);
+    }
     double bits = 0;
     for (size_t i = 1; i < run->window; ++i) {
         bits += cross_entropy(run->logits + (i - 1) * BYTE_VOCABULARY, BYTE_VOCABULARY, run->ids[i]);
@@ -156,10 +161,9 @@ static loglin_cli_status report(const perplexity_run *run) {
         (void)printf("score      %.6f bits per byte\n", bits);
         return LOGLIN_CLI_OK;
     }
-    json_t *object =
-        json_pack("{s:s, s:s, s:s, s:I, s:I, s:f, s:o}", "command", "perplexity", "model", run->options.folder, "file",
-                  run->path, "window", (json_int_t)run->window, "windows", (json_int_t)run->windows, "run_ms", run->ms,
-                  "bits_per_byte", isfinite(bits) ? json_real(bits) : json_null());
+    json_t *object = json_pack("{s:s, s:s, s:s, s:I, s:I, s:f, s:f}", "command", "perplexity", "model",
+                               run->options.folder, "file", run->path, "window", (json_int_t)run->window, "windows",
+                               (json_int_t)run->windows, "run_ms", run->ms, "bits_per_byte", bits);
     const bool printed = object != NULL && json_dumpf(object, stdout, JSON_INDENT(2)) == 0;
     (void)putchar('\n');
     json_decref(object);

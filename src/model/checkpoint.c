@@ -136,6 +136,7 @@ loglin_status loglin_shard_names_parse(const char *path, const char *text, size_
         shards->names = calloc(json_object_size(map), sizeof *shards->names);
         status = shards->names == NULL ? loglin_fail(LOGLIN_OUT_OF_MEMORY, "%s: out of memory", path)
                                        : collect_names(path, map, shards);
+        shards->map = json_incref(map);
     }
     if (status != LOGLIN_OK) {
         loglin_shard_names_free(shards);
@@ -149,6 +150,7 @@ void loglin_shard_names_free(loglin_shard_names *shards) {
         free(shards->names[i]);
     }
     free(shards->names);
+    json_decref(shards->map);
     *shards = (loglin_shard_names){0};
 }
 
@@ -183,6 +185,43 @@ static loglin_status open_files(loglin_checkpoint *checkpoint, char *const *name
     return LOGLIN_OK;
 }
 
+/* Every tensor of an index is in the file that it names. */
+static loglin_status check_mapped(const loglin_checkpoint *checkpoint, const char *index,
+                                  const loglin_shard_names *shards) {
+    const char *tensor;
+    json_t *entry;
+    json_object_foreach(shards->map, tensor, entry) {
+        const char *name = json_string_value(entry);
+        char *const *found = bsearch(&name, shards->names, shards->count, sizeof *shards->names, compare_strings);
+        if (loglin_safetensors_find(checkpoint->files[found - shards->names], tensor) == NULL) {
+            return loglin_fail(LOGLIN_BAD_FILE, "%s: weight_map[\"%.128s\"] is \"%.128s\", which has no such tensor",
+                               index, tensor, name);
+        }
+    }
+    return LOGLIN_OK;
+}
+
+/* Every tensor of the files is in the index. */
+static loglin_status check_unmapped(const loglin_checkpoint *checkpoint, const char *index,
+                                    const loglin_shard_names *shards) {
+    for (size_t i = 0; i < checkpoint->file_count; i++) {
+        for (size_t j = 0; j < loglin_safetensors_count(checkpoint->files[i]); j++) {
+            const char *tensor = loglin_safetensors_at(checkpoint->files[i], j)->name;
+            if (json_object_get(shards->map, tensor) == NULL) {
+                return loglin_fail(LOGLIN_BAD_FILE, "%s: weight_map has no entry for tensor \"%.128s\" of \"%.128s\"",
+                                   index, tensor, shards->names[i]);
+            }
+        }
+    }
+    return LOGLIN_OK;
+}
+
+static loglin_status open_named(loglin_checkpoint *checkpoint, const char *index, const loglin_shard_names *shards) {
+    RETURN_IF_ERROR(open_files(checkpoint, shards->names, shards->count));
+    RETURN_IF_ERROR(check_mapped(checkpoint, index, shards));
+    return check_unmapped(checkpoint, index, shards);
+}
+
 static loglin_status open_shards(loglin_checkpoint *checkpoint, const char *index) {
     char *text = NULL;
     size_t size = 0;
@@ -191,7 +230,7 @@ static loglin_status open_shards(loglin_checkpoint *checkpoint, const char *inde
     loglin_status status = loglin_shard_names_parse(index, text, size, &shards);
     free(text);
     RETURN_IF_ERROR(status);
-    status = open_files(checkpoint, shards.names, shards.count);
+    status = open_named(checkpoint, index, &shards);
     loglin_shard_names_free(&shards);
     return status;
 }

@@ -6,6 +6,7 @@
 #include "loglin.h"
 #include "model/lm.h"
 #include "tensorfile/safetensors.h"
+#include <jansson.h>
 
 typedef struct loglin_checkpoint loglin_checkpoint;
 
@@ -27,10 +28,11 @@ void loglin_checkpoint_forget(const loglin_tensor *tensor);
  */
 loglin_status loglin_checkpoint_describe(const loglin_checkpoint *checkpoint, loglin_lm *lm);
 
-/* The names of the files that an index (the text of a model.safetensors.index.json) refers to, each once. */
+/* What an index (the text of a model.safetensors.index.json) says. */
 typedef struct loglin_shard_names {
-    char **names;
+    char **names; /* of the files, sorted, each once */
     size_t count;
+    json_t *map; /* from tensors to these names */
 } loglin_shard_names;
 loglin_status loglin_shard_names_parse(const char *path, const char *text, size_t size, loglin_shard_names *shards);
 void loglin_shard_names_free(loglin_shard_names *shards);

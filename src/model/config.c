@@ -163,14 +163,28 @@ loglin_status loglin_config_must_be_null(const loglin_config *config, const char
     return LOGLIN_OK;
 }
 
-loglin_status loglin_config_check_activation(const loglin_config *config) {
-    const json_t *entry = find(config, "hidden_act");
-    const char *name = json_string_value(entry);
-    if (entry == NULL || (name != NULL && (strcmp(name, "silu") == 0 || strcmp(name, "swish") == 0))) {
-        return LOGLIN_OK;
+loglin_status loglin_config_need_string(const loglin_config *config, const char *key, const char **value) {
+    const json_t *entry = find(config, key);
+    if (entry == NULL) {
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: %s is missing, expected a string", config->path, key);
     }
-    return loglin_fail(LOGLIN_UNSUPPORTED, "%s: hidden_act is \"%.32s\", only \"silu\" and \"swish\" are supported",
-                       config->path, name != NULL ? name : "not a string");
+    if (!json_is_string(entry)) {
+        return fail_value(config, key, entry, "a string");
+    }
+    *value = json_string_value(entry);
+    return LOGLIN_OK;
+}
+
+loglin_status loglin_config_check_activation(const loglin_config *config) {
+    const char *name = "silu";
+    if (find(config, "hidden_act") != NULL) {
+        RETURN_IF_ERROR(loglin_config_need_string(config, "hidden_act", &name));
+    }
+    if (strcmp(name, "silu") != 0 && strcmp(name, "swish") != 0) {
+        return loglin_fail(LOGLIN_UNSUPPORTED, "%s: hidden_act is \"%.32s\", only \"silu\" and \"swish\" are supported",
+                           config->path, name);
+    }
+    return LOGLIN_OK;
 }
 
 /* A number, or infinity: as a string, or as transformers 5 writes it, {"__float__": "Infinity"}. */

@@ -32,6 +32,9 @@ loglin_status loglin_config_need_size(const loglin_config *config, const char *k
 loglin_status loglin_config_must_be(const loglin_config *config, const char *key, bool value);
 loglin_status loglin_config_must_be_null(const loglin_config *config, const char *key);
 
+/* A string without default. */
+loglin_status loglin_config_need_string(const loglin_config *config, const char *key, const char **value);
+
 /* hidden_act, where it is there, is "silu" or "swish". */
 loglin_status loglin_config_check_activation(const loglin_config *config);
 

@@ -25,10 +25,8 @@ static const loglin_architecture *architecture_of(const loglin_lm *lm) {
 /* ---- The config ------------------------------------------------------------------------------------------------- */
 
 static loglin_status find_architecture(const loglin_config *config, const loglin_architecture **architecture) {
-    const char *type = json_string_value(json_object_get(config->root, "model_type"));
-    if (type == NULL) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: model_type is missing, expected a string", config->path);
-    }
+    const char *type = "";
+    RETURN_IF_ERROR(loglin_config_need_string(config, "model_type", &type));
     for (size_t i = 0; i < sizeof model_types / sizeof model_types[0]; i++) {
         if (strcmp(type, model_types[i].model_type) == 0) {
             *architecture = model_types[i].architecture;

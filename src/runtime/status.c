@@ -4,6 +4,7 @@
 #include <CL/cl_ext.h>
 #include <CL/cl_gl.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -97,12 +98,22 @@ const char *loglin_strerror(loglin_status status) {
     return status < 0 ? "an OpenCL error without a name" : "an unknown status";
 }
 
+/* What would move a terminal's cursor or change its colours; the log of a compiler has lines. */
+static bool is_control(char c) {
+    return ((unsigned char)c < ' ' && c != '\n' && c != '\t') || c == '\x7f';
+}
+
 loglin_status loglin_fail(loglin_status status, const char *format, ...) {
     char text[ERROR_TEXT_SIZE]; /* the arguments may hold the text of the error before */
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
+    for (char *c = text; *c != '\0'; c++) {
+        if (is_control(*c)) {
+            *c = '?';
+        }
+    }
     memcpy(last_error, text, sizeof text);
     return status;
 }

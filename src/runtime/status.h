@@ -5,7 +5,10 @@
 
 #include "loglin.h"
 
-/* Sets loglin_last_error() of this thread and returns `status`. */
+/*
+ * Sets loglin_last_error() of this thread and returns `status`.  Control characters are replaced: what comes from a file may
+ * hold any.
+ */
 loglin_status loglin_fail(loglin_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 #define RETURN_IF_ERROR(expression)                                                                                    \
