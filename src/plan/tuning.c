@@ -395,7 +395,7 @@ static void read_entry(reader *in, const json_t *object, loglin_entry *entry) {
 static loglin_status check_document(const char *name, const json_t *document) {
     const char *format = json_string_value(json_object_get(document, "format"));
     if (format == NULL || strcmp(format, "loglin-tuning") != 0) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: \"format\" is %s, expected \"loglin-tuning\"", name,
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: \"format\" is %.64s, expected \"loglin-tuning\"", name,
                            format != NULL ? format : "missing");
     }
     const json_t *version = json_object_get(document, "format_version");
@@ -439,11 +439,17 @@ static loglin_status read_document(const char *name, const json_t *document, log
 
 loglin_status loglin_tuning_parse(const char *name, const char *text, size_t length, loglin_tuning *tuning) {
     *tuning = (loglin_tuning){.entries = NULL};
+    if (length == 0) {
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: empty, expected a JSON object", name);
+    }
     json_error_t error;
     json_t *document = json_loadb(text, length, JSON_REJECT_DUPLICATES, &error);
+    if (document == NULL) {
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: not a JSON object: line %d: %s", name, error.line, error.text);
+    }
     if (!json_is_object(document)) {
         json_decref(document);
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: not a JSON object: line %d: %s", name, error.line, error.text);
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: a JSON array, expected an object", name);
     }
     const loglin_status status = read_document(name, document, tuning);
     json_decref(document);
