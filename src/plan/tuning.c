@@ -691,7 +691,7 @@ loglin_status loglin_tuning_merge(const char *cache, const loglin_tuning *more) 
     int lock = -1;
     if (directory == NULL || path == NULL) {
         status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "tuning: out of host memory");
-    } else if (!loglin_cache_is_writable(directory) || (lock = lock_file(path)) < 0) {
+    } else if (!loglin_cache_make(directory) || (lock = lock_file(path)) < 0) {
         status =
             fail_io("tuning results cannot be kept (LOGLIN_CACHE_DIR names another place): cannot write to", directory);
     } else {
