@@ -83,7 +83,7 @@ loglin_stamp loglin_stamp_of(const loglin_device_info *info) {
 
 /* ---- Entries ----------------------------------------------------------------------------------------------------- */
 
-static bool same_class(const loglin_class *a, const loglin_class *b) {
+bool loglin_class_is(const loglin_class *a, const loglin_class *b) {
     return a->op == b->op && a->dtype == b->dtype && a->dim_k == b->dim_k && a->dim_v == b->dim_v &&
            a->length == b->length && a->shared == b->shared && a->phase == b->phase;
 }
@@ -100,7 +100,7 @@ static bool same_subject(const loglin_entry *a, const loglin_entry *b) {
     }
     switch (a->kind) {
     case LOGLIN_ENTRY_CLASS:
-        return a->configuration.engine == b->configuration.engine && same_class(&a->class, &b->class);
+        return a->configuration.engine == b->configuration.engine && loglin_class_is(&a->class, &b->class);
     case LOGLIN_ENTRY_FAILED:
         return strcmp(a->candidate, b->candidate) == 0;
     default:
