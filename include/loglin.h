@@ -313,7 +313,7 @@ typedef struct loglin_tune_options {
     int quick;              /* not 0: few classes and candidates, for less than two minutes on two cores */
     int resume;             /* not 0: measurements that an interrupted run of the same kind has made are not repeated */
     loglin_engine engine;   /* LOGLIN_ENGINE_AUTO: each that takes a problem */
-    double time_limit;      /* seconds after which no measurement begins; 0: none (quick: 105) */
+    double time_limit;      /* seconds after which none begins; 0: none (quick: 105; 10 s later none goes on) */
     double candidate_limit; /* seconds that one measurement may take; a default's second trial twice that; 0: 180 */
     uint64_t seed;          /* of the search; 0: from the clock.  It is recorded with the results */
     const char *worker;     /* the program that measures; NULL: "loglin", looked for along PATH */

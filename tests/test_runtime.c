@@ -577,9 +577,11 @@ Test(cache, an_entry_that_others_may_write_is_a_miss) {
     remove_directory();
 }
 
-Test(cache, an_unusable_directory_only_disables_it) {
+/* Compiles where the variable names directories that are none; `lines` receives what is logged, up to 1023 characters. */
+static void log_unusable(const char *variable, const char *level, char lines[1024]) {
     use_fresh_directory();
-    setenv("LOGLIN_LOG", "info", 1);
+    unsetenv("LOGLIN_CACHE_DIR");
+    setenv("LOGLIN_LOG", level, 1);
     char messages[64];
     snprintf(messages, sizeof messages, "%s/messages", parent);
     fflush(stderr);
@@ -589,7 +591,7 @@ Test(cache, an_unusable_directory_only_disables_it) {
     dup2(file, STDERR_FILENO);
     const char *const directories[] = {"/dev/null/cache", "/proc/loglin"};
     for (size_t i = 0; i < 2; i++) {
-        setenv("LOGLIN_CACHE_DIR", directories[i], 1);
+        setenv(variable, directories[i], 1);
         expect_fill("-DVALUE=8", 8);
         expect_fill("-DVALUE=9", 9);
     }
@@ -598,13 +600,31 @@ Test(cache, an_unusable_directory_only_disables_it) {
     close(file);
     size_t size = 0;
     unsigned char *text = read_file(messages, &size);
-    size_t count = 0;
-    for (size_t i = 0; i < size; i++) {
-        count += text[i] == '\n';
-    }
-    cr_expect_eq(count, 1, "%.*s", (int)size, (const char *)text);
+    snprintf(lines, 1024, "%.*s", (int)size, (const char *)text);
     free(text);
     remove_directory();
+}
+
+/* Who has named it is warned, once. */
+Test(cache, an_unusable_directory_only_disables_it) {
+    char lines[1024];
+    log_unusable("LOGLIN_CACHE_DIR", "warn", lines);
+    cr_expect(strstr(lines, "LOGLIN_CACHE_DIR, /dev/null/cache: ") != NULL, "%s", lines);
+    cr_expect_eq(strchr(lines, '\n'), lines + strlen(lines) - 1, "%s", lines);
+}
+
+/* A home that cannot be written to is usual in a container: only who asks is told. */
+Test(cache, an_unusable_default_directory_is_no_reason_to_warn) {
+    char lines[1024];
+    log_unusable("XDG_CACHE_HOME", "warn", lines);
+    cr_expect_str_empty(lines);
+}
+
+Test(cache, an_unusable_default_directory_is_told_at_info) {
+    char lines[1024];
+    log_unusable("XDG_CACHE_HOME", "info", lines);
+    cr_expect(strstr(lines, "/dev/null/cache/loglin: ") != NULL, "%s", lines);
+    cr_expect_eq(strchr(lines, '\n'), lines + strlen(lines) - 1, "%s", lines);
 }
 
 Test(cache, processes_may_use_it_at_once) {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The whole tuner with a worker that is a script: a device whose times, and whose failures, the test knows. */
 #include "plan/candidates.h"
+#include "plan/problem.h"
 #include "plan/tuning.h"
 #include "support.h"
 #include "support_tuning.h"
@@ -83,7 +84,7 @@ typedef struct run {
     size_t measured, events, stop_measured, stop_events; /* 0: never */
     size_t finished, without;                            /* subjects with a choice, and those that have none */
     bool complete;
-    double best_ms, default_ms, last_share;
+    double best_ms, default_ms, last_share, most_left;
     char best[LOGLIN_CANDIDATE_TEXT_SIZE];
 } run;
 
@@ -98,6 +99,7 @@ static int watch(void *context, const loglin_tune_event *event) {
     cr_expect((event->candidate != NULL) == (event->outcome != NULL));
     cr_expect(event->candidate != NULL || event->finished != 0 || event->detail == NULL);
     cr_expect(isfinite(event->best_ms) && isfinite(event->seconds_left) && event->seconds_left >= 0);
+    at->most_left = fmax(at->most_left, event->seconds_left);
     at->without += event->finished != 0 && event->best == NULL && event->detail != NULL;
     if (event->finished != 0 && event->best != NULL) {
         at->finished++;
@@ -191,6 +193,60 @@ Test(tuner, a_default_that_was_late_is_tried_again) {
     loglin_tuning_free(&tuning);
 }
 
+/* What ran out of a low limit's time, and on a busy machine that is anything, is not lost to a run with a higher one. */
+Test(tuner, what_hung_is_tried_again_with_more_patience) {
+    char cases[400];
+    snprintf(cases, sizeof cases, "*'\"values\":[32,'*) mkdir '%s/compiled' && sleep 100; answer 5;;", support_cache);
+    for (int resumed = 0; resumed < 2; resumed++) {
+        loglin_tune_options options = {.engine = LOGLIN_ENGINE_FUSED, .candidate_limit = 0.3};
+        set_worker(cases);
+        const run hasty = tune(&options, (run){0});
+        cr_expect(hasty.complete && hasty.best_ms == 10, "%g", hasty.best_ms);
+        options.candidate_limit = 60;
+        options.resume = resumed;
+        const run patient = tune(&options, (run){0});
+        cr_expect(patient.complete && patient.best_ms == 5, "resumed %d: %g", resumed, patient.best_ms);
+        support_remove_cache();
+        make_places();
+        snprintf(cases, sizeof cases, "*'\"values\":[32,'*) mkdir '%s/compiled' && sleep 100; answer 5;;",
+                 support_cache);
+    }
+}
+
+/* Nor is one that has failed among the chunk sizes tried again among the other values. */
+Test(tuner, a_default_that_crashes_does_so_once) {
+    char cases[400];
+    snprintf(cases, sizeof cases, "*'\"values\":[64'*) echo x >> '%s/crashes'; kill -SEGV $$;;", support_cache);
+    set_worker(cases);
+    const run at = tune(&FUSED, (run){0});
+    cr_expect(at.complete && at.finished == 1 && at.default_ms == 0);
+    char line[160];
+    snprintf(line, sizeof line, "test $(wc -l < '%s/crashes') -eq 1", support_cache);
+    cr_expect_eq(system(line), 0);
+}
+
+/* A quick run, or one with a new driver, begins with what an earlier one has found. */
+Test(tuner, old_choices_are_candidates) {
+    const loglin_device_info info = support_device_info();
+    loglin_problem filled;
+    cr_assert_eq(loglin_problem_validate(&PROBLEM, &filled), LOGLIN_OK);
+    loglin_entry entry = {.kind = LOGLIN_ENTRY_CLASS,
+                          .stamp = loglin_stamp_of(&info),
+                          .class = loglin_class_of(&filled),
+                          .configuration = loglin_configuration_default(LOGLIN_ENGINE_FUSED),
+                          .ms = 1};
+    entry.configuration.values[LOGLIN_TUNABLE_CHUNK] = 32;
+    entry.configuration.values[LOGLIN_TUNABLE_LANE_HEADS] = 2;
+    snprintf(entry.stamp.driver, sizeof entry.stamp.driver, "old");
+    loglin_tuning tuning = {.identity = loglin_identity_of(&info)};
+    cr_assert_eq(loglin_tuning_add(&tuning, &entry), LOGLIN_OK);
+    cr_assert_eq(loglin_tuning_merge(support_cache, &tuning), LOGLIN_OK);
+    loglin_tuning_free(&tuning);
+    set_worker("*'\"values\":[32,4,2,'*) answer 5;;\n*'\"values\":[32,256,2,'*) answer 5;;");
+    const run at = tune(&(loglin_tune_options){.engine = LOGLIN_ENGINE_FUSED, .quick = 1}, (run){0});
+    cr_expect(at.complete && strcmp(at.best, "fused chunk=32 lane_heads=2") == 0, "%s", at.best);
+}
+
 /* An engine that takes nothing, or all of whose candidates fail, does not end the run. */
 Test(tuner, goes_on_where_an_engine_has_no_candidate) {
     set_worker("*'\"engine\":1'*) wrong;;\n*'\"engine\":2'*) refused;;");
@@ -246,6 +302,34 @@ Test(tuner, a_time_limit_ends_it_and_resume_goes_on) {
     for (int attempt = 0; attempt < 40 && !at.complete; attempt++) {
         at = tune(&options, (run){0});
     }
+    cr_expect(at.complete && at.finished == 1);
+}
+
+/* What is left of it is told from the start, when nothing else is known of how long the run will take. */
+Test(tuner, a_time_limit_bounds_what_is_left) {
+    set_worker("*) sleep 100;;");
+    const run at =
+        tune(&(loglin_tune_options){.engine = LOGLIN_ENGINE_FUSED, .time_limit = 1000}, (run){.stop_events = 1});
+    cr_expect(at.most_left > 900 && at.most_left <= 1000, "%g", at.most_left);
+}
+
+/* Even where a measurement takes very long, a quick run has an end; the measurement is not to blame. */
+Test(tuner, a_quick_run_does_not_wait_for_what_is_slow) {
+    struct timespec begin, end;
+    loglin_tune_options options = {.engine = LOGLIN_ENGINE_FUSED, .quick = 1, .time_limit = 0.5};
+    set_worker("*) sleep 100;;");
+    (void)support_open();
+    (void)clock_gettime(CLOCK_MONOTONIC, &begin);
+    run at = tune(&options, (run){0});
+    (void)clock_gettime(CLOCK_MONOTONIC, &end);
+    cr_expect(!at.complete && end.tv_sec - begin.tv_sec < 60, "it took %d s", (int)(end.tv_sec - begin.tv_sec));
+    loglin_tuning tuning = stored();
+    cr_expect_eq(tuning.count, 0u);
+    loglin_tuning_free(&tuning);
+    set_worker("");
+    options.resume = 1;
+    options.time_limit = 100;
+    at = tune(&options, (run){0});
     cr_expect(at.complete && at.finished == 1);
 }
 
@@ -499,10 +583,19 @@ static int command(const char *arguments) {
 }
 
 Test(tuner, the_command_refuses_what_does_not_go_together) {
-    static const char *const wrong[] = {"--op gated_delta",     "--import x --export y", "--import x --quick",
-                                        "--export x --all",     "--all --device 0",      "--import x --device 0",
-                                        "--length 64 --seed 0", "--time-limit 0",        "--engine cuda",
-                                        "--length 1e12",        "--length 64 --dim-k x", "table"};
+    static const char *const wrong[] = {"--op gated_delta",
+                                        "--import x --export y",
+                                        "--import x --quick",
+                                        "--export x --all",
+                                        "--all --device 0",
+                                        "--import x --device 0",
+                                        "--length 64 --seed 0",
+                                        "--length 64 --time-limit 1 --seed 1.5",
+                                        "--time-limit 0",
+                                        "--engine cuda",
+                                        "--length 1e12",
+                                        "--length 64 --dim-k x",
+                                        "table"};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         cr_expect_eq(command(wrong[i]), 2, "%s", wrong[i]);
         cr_expect_str_empty(printed);
@@ -552,8 +645,11 @@ Test(tuner, the_report_opens_from_disk) {
         cr_skip_test("gnuplot, which draws it, is not installed");
     }
     char arguments[160];
-    snprintf(arguments, sizeof arguments, "%s --report '%s/page'", SMALL, support_cache);
+    cr_assert_eq(chdir(support_cache), 0);
+    snprintf(arguments, sizeof arguments, "%s --report '|page'",
+             SMALL); /* to gnuplot a command, but for the user a name */
     cr_assert_eq(command(arguments), 0);
+    cr_assert_eq(rename("|page", "page"), 0);
     char line[400];
     snprintf(line, sizeof line, "cat '%s'/page/index.html '%s'/page/*.svg > '%s/all'", support_cache, support_cache,
              support_cache);

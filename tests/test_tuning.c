@@ -326,6 +326,20 @@ Test(tuning, an_import_is_whole_or_nothing) {
     loglin_tuning_free(&tuning);
 }
 
+/* What is no file of results at all is named for what it is. */
+Test(tuning, an_import_says_what_a_file_is) {
+    static const char *const texts[][2] = {
+        {"", "empty"}, {"[]", "array"}, {" \n\n", "line 3"}, {"{}", "\"format\" is missing"}};
+    char path[96];
+    snprintf(path, sizeof path, "%s/shared.json", support_cache);
+    for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+        support_write_file(path, texts[i][0], strlen(texts[i][0]));
+        cr_expect_eq(loglin_tuning_import(path), LOGLIN_BAD_FILE);
+        cr_expect(strstr(loglin_last_error(), texts[i][1]) != NULL && strstr(loglin_last_error(), "line -") == NULL,
+                  "%s", loglin_last_error());
+    }
+}
+
 /* `from` becomes `to`, which is as long, in the text of a file, and its checksum is good again. */
 static void forge(char *text, const char *from, const char *to) {
     loglin_tuning none;

@@ -26,7 +26,7 @@ static const char help[] =
     "  --all               all devices, one after the other\n"
     "  --engine NAME       auto (default), blas or fused: tune these engines only\n"
     "  --quick             few classes: less than two minutes on a CPU with two cores\n"
-    "  --time-limit S      begin no measurement after so many seconds (--quick: 105)\n"
+    "  --time-limit S      begin no measurement after so many seconds (--quick: 105, and none goes on 10 s later)\n"
     "  --candidate-limit S give up a measurement after so many seconds (180)\n"
     "  --resume            go on with a run of the same options that was interrupted\n"
     "  --seed X            of the search\n"
@@ -113,11 +113,18 @@ static loglin_cli_status parse_number(const char *option, const char *value, dou
     return LOGLIN_CLI_OK;
 }
 
-static loglin_cli_status parse_size(const char *option, const char *value, size_t *size) {
+static loglin_cli_status parse_integer(const char *option, const char *value, double most, uint64_t *integer) {
     double number;
-    RETURN_IF_FAILED(parse_number(option, value, 2147483647.0, &number));
-    *size = (size_t)number;
-    return (double)*size == number ? LOGLIN_CLI_OK : bad_value(option, value, "an integer");
+    RETURN_IF_FAILED(parse_number(option, value, most, &number));
+    *integer = (uint64_t)number;
+    return (double)*integer == number ? LOGLIN_CLI_OK : bad_value(option, value, "an integer");
+}
+
+static loglin_cli_status parse_size(const char *option, const char *value, size_t *size) {
+    uint64_t integer = 0;
+    const loglin_cli_status status = parse_integer(option, value, 2147483647.0, &integer);
+    *size = (size_t)integer;
+    return status;
 }
 
 static loglin_cli_status parse_problem(int option, const char *name, tune_arguments *arguments) {
@@ -155,7 +162,6 @@ static loglin_cli_status parse_problem(int option, const char *name, tune_argume
 }
 
 static loglin_cli_status parse_measuring(int option, const char *name, tune_arguments *arguments) {
-    double number;
     arguments->measures = true;
     switch (option) {
     case 'q':
@@ -177,9 +183,7 @@ static loglin_cli_status parse_measuring(int option, const char *name, tune_argu
     case 'c':
         return parse_number(name, optarg, 1e9, &arguments->options.candidate_limit);
     case 's':
-        RETURN_IF_FAILED(parse_number(name, optarg, 9e15, &number));
-        arguments->options.seed = (uint64_t)number;
-        return LOGLIN_CLI_OK;
+        return parse_integer(name, optarg, 9e15, &arguments->options.seed);
     default:
         return parse_problem(option, name, arguments);
     }

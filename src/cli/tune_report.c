@@ -27,8 +27,9 @@ static FILE *open_plot(const char *directory, const char *name) {
         (void)loglin_cli_fail(LOGLIN_CLI_FAILED, "--report: cannot start gnuplot");
         return NULL;
     }
-    (void)fprintf(plot, "set terminal svg size 720,420 noenhanced background 'white'\nset output '%s/%s.svg'\n",
-                  directory, name);
+    /* gnuplot takes a name with a | or a ~ first for something else */
+    (void)fprintf(plot, "set terminal svg size 720,420 noenhanced background 'white'\nset output '%s%s/%s.svg'\n",
+                  directory[0] == '/' ? "" : "./", directory, name);
     (void)fprintf(plot, "set grid\nset key outside below\nset logscale xy\nset style data linespoints\n");
     return plot;
 }

@@ -155,3 +155,16 @@ void loglin_candidates_near(const loglin_configuration *from, cl_device_type dev
         }
     }
 }
+
+void loglin_candidates_of_class(const loglin_tuning *known, const loglin_class *class, const loglin_configuration *from,
+                                loglin_candidates *candidates) {
+    for (size_t i = 0; i < known->count; i++) {
+        const loglin_entry *entry = &known->entries[i];
+        if (entry->kind == LOGLIN_ENTRY_CLASS && entry->configuration.engine == from->engine &&
+            loglin_class_is(&entry->class, class)) {
+            loglin_configuration configuration = entry->configuration;
+            configuration.gemm = from->gemm;
+            add(candidates, &configuration);
+        }
+    }
+}

@@ -34,6 +34,13 @@ void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_paramet
 void loglin_candidates_near(const loglin_configuration *from, cl_device_type device, loglin_phase phase, bool quick,
                             loglin_candidates *candidates);
 
+/*
+ * Adds what `known` holds of a class for the engine of `from`, stale or not, with CLBlast set as there: a shorter run, or
+ * one with a new driver, starts from what an earlier one has found.
+ */
+void loglin_candidates_of_class(const loglin_tuning *known, const loglin_class *class, const loglin_configuration *from,
+                                loglin_candidates *candidates);
+
 /* "blas chunk=64 panel_mib=16 gemm=own": the engine, its chunk size, what else is not at its fallback. */
 void loglin_candidate_text(const loglin_configuration *of, char text[LOGLIN_CANDIDATE_TEXT_SIZE]);
 

@@ -31,12 +31,10 @@ static unsigned class_distance(const loglin_class *a, const loglin_class *b) {
     if (a->op != b->op || a->phase != b->phase) {
         return UINT_MAX;
     }
-    const bool same = a->dtype == b->dtype && a->dim_k == b->dim_k && a->dim_v == b->dim_v && a->length == b->length &&
-                      a->shared == b->shared;
     const unsigned distance = log2_distance(a->length, b->length) + 2 * log2_distance(a->dim_k, b->dim_k) +
                               2 * log2_distance(a->dim_v, b->dim_v) + (a->shared != b->shared ? 1 : 0) +
                               (a->dtype != b->dtype ? 4 : 0);
-    return distance > farthest ? UINT_MAX : same ? 0 : distance + 1;
+    return distance > farthest ? UINT_MAX : loglin_class_is(a, b) ? 0 : distance + 1;
 }
 
 static bool is_stale(const loglin_entry *entry, const loglin_stamp *stamp) {

@@ -20,7 +20,8 @@ enum { MAX_PROBLEMS = 64 };
 
 static const char gemm_subject[] = "CLBlast";
 static const double usual_limit = 180; /* seconds: a cold compilation of CLBlast takes 25 on a slow CPU */
-static const double quick_limit = 105; /* seconds of a quick run: what is begun by then is done within two minutes */
+static const double quick_limit = 105; /* seconds, after which a quick run begins nothing */
+static const double quick_grace = 10; /* seconds more, after which it gives up what is in flight: two minutes are all */
 
 typedef struct tuner {
     loglin_device_info info;
@@ -57,9 +58,9 @@ static double now(void) {
 
 static double seconds_left(const tuner *at) {
     const double live = now() - at->live_since, share = at->event.share - at->live_share;
-    const double left = at->live_since > 0 && share > 0.01 ? live * (1 - at->event.share) / share : 0;
-    const double limit = at->options.time_limit;
-    return limit > 0 ? fmin(left, fmax(limit - (now() - at->begin), 0)) : left;
+    const bool known = at->live_since > 0 && share > 0.01;
+    const double left = known ? live * (1 - at->event.share) / share : INFINITY, limit = at->options.time_limit;
+    return limit > 0 ? fmin(left, fmax(limit - (now() - at->begin), 0)) : known ? left : 0;
 }
 
 /* Not 0: the caller wants to stop. */
@@ -67,7 +68,7 @@ static int tell(tuner *at) {
     at->event.subject = at->subject;
     at->event.seed = at->options.seed;
     at->event.seconds = now() - at->begin;
-    at->event.seconds_left = seconds_left(at);
+    at->event.seconds_left = at->event.complete != 0 ? 0 : seconds_left(at);
     if (at->options.progress != NULL && at->options.progress(at->options.context, &at->event) != 0) {
         at->stopped = 1;
     }
@@ -75,34 +76,62 @@ static int tell(tuner *at) {
 }
 
 static int wait_patiently(void *context) {
-    return tell(context);
+    tuner *at = context;
+    const bool late = at->options.quick != 0 && now() - at->begin > at->options.time_limit + quick_grace;
+    return tell(at) != 0 || late;
 }
 
 /* ---- One measurement --------------------------------------------------------------------------------------------- */
 
-/* What an earlier run of this version on this driver has seen it fail for; NULL if it has not. */
+/* What hung is tried again by a run that has more patience: the machine may have been busy, or the limit too low. */
+static bool is_failure(const tuner *at, const loglin_entry *entry, const char *candidate) {
+    return entry->kind == LOGLIN_ENTRY_FAILED && strcmp(entry->candidate, candidate) == 0 &&
+           memcmp(&entry->stamp, &at->stamp, sizeof at->stamp) == 0 &&
+           (strcmp(entry->reason, "hung") != 0 || entry->ms >= 999 * at->options.candidate_limit); /* files round */
+}
+
+/* What this version on this driver has seen it fail for, in an earlier run or this one; NULL if it has not. */
 static const loglin_entry *known_failure(const tuner *at, const char *candidate) {
-    for (size_t i = 0; i < at->known.count; i++) {
-        const loglin_entry *entry = &at->known.entries[i];
-        if (entry->kind == LOGLIN_ENTRY_FAILED && strcmp(entry->candidate, candidate) == 0 &&
-            memcmp(&entry->stamp, &at->stamp, sizeof at->stamp) == 0) {
-            return entry;
+    const loglin_tuning *const both[] = {&at->known, &at->results};
+    for (size_t which = 0; which < 2; which++) {
+        for (size_t i = 0; i < both[which]->count; i++) {
+            if (is_failure(at, &both[which]->entries[i], candidate)) {
+                return &both[which]->entries[i];
+            }
         }
     }
     return NULL;
 }
 
 static void remember_failure(tuner *at, const char *candidate, const loglin_reply *reply) {
-    loglin_entry entry = {.kind = LOGLIN_ENTRY_FAILED, .stamp = at->stamp, .tuned_at = (int64_t)time(NULL)};
+    loglin_entry entry = {.kind = LOGLIN_ENTRY_FAILED,
+                          .stamp = at->stamp,
+                          .ms = 1e3 * at->options.candidate_limit,
+                          .tuned_at = (int64_t)time(NULL)};
     (void)snprintf(entry.candidate, sizeof entry.candidate, "%s", candidate);
     (void)snprintf(entry.reason, sizeof entry.reason, "%s", reply->reason);
     (void)loglin_tuning_add(&at->results, &entry);
 }
 
+/* What hung has done so in its limit alone, which is the key's end then: a run with more patience asks again. */
+static loglin_status note(tuner *at, const char *key, const char *key_hung, const loglin_reply *reply) {
+    if (reply->outcome == LOGLIN_OUTCOME_STOPPED) {
+        return reply->detail[0] != '\0' ? loglin_fail(LOGLIN_IO, "tuner: %s", reply->detail)
+                                        : loglin_journal_withdraw(at->journal, key);
+    }
+    if (strcmp(reply->reason, "hung") != 0) {
+        return loglin_journal_end(at->journal, key, reply);
+    }
+    RETURN_IF_ERROR(loglin_journal_withdraw(at->journal, key));
+    return loglin_journal_end(at->journal, key_hung, reply);
+}
+
 /* Asks a child, with the journal told before and after. */
 static loglin_reply ask(tuner *at, const char *key, const loglin_request *request, double limit) {
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_STOPPED};
-    if (loglin_journal_find(at->journal, key, &reply)) {
+    char key_hung[440];
+    (void)snprintf(key_hung, sizeof key_hung, "%s: %g s", key, limit);
+    if (loglin_journal_find(at->journal, key, &reply) || loglin_journal_find(at->journal, key_hung, &reply)) {
         return reply;
     }
     if (at->stopped != 0 || (at->options.time_limit > 0 && now() - at->begin > at->options.time_limit)) {
@@ -117,9 +146,7 @@ static loglin_reply ask(tuner *at, const char *key, const loglin_request *reques
     }
     if (at->status == LOGLIN_OK) {
         reply = loglin_worker_ask(at->options.worker, text, limit, wait_patiently, at);
-        at->status = reply.outcome != LOGLIN_OUTCOME_STOPPED ? loglin_journal_end(at->journal, key, &reply)
-                     : reply.detail[0] != '\0'               ? loglin_fail(LOGLIN_IO, "tuner: %s", reply.detail)
-                                                             : loglin_journal_withdraw(at->journal, key);
+        at->status = note(at, key, key_hung, &reply);
     }
     free(text);
     if (at->status != LOGLIN_OK) {
@@ -159,10 +186,11 @@ static loglin_outcome measure(void *context, size_t candidate, unsigned round, u
     loglin_request request = request_for(at, LOGLIN_REQUEST_TIME);
     request.configuration = *configuration;
     request.runs = runs;
-    loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED, .detail = "in an earlier run"};
+    loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED};
     const loglin_entry *failure = known_failure(at, subject);
     if (failure != NULL) {
         (void)snprintf(reply.reason, sizeof reply.reason, "%.15s", failure->reason);
+        (void)snprintf(reply.detail, sizeof reply.detail, "%s when it was tried before", reply.reason);
     } else {
         reply = try_candidate(at, candidate, key, &request);
         if (reply.outcome == LOGLIN_OUTCOME_FAILED && strcmp(reply.reason, "refused") != 0) {
@@ -379,7 +407,7 @@ static double cost_of_all(const tuner *at, const loglin_problem *problems, size_
 }
 
 /* An engine's chunk size for a class, and then its other values: they depend little on each other. */
-static loglin_status tune_class(tuner *at, loglin_engine engine, bool *over) {
+static loglin_status tune_class(tuner *at, loglin_engine engine, const loglin_class *class, bool *over) {
     const bool quick = at->options.quick != 0;
     const unsigned runs = 2;
     at->share_of /= 2;
@@ -389,6 +417,7 @@ static loglin_status tune_class(tuner *at, loglin_engine engine, bool *over) {
     if (result.found && result.complete && at->status == LOGLIN_OK) {
         const loglin_configuration best = at->candidates.items[result.winner];
         loglin_candidates_near(&best, at->info.type, (loglin_phase)at->problem.phases, quick, &at->candidates);
+        loglin_candidates_of_class(&at->known, class, &best, &at->candidates);
         result = search_stage(at, 2, runs, false);
     }
     return conclude(at, LOGLIN_ENTRY_CLASS, &result, over);
@@ -410,7 +439,7 @@ static loglin_status tune_classes(tuner *at, const loglin_problem *problems, siz
         at->share_before = share;
         at->share_of = rest * cost_of(&at->problem, engine) / whole;
         share += at->share_of;
-        RETURN_IF_ERROR(tune_class(at, engine, over));
+        RETURN_IF_ERROR(tune_class(at, engine, &class, over));
     }
     return LOGLIN_OK;
 }

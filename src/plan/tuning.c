@@ -83,7 +83,7 @@ loglin_stamp loglin_stamp_of(const loglin_device_info *info) {
 
 /* ---- Entries ----------------------------------------------------------------------------------------------------- */
 
-static bool same_class(const loglin_class *a, const loglin_class *b) {
+bool loglin_class_is(const loglin_class *a, const loglin_class *b) {
     return a->op == b->op && a->dtype == b->dtype && a->dim_k == b->dim_k && a->dim_v == b->dim_v &&
            a->length == b->length && a->shared == b->shared && a->phase == b->phase;
 }
@@ -100,7 +100,7 @@ static bool same_subject(const loglin_entry *a, const loglin_entry *b) {
     }
     switch (a->kind) {
     case LOGLIN_ENTRY_CLASS:
-        return a->configuration.engine == b->configuration.engine && same_class(&a->class, &b->class);
+        return a->configuration.engine == b->configuration.engine && loglin_class_is(&a->class, &b->class);
     case LOGLIN_ENTRY_FAILED:
         return strcmp(a->candidate, b->candidate) == 0;
     default:
@@ -395,7 +395,7 @@ static void read_entry(reader *in, const json_t *object, loglin_entry *entry) {
 static loglin_status check_document(const char *name, const json_t *document) {
     const char *format = json_string_value(json_object_get(document, "format"));
     if (format == NULL || strcmp(format, "loglin-tuning") != 0) {
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: \"format\" is %s, expected \"loglin-tuning\"", name,
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: \"format\" is %.64s, expected \"loglin-tuning\"", name,
                            format != NULL ? format : "missing");
     }
     const json_t *version = json_object_get(document, "format_version");
@@ -439,11 +439,17 @@ static loglin_status read_document(const char *name, const json_t *document, log
 
 loglin_status loglin_tuning_parse(const char *name, const char *text, size_t length, loglin_tuning *tuning) {
     *tuning = (loglin_tuning){.entries = NULL};
+    if (length == 0) {
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: empty, expected a JSON object", name);
+    }
     json_error_t error;
     json_t *document = json_loadb(text, length, JSON_REJECT_DUPLICATES, &error);
+    if (document == NULL) {
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: not a JSON object: line %d: %s", name, error.line, error.text);
+    }
     if (!json_is_object(document)) {
         json_decref(document);
-        return loglin_fail(LOGLIN_BAD_FILE, "%s: not a JSON object: line %d: %s", name, error.line, error.text);
+        return loglin_fail(LOGLIN_BAD_FILE, "%s: a JSON array, expected an object", name);
     }
     const loglin_status status = read_document(name, document, tuning);
     json_decref(document);
@@ -685,7 +691,7 @@ loglin_status loglin_tuning_merge(const char *cache, const loglin_tuning *more) 
     int lock = -1;
     if (directory == NULL || path == NULL) {
         status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "tuning: out of host memory");
-    } else if (!loglin_cache_is_writable(directory) || (lock = lock_file(path)) < 0) {
+    } else if (!loglin_cache_make(directory) || (lock = lock_file(path)) < 0) {
         status =
             fail_io("tuning results cannot be kept (LOGLIN_CACHE_DIR names another place): cannot write to", directory);
     } else {

@@ -29,6 +29,9 @@ typedef struct loglin_class {
 /* The class of a filled-in problem; a plan for both phases is one for backward, which takes most of the time. */
 loglin_class loglin_class_of(const loglin_problem *problem);
 
+/* Are they the same? */
+bool loglin_class_is(const loglin_class *a, const loglin_class *b);
+
 /* Its name, as in "mamba2 f32 K128 V64 shared T4096 forward". */
 enum { LOGLIN_CLASS_NAME_SIZE = 96 };
 void loglin_class_name(const loglin_class *class, char *text, size_t capacity);
@@ -50,7 +53,7 @@ typedef struct loglin_entry {
     loglin_class class;                 /* LOGLIN_ENTRY_CLASS */
     loglin_configuration configuration; /* LOGLIN_ENTRY_CLASS: engine and values; LOGLIN_ENTRY_GEMM: gemm */
     char candidate[264], reason[32];    /* LOGLIN_ENTRY_FAILED */
-    double ms, spread, default_ms;      /* of the choice, and of what is used without one */
+    double ms, spread, default_ms;      /* of the choice, and of what is used without one; failed, ms: its time limit */
     int64_t seed, tuned_at;             /* of the search; seconds since 1970 */
 } loglin_entry;
 

@@ -91,22 +91,29 @@ static bool make_directory(const char *directory) {
     return made;
 }
 
-/* Says once why the directory is of no use: errno, which stays. */
+/* Says once why the directory is of no use: errno, which stays.  Whoever has named it is to hear of it. */
 static void report_unusable(const char *directory) {
     static atomic_flag reported = ATOMIC_FLAG_INIT;
+    const bool named = loglin_environment(LOGLIN_VARIABLE_CACHE_DIR) != NULL;
     const int code = errno;
     if (!atomic_flag_test_and_set(&reported)) {
         char reason[128];
         if (strerror_r(code, reason, sizeof reason) != 0) {
             snprintf(reason, sizeof reason, "error %d", code);
         }
-        loglin_log(LOGLIN_LOG_INFO, "compiled programs are not kept: cannot write to %s: %s", directory, reason);
+        loglin_log(named ? LOGLIN_LOG_WARN : LOGLIN_LOG_INFO,
+                   "compiled programs are not kept: cannot write to %s%s: %s", named ? "LOGLIN_CACHE_DIR, " : "",
+                   directory, reason);
     }
     errno = code;
 }
 
+bool loglin_cache_make(const char *directory) {
+    return make_directory(directory) && access(directory, W_OK | X_OK) == 0;
+}
+
 bool loglin_cache_is_writable(const char *directory) {
-    if (make_directory(directory) && access(directory, W_OK | X_OK) == 0) {
+    if (loglin_cache_make(directory)) {
         return true;
     }
     report_unusable(directory);

@@ -12,7 +12,10 @@
  */
 char *loglin_cache_directory(void);
 
-/* Makes the directory if need be, for this user alone.  false if files cannot be written to it. */
+/* Makes the directory if need be, for this user alone.  false, with errno, if files cannot be written to it. */
+bool loglin_cache_make(const char *directory);
+
+/* The same for compiled programs; that they cannot be kept is said once, as a warning where LOGLIN_CACHE_DIR is set. */
 bool loglin_cache_is_writable(const char *directory);
 
 /* What was stored under the key, for the caller to free; NULL if there is no such entry or a doubtful one. */
