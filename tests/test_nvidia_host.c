@@ -5,6 +5,7 @@
 #include "support_limits.h"
 
 #include "engine/nvidia.h"
+#include "model/kernels.h"
 
 #include <dlfcn.h>
 #include <string.h>
@@ -83,4 +84,24 @@ Test(nvidia_host, the_trial_run_is_remembered) {
     cr_expect_eq(probe(HEAD "}\n", 1 << 15), LOGLIN_OK);
     cr_expect_eq(probe(STAND_IN("0.0f", "0"), 5 << 15), LOGLIN_UNSUPPORTED);
     cr_expect_eq(support_launches("nvidia_probe", 0), launches);
+}
+
+/* ---- A step of one launch ---------------------------------------------------------------------------------------- */
+
+/* The blocks that a group multiplies together would be none where one alone takes more than half of their slots. */
+Test(nvidia_host, a_token_is_not_taken_through_parts_that_are_too_wide) {
+    const size_t hidden = 4096, widest = (size_t)NT_PARTS * NT_MOST_COLUMNS;
+    loglin_lm lm = {.op = LOGLIN_MAMBA2,
+                    .hidden = hidden,
+                    .intermediate = widest,
+                    .heads = hidden / 64,
+                    .groups = 1,
+                    .dim_k = 128,
+                    .dim_v = 64,
+                    .levels = 15,
+                    .inner = hidden,
+                    .segment = hidden};
+    cr_expect(loglin_token_takes(&lm));
+    lm.intermediate = widest + 16;
+    cr_expect_not(loglin_token_takes(&lm));
 }
