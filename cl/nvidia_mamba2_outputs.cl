@@ -353,7 +353,9 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local arrivals record_here;                /* q k^T */
 #endif
     const uint item = get_local_id(0);
+#if WGMMA
     const int boxes = BOXES && (aligned & 5) == 5;
+#endif
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
     const ulong id = get_group_id(0);
     const uint bundle = id % bundles, rest = id / bundles, group = rest % GROUPS, b = rest / GROUPS % call.batch;

@@ -5,7 +5,7 @@
  * There are as many work-groups as are on the device together, and each takes its share of every product.  What it will
  * need of the weights is known from the start, so one item of a warp of its own has them copied into a ring of local
  * memory, always some slots ahead: over norms, attention and waiting the memory is not idle.  LOCAL items compute, and
- * HELPERS others read and write the states.  A layer is five phases:
+ * NT_HELPERS others read and write the states.  A layer is five phases:
  *
  *     in          p = W norm(x) + bias
  *     attention   convolution, gates, level states: runs of 8 columns ("octets") of a head's v; y = gated o, not yet scaled
@@ -72,17 +72,17 @@ INLINE void copy_weights(ring *to, uint layers, weight_arrays of, const __local 
  * words: what groups tell each other, zeros before the first launch.  number: of the first layer; it and as many behind it as
  * there are layers no launch had.  logits: and behind them, in vain or not.
  */
-__kernel __attribute__((reqd_work_group_size(LOCAL + HELPERS + 32, 1, 1))) void
+__kernel __attribute__((reqd_work_group_size(LOCAL + NT_HELPERS + NT_COPIERS, 1, 1))) void
 token(int id, const __global matrix *embedding, __global told *words, uint number, uint layers,
       const __global float *vectors, const __global matrix *in, const __global matrix *out,
       const __global matrix *gate_up, const __global matrix *down, const __global float *final_norm,
       const __global matrix *head, __global float *logits, float eps, float dt_min, float dt_max, __global float *tails,
       __global float *values, __global float *log_decay, __global int *position) {
-    __local uint4 slots[SLOTS * (SLOT_BYTES / 16)] __attribute__((aligned(128)));
+    __local uint4 slots[SLOTS * (NT_SLOT_BYTES / 16)] __attribute__((aligned(128)));
     __local arrivals full[SLOTS], empty[SLOTS];
     __local split prepared;
-    __local float partials[PARTIALS], squares_of_warps[WARPS], squares[OCTETS], scales[SEGMENTS];
-    __local float own_x[HIDDEN / MOST_PARTS];
+    __local float partials[NT_PARTIALS], squares_of_warps[WARPS], squares[OCTETS], scales[SEGMENTS];
+    __local float own_x[HIDDEN / NT_PARTS];
     __local attention_area area;
     __local token_arrays all;
     __local share shares[PRODUCTS + 1];
@@ -90,7 +90,7 @@ token(int id, const __global matrix *embedding, __global told *words, uint numbe
     ring weights = {slots, full, empty, 0};
     if (me < SLOTS) {
         arrivals_start(&full[me], 1);
-        arrivals_start(&empty[me], CREW);
+        arrivals_start(&empty[me], NT_CREW);
     }
     if (me == 0) {
         all.words = words;
@@ -115,8 +115,8 @@ token(int id, const __global matrix *embedding, __global told *words, uint numbe
     arrivals_publish();
     barrier(CLK_LOCAL_MEM_FENCE);
     const uint now = (uint)*position; /* tokens before this one */
-    if (me >= LOCAL + HELPERS) {
-        if (me == LOCAL + HELPERS) {
+    if (me >= LOCAL + NT_HELPERS) {
+        if (me == LOCAL + NT_HELPERS) {
             const weight_arrays of = {in, out, gate_up, down, head};
             copy_weights(&weights, layers, of, shares, &all);
         }

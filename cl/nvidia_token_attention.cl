@@ -3,7 +3,6 @@
 
 /* ---- Attention ---- */
 
-#define MOST_OCTETS 4           /* that a group takes at once */
 #define LEVEL_ROWS (DIM_K / 16) /* rows of an octet's level that an item of one warp has, 16 apart, 4 columns each */
 #define LEVEL_PIECES (DIM_K * 2) /* of 16 bytes, of an octet's level */
 #undef SEGMENTS
@@ -13,21 +12,21 @@
 #define KEYS (QK_CHANNELS / DIM_K)
 #define OCTETS_OF_HEAD (DIM_V / 8)
 #define OCTETS_OF_KEY (OCTETS / KEYS)
-#define SPANNED ((MOST_OCTETS - 2) / OCTETS_OF_KEY + 2)
+#define SPANNED ((NT_OCTETS - 2) / OCTETS_OF_KEY + 2)
 #define MOST_KEYS (SPANNED < KEYS ? SPANNED : KEYS)
 /* Inputs: q and k of one after the other, then v of the octets. */
 #define VALUES_AT (MOST_KEYS * 2 * DIM_K)
-#define INPUTS (VALUES_AT + MOST_OCTETS * 8)
+#define INPUTS (VALUES_AT + NT_OCTETS * 8)
 
 typedef struct attention_area {
     float4 staged[STAGED][LEVEL_PIECES + 2]; /* existing levels, of all octets in turn; 2 keep banks apart */
     float2 inputs[INPUTS]; /* what came before this token, and its own weight; then the value */
-    float decay[MOST_OCTETS][LEVELS], weights[MOST_OCTETS][LEVELS]; /* until this token */
-    float dt_bias[MOST_OCTETS], a[MOST_OCTETS];
-    float forget[MOST_OCTETS], writing[MOST_OCTETS]; /* this token's decay; beta, or the time step */
-    float query_query[MOST_OCTETS], key_key[MOST_OCTETS], query_key[MOST_OCTETS];
-    float removed[LEVELS][MOST_OCTETS * 8]; /* from each level */
-    arrivals begun, attended, heard, kept;  /* see help */
+    float decay[NT_OCTETS][LEVELS], weights[NT_OCTETS][LEVELS]; /* until this token */
+    float dt_bias[NT_OCTETS], a[NT_OCTETS];
+    float forget[NT_OCTETS], writing[NT_OCTETS]; /* this token's decay; beta, or the time step */
+    float query_query[NT_OCTETS], key_key[NT_OCTETS], query_key[NT_OCTETS];
+    float removed[LEVELS][NT_OCTETS * 8];  /* from each level */
+    arrivals begun, attended, heard, kept; /* see help */
 } attention_area;
 
 INLINE uint head_of(uint octet) { return octet / OCTETS_OF_HEAD; }
@@ -90,7 +89,7 @@ INLINE void stage_levels(a_layer at, uint first, uint octets, uint now, __local 
     for (uint others = 0; of.octet < octets && left != 0 && others + octets <= STAGED; left &= left - 1, others += octets) {
         const __global float4 *from = place_in_level(at, first + of.octet, lowest_level(left), 0, of.half_of_octet);
 #pragma unroll 1
-        for (uint row = of.row; row < DIM_K; row += ROWS_OF(HELPERS)) {
+        for (uint row = of.row; row < DIM_K; row += ROWS_OF(NT_HELPERS)) {
             copy_16(&area->staged[others + of.octet][row * 2 + of.half_of_octet], from + row * (DIM_V / 4), 1);
         }
     }
@@ -109,7 +108,7 @@ INLINE void begin_inputs(a_layer at, uint first, uint octets, __local attention_
         }
     }
 #pragma unroll 1
-    for (uint i = me; i < count; i += HELPERS) {
+    for (uint i = me; i < count; i += NT_HELPERS) {
         const input of = find_input(first, octets, i);
         const __global float *weights = vectors_of(at) + of.channel, *earlier = tail_of(at) + of.channel;
         float sum = weights[CONV_BIAS_AT];
@@ -217,7 +216,7 @@ INLINE float4 add_other4(float4 x, uint distance) {
     return (float4)(add_other(x.x, distance), add_other(x.y, distance), add_other(x.z, distance), add_other(x.w, distance));
 }
 
-#define SUMS_OF_WARP (2 * MOST_OCTETS * 8)
+#define SUMS_OF_WARP (2 * NT_OCTETS * 8)
 
 INLINE float weigh_level(uint octet, uint level, uint merged, const __local attention_area *area) {
     return area->weights[octet][max(level, merged)] * (DELTA ? 1.0f : area->decay[octet][level]);
@@ -307,7 +306,7 @@ INLINE void read_levels(a_layer at, uint first, uint octets, uint now, const flo
 #if DELTA
     of_key = add_other4(add_other4(of_key, 8), 16);
     if (lane < 8) {
-        vstore4(of_key, 0, to + MOST_OCTETS * 8);
+        vstore4(of_key, 0, to + NT_OCTETS * 8);
     }
 #endif
 }
@@ -394,7 +393,7 @@ INLINE void write_levels(a_layer at, uint first, uint octets, uint now, __local 
         const uint level = lowest_level(left);
         const float4 removed = DELTA ? vload4(0, area->removed[level] + octet * 8 + quad) : (float4)(0.0f);
 #pragma unroll 1
-        for (uint first_row = of.row; first_row < DIM_K; first_row += WRITTEN * ROWS_OF(HELPERS)) {
+        for (uint first_row = of.row; first_row < DIM_K; first_row += WRITTEN * ROWS_OF(NT_HELPERS)) {
             float4 sums[WRITTEN];
 #pragma unroll
             for (uint i = 0; i < WRITTEN; i++) {
@@ -404,12 +403,12 @@ INLINE void write_levels(a_layer at, uint first, uint octets, uint now, __local 
             for (uint sources = sources_of(now, level); sources != 0; sources &= sources - 1) {
                 const uint source = lowest_level(sources);
                 const float factor = DELTA ? 1.0f : area->decay[octet][source];
-                add_level(sums, WRITTEN, factor, at, first, octet, octets, now, source, first_row, ROWS_OF(HELPERS),
+                add_level(sums, WRITTEN, factor, at, first, octet, octets, now, source, first_row, ROWS_OF(NT_HELPERS),
                           of.half_of_octet, area);
             }
 #pragma unroll
             for (uint i = 0; i < WRITTEN; i++) {
-                const uint row = first_row + i * ROWS_OF(HELPERS);
+                const uint row = first_row + i * ROWS_OF(NT_HELPERS);
                 if (row < DIM_K) {
                     to[(level * DIM_K + row) * (DIM_V / 4)] = forget * (DELTA ? sums[i] - key[row].x * removed : sums[i]);
                 }
@@ -419,7 +418,7 @@ INLINE void write_levels(a_layer at, uint first, uint octets, uint now, __local 
     const float4 token = area->writing[octet] * norm_scale(area->key_key[octet]) *
                          (float4)(value[0].x, value[1].x, value[2].x, value[3].x);
 #pragma unroll 1
-    for (uint row = of.row; row < DIM_K; row += ROWS_OF(HELPERS)) {
+    for (uint row = of.row; row < DIM_K; row += ROWS_OF(NT_HELPERS)) {
         to[row * (DIM_V / 4)] = key[row].x * token;
     }
 }
@@ -449,7 +448,7 @@ INLINE void finish_octets(a_layer at, uint first, uint octets, ending of, const 
 #pragma unroll
         for (uint warp = 0; warp < WARPS; warp++) {
             of_query += sums[warp * SUMS_OF_WARP + lane];
-            of_key += DELTA ? sums[warp * SUMS_OF_WARP + MOST_OCTETS * 8 + lane] : 0.0f;
+            of_key += DELTA ? sums[warp * SUMS_OF_WARP + NT_OCTETS * 8 + lane] : 0.0f;
         }
         const float remembered = query_scale * of_query - (DELTA ? query_key * writing * key_scale * of_key : 0.0f);
         const float y = area->forget[octet] * remembered + (area->weights[octet][0] * query_key * writing + of.d) * value;
@@ -488,16 +487,16 @@ INLINE void attend_octets(a_layer at, uint first, uint octets, uint now, __local
     }
 }
 
-INLINE uint count_octets(uint first) { return min(own_end(OCTETS) - first, (uint)MOST_OCTETS); }
+INLINE uint count_octets(uint first) { return min(own_end(OCTETS) - first, (uint)NT_OCTETS); }
 
 /* Runs of octets that a group takes one after the other, in all layers, have numbers. */
-INLINE uint count_runs(void) { return (own_end(OCTETS) - own_begin(OCTETS) + MOST_OCTETS - 1) / MOST_OCTETS; }
+INLINE uint count_runs(void) { return (own_end(OCTETS) - own_begin(OCTETS) + NT_OCTETS - 1) / NT_OCTETS; }
 
 INLINE void attend(a_layer at, uint now, __local attention_area *area, __local float *sums) {
     const uint runs = count_runs();
 #pragma unroll 1
     for (uint run = 0; run < runs; run++) {
-        const uint first = own_begin(OCTETS) + run * MOST_OCTETS;
+        const uint first = own_begin(OCTETS) + run * NT_OCTETS;
         arrivals_wait(&area->begun, (at.index * runs + run) % 2);
         ITEMS_BARRIER(); /* sums are free */
         attend_octets(at, first, count_octets(first), now, area, sums);
@@ -564,7 +563,8 @@ INLINE void prepare_y(a_layer at, bool is_scaled, const __local share *of, float
  */
 INLINE void keep_inputs(a_layer at) {
 #pragma unroll 1
-    for (uint channel = own_begin(CHANNELS) + item() - LOCAL; TAPS > 1 && channel < own_end(CHANNELS); channel += HELPERS) {
+    for (uint channel = own_begin(CHANNELS) + item() - LOCAL; TAPS > 1 && channel < own_end(CHANNELS);
+         channel += NT_HELPERS) {
         __global float *tail = tail_of(at) + channel;
         const told newest = look(at, P_AT + CONV_AT + channel);
         float taps[TAPS];
@@ -583,7 +583,8 @@ INLINE void keep_inputs(a_layer at) {
 INLINE void keep_decays(a_layer at, uint now) {
 #if !DELTA
 #pragma unroll 1
-    for (uint place = own_begin(HEADS * LEVELS) + item() - LOCAL; place < own_end(HEADS * LEVELS); place += HELPERS) {
+    for (uint place = own_begin(HEADS * LEVELS) + item() - LOCAL; place < own_end(HEADS * LEVELS);
+         place += NT_HELPERS) {
         const uint level = place % LEVELS, head = place / LEVELS;
         const bool stays = (coming_levels(now & (now - 1)) >> level & 1) != 0;
         const float bias = vectors_of(at)[DT_BIAS_AT + head], a = vectors_of(at)[A_AT + head];
@@ -618,7 +619,7 @@ INLINE void help(uint layers, uint now, __local token_arrays *all, __local atten
         const a_layer at = {all, layer};
 #pragma unroll 1
         for (uint run = 0; run < runs; run++, number++) {
-            const uint first = own_begin(OCTETS) + run * MOST_OCTETS, octets = count_octets(first);
+            const uint first = own_begin(OCTETS) + run * NT_OCTETS, octets = count_octets(first);
             stage_levels(at, first, octets, now, area);
             begin_inputs(at, first, octets, area);
             wait_for_copies();

@@ -16,10 +16,9 @@
 
 #define INLINE __attribute__((always_inline)) /* all: what goes through memory is slow, since local memory has the cache's room */
 #define WARPS (LOCAL / 32)
-#define HELPERS 128 /* items that read and write the states */
-#define HELPER_WARPS (HELPERS / 32)
+#define HELPER_WARPS (NT_HELPERS / 32)
 #define ITEMS_BARRIER() meet(1, LOCAL) /* of those that compute */
-#define HELPERS_BARRIER() meet(2, HELPERS)
+#define HELPERS_BARRIER() meet(2, NT_HELPERS)
 /* What follows from these is made anew in every turn of the loop over products: it would not fit into registers. */
 INLINE uint item(void) { return anew(get_local_id(0)); }
 INLINE uint lane_of_item(void) { return item() % 32; }
@@ -36,7 +35,6 @@ INLINE float sum_of_warp(float x) {
 
 /* A float, and its number above. */
 typedef ulong told;
-#define MOST_PARTS 4
 #define OCTETS (INNER / 8)
 
 /* Where floats are told, of a layer. */
@@ -45,9 +43,9 @@ typedef ulong told;
 #define GATED_AT (Y_AT + Y_STRIDE)
 #define SQUARES_AT (GATED_AT + INNER)
 #define OUT_PARTS_AT (SQUARES_AT + OCTETS)
-#define DOWN_PARTS_AT (OUT_PARTS_AT + MOST_PARTS * X_STRIDE)
-#define MIDDLE_X_AT (DOWN_PARTS_AT + MOST_PARTS * X_STRIDE) /* x between attention and MLP */
-#define X_AT (MIDDLE_X_AT + X_STRIDE)                       /* before a layer, and behind the last */
+#define DOWN_PARTS_AT (OUT_PARTS_AT + NT_PARTS * X_STRIDE)
+#define MIDDLE_X_AT (DOWN_PARTS_AT + NT_PARTS * X_STRIDE) /* x between attention and MLP */
+#define X_AT (MIDDLE_X_AT + X_STRIDE)                     /* before a layer, and behind the last */
 
 /* What all layers have, in local memory: kept by every item it would not fit into registers. */
 typedef struct token_arrays {
@@ -137,12 +135,8 @@ INLINE void hear_all(told *seen, uint n, a_layer at, uint word, uint start, uint
 
 /* ---- The stream of weights ---- */
 
-#define SLOT_COLUMNS 512 /* of a block of 16 rows */
-#define COLUMN_BYTES 32
-#define SLOT_BYTES (SLOT_COLUMNS * COLUMN_BYTES)
-
 typedef struct ring {
-    __local uint4 *slots; /* of SLOT_BYTES */
+    __local uint4 *slots; /* of NT_SLOT_BYTES */
     __local arrivals *full, *empty;
     uint turn; /* slots that have been filled, or used, so far */
 } ring;
@@ -170,7 +164,6 @@ typedef struct share {
     uint together;                      /* units that are multiplied before the warps' sums are added up */
 } share;
 
-#define PIECE_SLOTS 32
 #define OUT_PARTS ((INNER + OUT_WIDTH - 1) / OUT_WIDTH)
 #define DOWN_PARTS ((INTERMEDIATE + DOWN_WIDTH - 1) / DOWN_WIDTH)
 
@@ -188,11 +181,11 @@ INLINE share take_share(uint product) {
         of.blocks = X_STRIDE / 16, of.columns = INTERMEDIATE, of.width = DOWN_WIDTH, parts = DOWN_PARTS;
     }
     const uint pair = product == GATE_UP ? 2 : 1, all = of.blocks * parts / pair, first = own_begin(all) * pair;
-    of.slots = (of.width + SLOT_COLUMNS - 1) / SLOT_COLUMNS;
+    of.slots = (of.width + NT_SLOT_COLUMNS - 1) / NT_SLOT_COLUMNS;
     of.units = own_end(all) * pair - first;
     of.part = first / of.blocks;
     of.block = first % of.blocks;
-    of.together = min(PIECE_SLOTS / of.slots, (uint)LOCAL / 16) & ~1u;
+    of.together = min(NT_PIECE_SLOTS / of.slots, (uint)LOCAL / 16) & ~1u;
     return of;
 }
 
@@ -209,9 +202,9 @@ INLINE void copy_share(ring *to, const __global matrix *w, const __local share *
 #pragma unroll 1
     for (uint units = of->units; units > 0; units--) {
         const __global char *from = (const __global char *)(w + ((ulong)block * of->columns + part * of->width) * 16);
-        const uint bytes = columns_of_part(of, part) * COLUMN_BYTES;
+        const uint bytes = columns_of_part(of, part) * NT_COLUMN_BYTES;
 #pragma unroll 1
-        for (uint at = 0; at < of->slots * SLOT_BYTES; at += SLOT_BYTES, to->turn++) {
+        for (uint at = 0; at < of->slots * NT_SLOT_BYTES; at += NT_SLOT_BYTES, to->turn++) {
             const uint slot = to->turn % SLOTS;
             if (to->turn >= SLOTS) {
                 arrivals_wait(&to->empty[slot], (to->turn / SLOTS - 1) % 2);
@@ -221,7 +214,8 @@ INLINE void copy_share(ring *to, const __global matrix *w, const __local share *
                 arrivals_wait(&to->full[earlier % SLOTS], earlier / SLOTS % 2);
             }
             if (at < bytes) {
-                copy_bulk(to->slots + slot * (SLOT_BYTES / 16), from + at, min(bytes - at, (uint)SLOT_BYTES), &to->full[slot]);
+                copy_bulk(to->slots + slot * (NT_SLOT_BYTES / 16), from + at, min(bytes - at, (uint)NT_SLOT_BYTES),
+                          &to->full[slot]);
             } else {
                 arrive(&to->full[slot]);
             }
@@ -286,20 +280,19 @@ INLINE uint4 load_weights(const __local uint4 *tile) {
     return (uint4)(low_halves(x.x, x.y), high_halves(x.x, x.y), low_halves(x.z, x.w), high_halves(x.z, x.w));
 }
 
-/* Warps that multiply a slot, a crew; the crews take slots in turn: so what they wait for overlaps. */
-#define CREW 4
-#define CREWS (WARPS / CREW)
+/* The crews of warps take slots in turn: so what they wait for overlaps. */
+#define CREWS (WARPS / NT_CREW)
 #define TILES 4 /* that a warp multiplies at once */
 
-/* `count` tiles of 16 columns of a slot, CREW apart from `first` on, times the columns of x. */
+/* `count` tiles of 16 columns of a slot, NT_CREW apart from `first` on, times the columns of x. */
 INLINE void multiply_together(float4 sums[2], const __local uint4 *slot, const __local ushort *x, uint first, uint count) {
     const uint lane = lane_of_item();
     uint4 w[TILES];
     uint2 of_x[TILES];
 #pragma unroll
     for (uint i = 0; i < count; i++) {
-        w[i] = load_weights(slot + (first + i * CREW) * 32 + lane);
-        of_x[i] = *(const __local uint2 *)(x + (first + i * CREW) * 16);
+        w[i] = load_weights(slot + (first + i * NT_CREW) * 32 + lane);
+        of_x[i] = *(const __local uint2 *)(x + (first + i * NT_CREW) * 16);
     }
 #pragma unroll
     for (uint i = 0; i < count; i++) {
@@ -309,18 +302,16 @@ INLINE void multiply_together(float4 sums[2], const __local uint4 *slot, const _
 
 /* The tiles of a slot that a warp multiplies. */
 INLINE void multiply_slot(float4 sums[2], const __local uint4 *slot, const __local ushort *x, uint count) {
-    uint tile = item() / 32 % CREW;
+    uint tile = item() / 32 % NT_CREW;
 #pragma unroll 1
-    for (; tile + (TILES - 1) * CREW < count; tile += TILES * CREW) {
+    for (; tile + (TILES - 1) * NT_CREW < count; tile += TILES * NT_CREW) {
         multiply_together(sums, slot, x, tile, TILES);
     }
 #pragma unroll 1
-    for (; tile < count; tile += CREW) {
+    for (; tile < count; tile += NT_CREW) {
         multiply_together(sums, slot, x, tile, 1);
     }
 }
-
-#define PARTIALS (PIECE_SLOTS * CREW * 16)
 
 /*
  * `count` units of a share from the `first` on, times x, which begins at the first column of the share's first part; the sums
@@ -331,14 +322,14 @@ INLINE void multiply_units(ring *from, const __local share *of, uint first, uint
     const uint lane = lane_of_item(), warp = item() / 32, part = lane / 4, end = count * of->slots;
     const __local ushort *own = x->parts[part < 3 ? part : 0] + lane % 4 * 4;
 #pragma unroll 1
-    for (uint at = (warp / CREW + CREWS - from->turn % CREWS) % CREWS; at < end; at += CREWS) {
+    for (uint at = (warp / NT_CREW + CREWS - from->turn % CREWS) % CREWS; at < end; at += CREWS) {
         const uint turn = from->turn + at, slot = turn % SLOTS, unit = at / of->slots;
-        const uint start = (at - unit * of->slots) * SLOT_COLUMNS, next = of->block + first + unit >= of->blocks;
+        const uint start = (at - unit * of->slots) * NT_SLOT_COLUMNS, next = of->block + first + unit >= of->blocks;
         const uint columns = max(columns_of_part(of, of->part + next), start) - start;
         float4 sums[2] = {(float4)(0.0f), (float4)(0.0f)};
         arrivals_wait(&from->full[slot], turn / SLOTS % 2);
-        multiply_slot(sums, from->slots + slot * SLOT_COLUMNS * 2, own + next * of->width + start,
-                      min(columns, (uint)SLOT_COLUMNS) / 16);
+        multiply_slot(sums, from->slots + slot * NT_SLOT_COLUMNS * 2, own + next * of->width + start,
+                      min(columns, (uint)NT_SLOT_COLUMNS) / 16);
         meet_in_warp();
         if (lane == 0) {
             arrive(&from->empty[slot]);
@@ -348,7 +339,7 @@ INLINE void multiply_units(ring *from, const __local share *of, uint first, uint
         const float upper = add_other(sum.x + (lane % 4 == 0 ? sum.y : 0.0f), 1);
         const float lower = add_other(sum.z + (lane % 4 == 0 ? sum.w : 0.0f), 1);
         if (lane % 4 == 0) {
-            __local float *to = partials + (at * CREW + warp % CREW) * 16 + lane / 4;
+            __local float *to = partials + (at * NT_CREW + warp % NT_CREW) * 16 + lane / 4;
             to[0] = upper;
             to[8] = lower;
         }
@@ -358,12 +349,12 @@ INLINE void multiply_units(ring *from, const __local share *of, uint first, uint
 
 /* A row of what has been multiplied together. */
 INLINE float sum_of_row(const __local float *partials, uint slots, uint row) {
-    const __local float *own = partials + row / 16 * (slots * CREW * 16) + row % 16;
+    const __local float *own = partials + row / 16 * (slots * NT_CREW * 16) + row % 16;
     float sum = 0.0f;
 #pragma unroll 1
-    for (uint slot = 0; slot < slots; slot++, own += CREW * 16) {
+    for (uint slot = 0; slot < slots; slot++, own += NT_CREW * 16) {
 #pragma unroll
-        for (uint warp = 0; warp < CREW; warp++) {
+        for (uint warp = 0; warp < NT_CREW; warp++) {
             sum += own[warp * 16];
         }
     }
@@ -423,10 +414,10 @@ INLINE void multiply(ring *weights, const __local share *of, uint product, a_lay
 
 /* x, some rows of which are the group's own: adds up their parts, and tells `to` what x is then. */
 INLINE void sum_parts(a_layer at, uint parts_at, uint count, a_layer to, uint x_at, __local float *own_x) {
-    const uint first = own_begin(HIDDEN), end = (own_end(HIDDEN) - first) * MOST_PARTS;
+    const uint first = own_begin(HIDDEN), end = (own_end(HIDDEN) - first) * NT_PARTS;
 #pragma unroll 1
     for (uint i = item(); i / 32 * 32 < end; i += LOCAL) {
-        const uint row = min(i, end - 1) / MOST_PARTS, part = i % MOST_PARTS;
+        const uint row = min(i, end - 1) / NT_PARTS, part = i % NT_PARTS;
         const float own = part < count ? hear(at, parts_at + part * X_STRIDE + first + row) : 0.0f;
         const float sum = add_other(add_other(own, 1), 2);
         if (i < end && part == 0) {

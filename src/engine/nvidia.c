@@ -174,9 +174,6 @@ static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *
     return values + states + products + 2 * scales + (size_t)4 * NV_GATES + tables;
 }
 
-/* The most that is asked for; the trial run says whether the device has it. */
-static const size_t most_local_bytes = (size_t)226 << 10;
-
 /*
  * How many of a group's `items` a work-group of outputs takes, one after another, where there are `times` such groups of
  * work-groups: few enough that all units are busy to the end, and many, since a work-group's start takes as long as an item.
@@ -211,7 +208,7 @@ static loglin_status choose_units(loglin_device *device, const loglin_problem *p
         schedule->wgmma = attempt < 2;
         schedule->cross_local = attempt % 2 == 0;
         schedule->stages = schedule->wgmma ? NV_MOST_STAGES : NV_LEAST_STAGES;
-        while (schedule->stages > NV_LEAST_STAGES && local_bytes(problem, schedule) > most_local_bytes) {
+        while (schedule->stages > NV_LEAST_STAGES && local_bytes(problem, schedule) > NV_MOST_LOCAL) {
             schedule->stages--;
         }
         const size_t bytes = local_bytes(problem, schedule);

@@ -11,6 +11,9 @@
 
 static_assert(sizeof(unsigned long) == 8 && sizeof(unsigned int) == 4, "a call is laid out as on the device");
 
+/* The most local memory of a work-group that is asked for, in bytes; the trial run says whether the device has it. */
+enum { NV_MOST_LOCAL = 226 << 10 };
+
 static inline size_t ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;
 }

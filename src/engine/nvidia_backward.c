@@ -231,9 +231,6 @@ static size_t local_bytes(const backward_shape *shape) {
     return sums > more ? sums : more;
 }
 
-/* The most that is asked for; the trial run says whether the device has it. */
-static const size_t most_local_bytes = (size_t)226 << 10;
-
 /* wgmma where it is; units of four chunks and two heads at a time where local memory has room for them, else fewer. */
 static loglin_status choose_shape(loglin_device *device, const loglin_problem *problem, backward_shape *shape) {
     loglin_status status = LOGLIN_UNSUPPORTED;
@@ -242,7 +239,7 @@ static loglin_status choose_shape(loglin_device *device, const loglin_problem *p
         shape->tile_stages = 1 + i % 2;
         shape->wgmma = i >= 4;
         const size_t bytes = local_bytes(shape);
-        if (bytes <= most_local_bytes || i % 4 == 0) {
+        if (bytes <= NV_MOST_LOCAL || i % 4 == 0) {
             status = shape->wgmma ? loglin_nvidia_probe_wgmma(device, problem->dtype, bytes)
                                   : loglin_nvidia_probe(device, problem->dtype, bytes);
         }

@@ -5,6 +5,7 @@
 #include "runtime/program.h"
 #include "runtime/status.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -59,6 +60,17 @@ static loglin_status make_buffers(const loglin_device *device, loglin_dtype dtyp
     return make_buffer(device, sizeof(cl_uint) * GROUPS * NV_ITEMS, NULL, &buffers->faults);
 }
 
+/* So that a kernel that writes nothing does not pass with what the one before it has left in memory. */
+static loglin_status spoil(cl_command_queue queue, const probe_buffers *buffers) {
+    static const float not_a_product = NAN;
+    static const cl_uint fault = 1;
+    RETURN_IF_CL_ERROR(clEnqueueFillBuffer(queue, buffers->products, &not_a_product, sizeof not_a_product, 0,
+                                           sizeof(float) * GROUPS * ROWS * COLUMNS, 0, NULL, NULL));
+    RETURN_IF_CL_ERROR(clEnqueueFillBuffer(queue, buffers->faults, &fault, sizeof fault, 0,
+                                           sizeof(cl_uint) * GROUPS * NV_ITEMS, 0, NULL, NULL));
+    return LOGLIN_OK;
+}
+
 static loglin_status compare(cl_command_queue queue, const probe_buffers *buffers) {
     static const size_t group_size = (size_t)ROWS * COLUMNS;
     float products[ROWS * COLUMNS];
@@ -93,6 +105,7 @@ static loglin_status run(cl_command_queue queue, cl_kernel kernel, const probe_b
     for (cl_uint i = 0; i < sizeof arguments / sizeof arguments[0]; i++) {
         RETURN_IF_CL_ERROR(clSetKernelArg(kernel, i, sizeof arguments[i], &arguments[i]));
     }
+    RETURN_IF_ERROR(spoil(queue, buffers));
     RETURN_IF_CL_ERROR(clEnqueueNDRangeKernel(queue, kernel, 1, NULL, &items, &group, 0, NULL, NULL));
     return compare(queue, buffers);
 }

@@ -14,25 +14,15 @@
 /* A CPU takes a token through layers of at most so many bytes in one launch: a core reads one in the time of a few. */
 enum { SMALL_LAYER_BYTES = 2 << 20 };
 
-/* cl/nvidia_token.cl: work-items of a group that compute, so many registers leave room for all; parts of a product's columns. */
-enum {
-    TOKEN_LOCAL = 384,
-    TOKEN_PARTS = LOGLIN_TOKEN_PARTS,
-    TOKEN_OCTETS = 4,
-    TOKEN_MOST_K = 256,
-    TOKEN_MOST_HIDDEN = 8192
-};
+/* cl/nvidia_token.cl: work-items of a group that compute, so many registers leave room for all; and its limits. */
+enum { TOKEN_LOCAL = 384, TOKEN_MOST_K = 256, MOST_COLUMNS = NT_MOST_COLUMNS };
 #define TOKEN_OPTIONS " -cl-nv-maxrregcount=120"
 
-/*
- * Local memory of such a group: at most so many bytes, slots of so many in a ring, and so many levels of 8 columns if they can be
- * had for some of the slots.
- */
+/* Local memory of such a group: slots of a ring, and so many levels of 8 columns if they can be had for some slots. */
 enum {
-    TOKEN_BYTES = 226 << 10,
     TOKEN_SLACK = 1024,
-    TOKEN_PARTIALS = 2048,
-    SLOT_BYTES = 16 << 10,
+    PARTIALS = NT_PARTIALS,
+    SLOT_BYTES = NT_SLOT_BYTES,
     LEAST_SLOTS = 6,
     MOST_SLOTS = 8,
     WANTED_LEVELS = 15
@@ -104,17 +94,21 @@ static size_t min_size(size_t a, size_t b) {
 
 /* Columns of a part in cl/nvidia_token.cl: whole tiles of 16. */
 static size_t part_width(size_t columns) {
-    return loglin_whole_blocks((columns + TOKEN_PARTS - 1) / TOKEN_PARTS);
+    return loglin_whole_blocks((columns + NT_PARTS - 1) / NT_PARTS);
 }
 
 static size_t count_parts(size_t columns) {
     return (columns + part_width(columns) - 1) / part_width(columns);
 }
 
+static size_t widest_part(const loglin_lm *lm) {
+    return part_width(lm->inner > lm->intermediate ? lm->inner : lm->intermediate);
+}
+
 /* Floats of a product's input that a group of it keeps: x, or two parts of another one's columns. */
 static size_t token_input(const loglin_lm *lm) {
-    const size_t widest = part_width(lm->inner > lm->intermediate ? lm->inner : lm->intermediate);
-    return lm->hidden > 2 * widest ? lm->hidden : 2 * widest;
+    const size_t two_parts = 2 * widest_part(lm);
+    return lm->hidden > two_parts ? lm->hidden : two_parts;
 }
 
 /* Its local memory: slots of the ring, and levels of 8 columns that are there before they are needed. */
@@ -124,19 +118,19 @@ typedef struct token_memory {
 
 static token_memory share_token_memory(const loglin_lm *lm) {
     const size_t heads_of_key = lm->heads / lm->groups;
-    const size_t spanned = (TOKEN_OCTETS - 2) / (heads_of_key * lm->dim_v / 8) + 2;
-    const size_t inputs = min_size(spanned, lm->groups) * 2 * lm->dim_k + (size_t)TOKEN_OCTETS * 8;
-    const size_t attention = 2 * inputs + TOKEN_OCTETS * (18 * lm->levels + 8);
-    const size_t of_product = lm->hidden / TOKEN_PARTS + lm->inner / 8 + lm->inner / lm->segment + TOKEN_PARTIALS;
+    const size_t spanned = (NT_OCTETS - 2) / (heads_of_key * lm->dim_v / 8) + 2;
+    const size_t inputs = min_size(spanned, lm->groups) * 2 * lm->dim_k + (size_t)NT_OCTETS * 8;
+    const size_t attention = 2 * inputs + NT_OCTETS * (18 * lm->levels + 8);
+    const size_t of_product = lm->hidden / NT_PARTS + lm->inner / 8 + lm->inner / lm->segment + PARTIALS;
     const size_t level_bytes = (lm->dim_k + 1) * 8 * sizeof(float);
     const size_t others = 6 * (token_input(lm) + 16) + sizeof(float) * (attention + of_product) + TOKEN_SLACK;
     token_memory memory = {MOST_SLOTS + 1, 0};
     do {
         memory.slots--;
         const size_t used = others + memory.slots * SLOT_BYTES;
-        memory.levels = used < TOKEN_BYTES ? (TOKEN_BYTES - used) / level_bytes : 0;
+        memory.levels = used < NV_MOST_LOCAL ? (NV_MOST_LOCAL - used) / level_bytes : 0;
     } while (memory.slots > LEAST_SLOTS && memory.levels < WANTED_LEVELS);
-    memory.levels = min_size(memory.levels, TOKEN_OCTETS * lm->levels);
+    memory.levels = min_size(memory.levels, NT_OCTETS * lm->levels);
     return memory;
 }
 
@@ -152,15 +146,19 @@ static size_t streaming_groups(const loglin_model *model) {
     return min_size(groups, lm->intermediate / LOGLIN_BLOCK);
 }
 
+bool loglin_token_takes(const loglin_lm *lm) {
+    return (lm->hidden | lm->inner | lm->intermediate | lm->dim_k) % 16 == 0 && (lm->dim_v | lm->segment) % 8 == 0 &&
+           lm->dim_k <= TOKEN_MOST_K && lm->hidden <= MOST_COLUMNS && widest_part(lm) <= MOST_COLUMNS &&
+           share_token_memory(lm).levels > 0;
+}
+
 /* Does cl/nvidia_token.cl take the session's steps? */
 static bool streams_weights(const loglin_session *session) {
     const loglin_model *model = session->model;
-    const loglin_lm *lm = &model->lm;
     return is_nvidia(model->device) && session->sequences == 1 && has_whole_buffers(session) &&
-           model->matrix_dtype == LOGLIN_BF16 && (lm->hidden | lm->inner | lm->intermediate | lm->dim_k) % 16 == 0 &&
-           (lm->dim_v | lm->segment) % 8 == 0 && lm->dim_k <= TOKEN_MOST_K && share_token_memory(lm).levels > 0 &&
-           lm->hidden <= TOKEN_MOST_HIDDEN && streaming_groups(model) >= TOKEN_PARTS &&
-           loglin_nvidia_probe_wgmma(model->device, LOGLIN_BF16, TOKEN_BYTES) == LOGLIN_OK;
+           model->matrix_dtype == LOGLIN_BF16 && loglin_token_takes(&model->lm) &&
+           streaming_groups(model) >= NT_PARTS &&
+           loglin_nvidia_probe_wgmma(model->device, LOGLIN_BF16, NV_MOST_LOCAL) == LOGLIN_OK;
 }
 
 /* Groups that take a token through all layers in one launch; 0: many launches. */
@@ -216,6 +214,7 @@ loglin_status loglin_session_build(loglin_session *session, const loglin_problem
                                                "mma_nvidia.cl",
                                                "model.cl",
                                                "token_layout.cl",
+                                               "nvidia_token_layout.cl",
                                                "nvidia_token_stream.cl",
                                                "nvidia_token_attention.cl",
                                                "nvidia_token.cl",

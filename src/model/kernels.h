@@ -5,6 +5,8 @@
 
 #include "model/model.h"
 
+#include "../../cl/nvidia_token_layout.cl"
+
 /* X(name): the kernels of cl/model.cl. */
 #define LOGLIN_MODEL_KERNELS(X)                                                                                        \
     X(embed)                                                                                                           \
@@ -29,9 +31,6 @@ typedef enum loglin_model_kernel {
         LOGLIN_MODEL_KERNEL_COUNT, /* of cl/token.cl or cl/nvidia_token.cl, where the program has it */
 } loglin_model_kernel;
 
-/* cl/nvidia_token.cl: most parts of the columns of some matrices; items beside those that compute. */
-enum { LOGLIN_TOKEN_PARTS = 4, LOGLIN_TOKEN_BESIDE = 160 };
-
 /* How the kernels were built. */
 typedef struct loglin_model_program {
     cl_program program;  /* of the device */
@@ -41,6 +40,9 @@ typedef struct loglin_model_program {
     bool shuffles;       /* SHUFFLES: a warp's work-items exchange values */
     size_t token_groups; /* that share a step of one launch, more than one on NVIDIA; 0: a step takes many launches */
 } loglin_model_program;
+
+/* Can cl/nvidia_token.cl take a token through such a model, with weights of bfloat16? */
+bool loglin_token_takes(const loglin_lm *lm);
 
 /* For a session that has its states; `step` is the attention's problem in its steps, with the defaults in place. */
 loglin_status loglin_session_build(loglin_session *session, const loglin_problem *step);

@@ -19,7 +19,7 @@ enum { ID_ARGUMENT = 0, NUMBER_ARGUMENT = 3 };
 static size_t told_words(const loglin_session *session) {
     const loglin_activations *a = &session->step_activations;
     const size_t inner = session->model->lm.inner;
-    return a->p_stride + a->y_stride + inner + inner / 8 + (size_t)(2 * LOGLIN_TOKEN_PARTS + 2) * a->x_stride;
+    return a->p_stride + a->y_stride + inner + inner / 8 + (size_t)(2 * NT_PARTS + 2) * a->x_stride;
 }
 
 static size_t answer_words(const loglin_session *session) {
@@ -51,7 +51,7 @@ static loglin_status set_kernel(const loglin_session *session, loglin_launch *la
         KERNEL_ARGUMENT(session->all_positions.all),
     };
     RETURN_IF_ERROR(loglin_model_create_kernel(program, LOGLIN_KERNEL_token, &launch->kernel));
-    launch->local[0] = program->local + LOGLIN_TOKEN_BESIDE;
+    launch->local[0] = program->local + NT_HELPERS + NT_COPIERS;
     launch->local[1] = 1;
     launch->global[0] = program->token_groups * launch->local[0];
     launch->global[1] = 1;
