@@ -13,23 +13,19 @@ static void check(loglin_status status, const char *what) {
 }
 
 int main(int argc, char **argv) {
-    char *end = NULL;
-    const long count = argc == 4 ? strtol(argv[3], &end, 10) : 0;
-    if (count < 1 || *end != '\0' || strlen(argv[2]) == 0) {
+    long count = 0;
+    if (argc != 4 || sscanf(argv[3], "%ld%c", &count, &(char){0}) != 1 || count < 1 || strlen(argv[2]) == 0) {
         fprintf(stderr, "usage: generate FOLDER PROMPT COUNT\n");
         return 2;
     }
     cl_device_id id;
-    cl_int code;
     loglin_device *device;
     loglin_model *model;
     loglin_session *session;
     loglin_model_info info;
     check(loglin_select_device(NULL, &id), "loglin_select_device");
-    cl_context context = clCreateContext(NULL, 1, &id, NULL, NULL, &code);
-    check(code, "clCreateContext");
-    cl_command_queue queue = clCreateCommandQueueWithProperties(context, id, NULL, &code);
-    check(code, "clCreateCommandQueueWithProperties");
+    cl_context context = clCreateContext(NULL, 1, &id, NULL, NULL, NULL); /* NULL is told by what takes it */
+    cl_command_queue queue = clCreateCommandQueueWithProperties(context, id, NULL, NULL);
     check(loglin_device_create(context, id, &device), "loglin_device_create");
     check(loglin_model_open(device, queue, argv[1], NULL, &model), argv[1]);
     check(loglin_session_create(model, queue, 1, &session), "loglin_session_create");
@@ -38,29 +34,27 @@ int main(int argc, char **argv) {
         fprintf(stderr, "%s: not a model of bytes: its vocabulary is %zu\n", argv[1], info.vocabulary);
         return 1;
     }
+    float logits[256];
     const size_t length = strlen(argv[2]);
     int32_t *ids = calloc(length, sizeof *ids);
-    float *logits = calloc(info.vocabulary, sizeof *logits);
-    check(ids != NULL && logits != NULL ? LOGLIN_OK : LOGLIN_OUT_OF_MEMORY, "calloc");
+    check(ids != NULL ? LOGLIN_OK : LOGLIN_OUT_OF_MEMORY, "calloc");
     for (size_t i = 0; i < length; i++) {
         ids[i] = (unsigned char)argv[2][i];
     }
     check(loglin_session_prefill(session, 0, ids, length, logits), "loglin_session_prefill");
     for (long i = 0; i < count; i++) {
         int32_t next = 0; /* the most probable byte */
-        for (int32_t id = 1; id < (int32_t)info.vocabulary; id++) {
-            next = logits[id] > logits[next] ? id : next;
+        for (int32_t byte = 1; byte < 256; byte++) {
+            next = logits[byte] > logits[next] ? byte : next;
         }
         putchar(next);
         check(loglin_session_step(session, &next, logits), "loglin_session_step");
     }
     putchar('\n');
     free(ids);
-    free(logits);
     loglin_session_destroy(session);
     loglin_model_close(model);
     loglin_device_destroy(device);
     clReleaseCommandQueue(queue);
     clReleaseContext(context);
-    return 0;
 }
