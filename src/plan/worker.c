@@ -32,7 +32,7 @@ static const double enough_ms = 2000;         /* no further run is timed behind 
 
 /* ---- Arrays ------------------------------------------------------------------------------------------------------ */
 
-/* Like malloc; in huge pages where the system has them, for arrays of a gigabyte are touched once. */
+/* Like malloc; in huge pages where the system has them, for arrays of a gigabyte that are touched once. */
 static void *reserve(size_t bytes) {
     const size_t page = (size_t)2 << 20;
     void *memory = NULL;
@@ -102,29 +102,51 @@ static void draw(measurement *at, double *values, unsigned char *content, size_t
     }
 }
 
-/* A buffer of the device: a copy of content, or, if that is NULL, full of the byte. */
-static loglin_status make_buffer(measurement *at, cl_mem *made, size_t bytes, void *content, cl_uchar byte) {
+/* A buffer of the device, a copy of content unless that is NULL. */
+static loglin_status make_buffer(measurement *at, cl_mem *made, size_t bytes, void *content) {
     cl_int code;
     *made = clCreateBuffer(at->context, CL_MEM_READ_WRITE | (content != NULL ? CL_MEM_COPY_HOST_PTR : 0), bytes,
                            content, &code);
-    RETURN_IF_CL_ERROR(code);
-    if (content == NULL) {
-        RETURN_IF_CL_ERROR(clEnqueueFillBuffer(at->queue, *made, &byte, sizeof byte, 0, bytes, 0, NULL, NULL));
+    return code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clCreateBuffer: %s", loglin_strerror(code));
+}
+
+/* How far apart the rows [b, t, h] are that are compared, counted from the last: as near as the budget allows. */
+static size_t row_step(const measurement *at) {
+    const loglin_problem *p = &at->problem;
+    const double row =
+        (double)(p->length + 1) / 2 *
+        (p->phases == LOGLIN_FORWARD ? (double)(2 * p->dim_k + p->dim_v) : (double)(6 * p->dim_k + 3 * p->dim_v));
+    const double rows = (double)(p->batch * p->length * p->heads), affordable = reference_budget / row;
+    const size_t step = affordable >= rows ? 1 : (size_t)(rows / (affordable > 4 ? affordable : 4));
+    return step | 1; /* odd, so that all heads have their turn */
+}
+
+/* do is 0 but in the compared rows: then every gradient depends on those alone. */
+static void draw_compared_rows(measurement *at, double *values, unsigned char *content) {
+    const loglin_problem *p = &at->problem;
+    const size_t rows = p->batch * p->length * p->heads, step = row_step(at);
+    for (size_t i = 0; i < rows; i += step) {
+        const size_t first = (rows - 1 - i) * p->dim_v;
+        draw(at, values + first, content + first * loglin_dtype_size(p->dtype), p->dim_v, p->dtype, -1, 1);
     }
-    return LOGLIN_OK;
 }
 
 static loglin_status make_input(measurement *at, int which, loglin_dtype dtype, size_t count, double low, double high) {
+    void *(*const get)(size_t) = which == IN_DO ? reserve_zeros : reserve;
     const size_t bytes = count * loglin_dtype_size(dtype);
     array *made = &at->in[which];
-    *made = (array){.count = count, .dtype = dtype, .values = reserve(count * sizeof(double))};
-    unsigned char *content = reserve(bytes);
+    *made = (array){.count = count, .dtype = dtype, .values = get(count * sizeof(double))};
+    unsigned char *content = get(bytes);
     loglin_status status;
     if (made->values == NULL || content == NULL) {
         status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
     } else {
-        draw(at, made->values, content, count, dtype, low, high);
-        status = make_buffer(at, &made->mem, bytes, content, 0);
+        if (which == IN_DO) {
+            draw_compared_rows(at, made->values, content);
+        } else {
+            draw(at, made->values, content, count, dtype, low, high);
+        }
+        status = make_buffer(at, &made->mem, bytes, content);
     }
     free(content);
     return status;
@@ -132,8 +154,12 @@ static loglin_status make_input(measurement *at, int which, loglin_dtype dtype, 
 
 /* Between guards, full of NaN. */
 static loglin_status make_output(measurement *at, array *made, loglin_dtype dtype, size_t count) {
+    const size_t bytes = (count + (size_t)2 * GUARD) * loglin_dtype_size(dtype);
+    const cl_uchar byte = 0xff;
     *made = (array){.count = count, .dtype = dtype};
-    return make_buffer(at, &made->mem, (count + (size_t)2 * GUARD) * loglin_dtype_size(dtype), NULL, 0xff);
+    RETURN_IF_ERROR(make_buffer(at, &made->mem, bytes, NULL));
+    RETURN_IF_CL_ERROR(clEnqueueFillBuffer(at->queue, made->mem, &byte, sizeof byte, 0, bytes, 0, NULL, NULL));
+    return LOGLIN_OK;
 }
 
 static loglin_status make_inputs(measurement *at) {
@@ -148,7 +174,7 @@ static loglin_status make_inputs(measurement *at) {
     if (p->op == LOGLIN_GATED_DELTA) {
         RETURN_IF_ERROR(make_input(at, IN_BETA, p->weight_dtype, n->gates, 0.1, 0.9));
     }
-    return LOGLIN_OK;
+    return p->phases == LOGLIN_BACKWARD ? make_input(at, IN_DO, p->dtype, n->vo, -1, 1) : LOGLIN_OK;
 }
 
 static loglin_status make_outputs(measurement *at) {
@@ -294,17 +320,6 @@ static loglin_reference reference_of(const measurement *at, size_t b) {
                               .beta = at->in[IN_BETA].values != NULL ? at->in[IN_BETA].values + kept : NULL};
 }
 
-/* How far apart the rows [b, t, h] are that are compared, counted from the last: as near as the budget allows. */
-static size_t row_step(const measurement *at) {
-    const loglin_problem *p = &at->problem;
-    const double row =
-        (double)(p->length + 1) / 2 *
-        (p->phases == LOGLIN_FORWARD ? (double)(2 * p->dim_k + p->dim_v) : (double)(6 * p->dim_k + 3 * p->dim_v));
-    const double rows = (double)(p->batch * p->length * p->heads), affordable = reference_budget / row;
-    const size_t step = affordable >= rows ? 1 : (size_t)(rows / (affordable > 4 ? affordable : 4));
-    return step | 1; /* odd, so that all heads have their turn */
-}
-
 /* o in the compared rows, one behind the other. */
 static loglin_status compare_output(measurement *at, double *error) {
     const loglin_problem *p = &at->problem;
@@ -328,28 +343,6 @@ static loglin_status compare_output(measurement *at, double *error) {
     free(got);
     free(expected);
     return LOGLIN_OK;
-}
-
-/* do is 0 but in the compared rows: then every gradient depends on those alone. */
-static loglin_status make_do(measurement *at) {
-    const loglin_problem *p = &at->problem;
-    const size_t rows = p->batch * p->length * p->heads, step = row_step(at);
-    const size_t size = loglin_dtype_size(p->dtype), width = p->dim_v;
-    array *made = &at->in[IN_DO];
-    *made = (array){.count = rows * width, .dtype = p->dtype, .values = reserve_zeros(rows * width * sizeof(double))};
-    unsigned char *content = reserve_zeros(rows * width * size);
-    loglin_status status;
-    if (made->values == NULL || content == NULL) {
-        status = loglin_fail(LOGLIN_OUT_OF_MEMORY, "measurement: out of host memory");
-    } else {
-        for (size_t i = 0; i < rows; i += step) {
-            const size_t first = (rows - 1 - i) * width;
-            draw(at, made->values + first, content + first * size, width, p->dtype, -1, 1);
-        }
-        status = make_buffer(at, &made->mem, rows * width * size, content, 0);
-    }
-    free(content);
-    return status;
 }
 
 static void add_gradients(const measurement *at, double *const expected[], double *scratch) {
@@ -457,7 +450,6 @@ static loglin_status prepare(measurement *at) {
     const size_t workspace = loglin_workspace_size(at->plan, (loglin_phase)at->problem.phases);
     RETURN_IF_ERROR(make_output(at, &at->workspace, LOGLIN_F32, workspace / sizeof(float)));
     RETURN_IF_ERROR(make_inputs(at));
-    RETURN_IF_ERROR(at->problem.phases == LOGLIN_BACKWARD ? make_do(at) : LOGLIN_OK);
     return make_outputs(at);
 }
 
@@ -518,10 +510,7 @@ static loglin_status time_rates(measurement *at, loglin_reply *reply) {
     RETURN_IF_CL_ERROR(code);
     cl_mem to = NULL;
     loglin_status status = make_output(at, &at->workspace, LOGLIN_F32, bytes / sizeof(float));
-    if (status == LOGLIN_OK) {
-        to = clCreateBuffer(at->context, CL_MEM_READ_WRITE, bytes, NULL, &code);
-        status = code == CL_SUCCESS ? LOGLIN_OK : loglin_fail(code, "clCreateBuffer: %s", loglin_strerror(code));
-    }
+    status = status != LOGLIN_OK ? status : make_buffer(at, &to, bytes, NULL);
     status = status != LOGLIN_OK ? status : time_peak(at, kernel, items, &reply->gflops);
     status = status != LOGLIN_OK ? status : time_copy(at, to, bytes, &reply->gbytes);
     reply->outcome = status == LOGLIN_OK ? LOGLIN_OUTCOME_OK : LOGLIN_OUTCOME_FAILED;
