@@ -187,7 +187,7 @@ Test(tuner, a_default_that_was_late_is_tried_again) {
     loglin_tuning_free(&tuning);
     set_worker("*'\"values\":[64'*'\"gemm\":[0,0'*) sleep 100;;");
     at = tune(&(loglin_tune_options){.engine = LOGLIN_ENGINE_BLAS, .quick = 1, .candidate_limit = 0.1}, (run){0});
-    cr_expect(at.complete && strstr(at.best, "chunk=128") != NULL && at.default_ms == 0, "%s", at.best);
+    cr_expect(at.complete && strstr(at.best, "chunk=64") == NULL && at.default_ms == 0, "%s", at.best);
     tuning = stored();
     cr_expect_eq(count_failures(&tuning, "hung"), 1u);
     loglin_tuning_free(&tuning);
@@ -517,6 +517,38 @@ Test(tuner, the_gain_of_a_class_is_that_of_the_device_s_parameters) {
     cr_expect(strstr(at.best, "gemm=64/8") != NULL, "%s", at.best);
 }
 
+/* CLBlast's parameters hold for a whole device: those that win one class and lose another are not taken. */
+Test(tuner, parameters_that_lose_a_class_are_not_taken) {
+    static const char *const losses[] = {"\"op\":7", "\"op\":0'*'\"phases\":2", "\"op\":1'*'\"phases\":2",
+                                         "\"op\":1'*'\"phases\":1"};
+    for (size_t i = 0; i < sizeof losses / sizeof losses[0]; i++) {
+        char cases[200];
+        snprintf(cases, sizeof cases, "*'%s'*'[64,4,16,'*) answer 11;;\n*'[64,4,16,'*) answer 5;;", losses[i]);
+        set_worker(cases);
+        const run at = tune(&BLAS, (run){0});
+        cr_expect(at.complete && at.finished == 2);
+        cr_expect_eq(at.best_ms, i == 0 ? 5 : 10, "%zu: %g", i, at.best_ms);
+        cr_expect(strstr(at.best, i == 0 ? "gemm=64/4/16" : "gemm=own") != NULL, "%zu: %s", i, at.best);
+        support_remove_cache();
+        make_places();
+    }
+}
+
+/* A quick run takes CLBlast's parameters as they are, and on a CPU nothing of its engine unless it is asked for. */
+Test(tuner, a_quick_run_leaves_blas_alone) {
+    set_worker("*'\"engine\":1'*'[64,4,16,'*) answer 1;;\n*'\"engine\":2'*) answer 5;;");
+    run at = tune(&(loglin_tune_options){.quick = 1}, (run){0});
+    cr_expect_eq(at.finished, support_device_info().type == CL_DEVICE_TYPE_CPU ? 1u : 2u);
+    cr_expect(at.complete && strcmp(at.best, "fused chunk=64") == 0, "%s", at.best);
+    at = tune(&(loglin_tune_options){.quick = 1, .engine = LOGLIN_ENGINE_BLAS}, (run){0});
+    cr_expect(at.complete && at.finished == 1 && strncmp(at.best, "blas", 4) == 0, "%s", at.best);
+    loglin_tuning tuning = stored();
+    for (size_t i = 0; i < tuning.count; i++) {
+        cr_expect_neq(tuning.entries[i].kind, LOGLIN_ENTRY_GEMM);
+    }
+    loglin_tuning_free(&tuning);
+}
+
 /* Results of an old driver are a start: its parameters of CLBlast are tried. */
 Test(tuner, stale_parameters_are_candidates) {
     const loglin_device_info info = {.type = CL_DEVICE_TYPE_CPU, .max_work_group_size = 4096, .local_memory = 1 << 20};
@@ -525,12 +557,14 @@ Test(tuner, stale_parameters_are_candidates) {
     entry.configuration.gemm = (loglin_gemm_parameters){{32, 16, 16, 16, 16, 4, 2, 2, 1, 1}};
     cr_assert_eq(loglin_tuning_add(&known, &entry), LOGLIN_OK);
     loglin_candidates list;
-    loglin_candidates_of_gemm(&info, &known, true, 1, &list);
-    cr_assert_eq(list.count, 3u);
+    const loglin_gemm_parameters present = {{32, 16, 16, 16, 16, 8, 2, 2, 1, 1}};
+    loglin_candidates_of_gemm(&info, &present, &known, 1, &list);
+    cr_assert_gt(list.count, 3u);
     cr_expect(loglin_gemm_parameters_absent(&list.items[0].gemm));
-    cr_expect_eq(list.items[1].gemm.values[LOGLIN_GEMM_KWID], 4u);
+    cr_expect_eq(list.items[1].gemm.values[LOGLIN_GEMM_KWID], 8u);
+    cr_expect_eq(list.items[2].gemm.values[LOGLIN_GEMM_KWID], 4u);
     const loglin_device_info tiny = {.type = CL_DEVICE_TYPE_GPU, .max_work_group_size = 16, .local_memory = 1024};
-    loglin_candidates_of_gemm(&tiny, &known, false, 1, &list); /* no room for any */
+    loglin_candidates_of_gemm(&tiny, &present, &known, 1, &list); /* no room for any */
     cr_expect_eq(list.count, 1u);
     loglin_tuning_free(&known);
 }

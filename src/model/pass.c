@@ -29,7 +29,7 @@ static loglin_status prepare_products(loglin_session *session) {
     if (session->matrix_units.product != NULL) {
         return LOGLIN_OK;
     }
-    const loglin_gemm_parameters parameters = loglin_tuning_gemm(device);
+    const loglin_gemm_parameters parameters = loglin_tuning_gemm(device->cache_directory, &device->info);
     return loglin_gemm_prepare(device, &parameters);
 }
 

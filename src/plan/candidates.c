@@ -38,7 +38,6 @@ static void add(loglin_candidates *candidates, const loglin_configuration *confi
 
 /* ---- CLBlast's parameters ---------------------------------------------------------------------------------------- */
 
-/* The first is the one of a quick run: with 8 sums to a work-item it compiles in 20 s on a CPU, one with 64 in 90 s. */
 static const loglin_gemm_parameters winners[] = {
     {{32, 16, 8, 16, 8, 2, 2, 2, 1, 1}},   {{64, 32, 8, 32, 8, 2, 2, 2, 1, 1}}, {{64, 8, 8, 8, 8, 2, 1, 8, 0, 0}},
     {{64, 4, 16, 4, 16, 2, 1, 4, 0, 0}},   {{64, 8, 16, 8, 16, 2, 1, 4, 0, 0}}, {{32, 8, 8, 8, 8, 2, 1, 4, 0, 0}},
@@ -73,19 +72,19 @@ static loglin_gemm_parameters draw_parameters(uint64_t *random) {
     return made;
 }
 
-void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_tuning *known, bool quick, uint64_t seed,
-                               loglin_candidates *candidates) {
-    const size_t random_count = quick ? 0 : info->type == CL_DEVICE_TYPE_CPU ? 6 : 24;
-    const size_t winner_count = quick ? 1 : sizeof winners / sizeof winners[0];
+void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_gemm_parameters *present,
+                               const loglin_tuning *known, uint64_t seed, loglin_candidates *candidates) {
+    const size_t random_count = info->type == CL_DEVICE_TYPE_CPU ? 6 : 24;
     const loglin_configuration untuned = loglin_configuration_default(LOGLIN_ENGINE_BLAS);
     candidates->count = 0;
     add(candidates, &untuned);
+    add_gemm(info, present, candidates);
     for (size_t i = 0; i < known->count; i++) {
         if (known->entries[i].kind == LOGLIN_ENTRY_GEMM) {
             add_gemm(info, &known->entries[i].configuration.gemm, candidates);
         }
     }
-    for (size_t i = 0; i < winner_count; i++) {
+    for (size_t i = 0; i < sizeof winners / sizeof winners[0]; i++) {
         add_gemm(info, &winners[i], candidates);
     }
     size_t fitting = 0;
@@ -99,11 +98,11 @@ void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_tuni
 
 /* ---- An engine's tunables ---------------------------------------------------------------------------------------- */
 
-/* In a quick run, what costs no compiling: only the blas engine's kernels do not depend on the values. */
-static bool is_tried(size_t tunable, unsigned value, loglin_engine engine, bool quick) {
-    const bool other = engine == LOGLIN_ENGINE_BLAS && (tunable == LOGLIN_TUNABLE_CHUNK       ? value == 128
-                                                        : tunable == LOGLIN_TUNABLE_PANEL_MIB ? value == 16
-                                                                                              : false);
+/* In a quick run, the chunk sizes that win somewhere, and else what costs no compiling. */
+static bool is_tried(size_t tunable, unsigned value, bool quick) {
+    const bool other = tunable == LOGLIN_TUNABLE_CHUNK       ? value == 32 || value == 128
+                       : tunable == LOGLIN_TUNABLE_PANEL_MIB ? value == 16
+                                                             : false;
     return !quick || other || value == loglin_tunables[tunable].fallback;
 }
 
@@ -125,7 +124,7 @@ void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_paramet
     configuration.gemm = *gemm;
     add_defaults(engine, gemm, candidates);
     for (size_t i = 0; i < chunk->value_count; i++) {
-        if (is_tried(LOGLIN_TUNABLE_CHUNK, chunk->values[i], engine, quick)) {
+        if (is_tried(LOGLIN_TUNABLE_CHUNK, chunk->values[i], quick)) {
             configuration.values[LOGLIN_TUNABLE_CHUNK] = chunk->values[i];
             add(candidates, &configuration);
         }
@@ -148,7 +147,7 @@ void loglin_candidates_near(const loglin_configuration *from, cl_device_type dev
             loglin_configuration configuration = candidates->items[i];
             for (size_t v = 0; v < tunable->value_count; v++) {
                 configuration.values[t] = tunable->values[v];
-                if (is_tried(t, tunable->values[v], from->engine, quick)) {
+                if (is_tried(t, tunable->values[v], quick)) {
                     add(candidates, &configuration);
                 }
             }

@@ -13,11 +13,11 @@ typedef struct loglin_candidates {
 } loglin_candidates;
 
 /*
- * CLBlast's parameters on the blas engine: its own, what `known` holds of this device (stale or not), some that have won
- * somewhere, and random ones from the seed.  quick: CLBlast's own, what is known, and one more.
+ * CLBlast's parameters on the blas engine: its own, those of plans so far, what `known` holds of this device (stale or
+ * not), some that have won somewhere, and random ones from the seed.
  */
-void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_tuning *known, bool quick, uint64_t seed,
-                               loglin_candidates *candidates);
+void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_gemm_parameters *present,
+                               const loglin_tuning *known, uint64_t seed, loglin_candidates *candidates);
 
 /*
  * An engine's chunk sizes, with CLBlast set as given.  The first candidate is the untuned default, for the blas engine

@@ -214,9 +214,9 @@ loglin_choice loglin_knowledge_choose(const loglin_knowledge *knowledge, const l
     return loglin_tuning_find(knowledge->sources, knowledge->count, &knowledge->stamp, &class, engine);
 }
 
-loglin_gemm_parameters loglin_tuning_gemm(const loglin_device *device) {
+loglin_gemm_parameters loglin_tuning_gemm(const char *cache, const loglin_device_info *info) {
     loglin_knowledge knowledge;
-    loglin_knowledge_gather(device->cache_directory, &device->info, &knowledge);
+    loglin_knowledge_gather(cache, info, &knowledge);
     const best_entry gemm = find_gemm(knowledge.sources, knowledge.count, &knowledge.stamp);
     const loglin_gemm_parameters parameters =
         gemm.entry != NULL ? gemm.entry->configuration.gemm : (loglin_gemm_parameters){{0}};

@@ -30,10 +30,10 @@ typedef struct tuner {
     loglin_stamp stamp;
     char *cache;
     loglin_journal *journal;
-    loglin_tuning known;   /* what the cache held when the tuner started */
-    loglin_tuning results; /* since the last merge */
-    loglin_gemm_parameters gemm;
-    int stopped; /* the caller has wished so */
+    loglin_tuning known;         /* what the cache held when the tuner started */
+    loglin_tuning results;       /* since the last merge */
+    loglin_gemm_parameters gemm; /* what plans take */
+    int stopped;                 /* the caller has wished so */
     double begin;
     double live_since, live_share; /* when the first child was asked, and the share that the journal had done by then */
     loglin_status status;          /* of what no candidate is to blame for */
@@ -322,6 +322,14 @@ static loglin_problem standard_problem(const tuner *at, loglin_op op, loglin_pha
                             .phases = phase};
 }
 
+/* Every head its own q and k. */
+static loglin_problem apart_problem(const tuner *at, loglin_op op, loglin_phase phase) {
+    loglin_problem problem = standard_problem(at, op, phase, 1024);
+    problem.groups = problem.heads;
+    problem.dim_k = 64;
+    return problem;
+}
+
 static void tune_peak(tuner *at) {
     (void)snprintf(at->subject, sizeof at->subject, "peak");
     at->event = (loglin_tune_event){.share = 0};
@@ -335,22 +343,44 @@ static void tune_peak(tuner *at) {
     }
 }
 
+/*
+ * One class chooses CLBlast's parameters for the whole device.  In each of the others CLBlast's own challenge the choice, and
+ * if they win there, they win: nowhere is a choice to be slower.
+ */
 static loglin_status tune_gemm(tuner *at, double share, bool *over) {
+    enum { CLASSES = 4, RUNS = 3 };
+    const loglin_problem problems[CLASSES] = {standard_problem(at, LOGLIN_MAMBA2, LOGLIN_FORWARD, 1024),
+                                              standard_problem(at, LOGLIN_MAMBA2, LOGLIN_BACKWARD, 1024),
+                                              standard_problem(at, LOGLIN_GATED_DELTA, LOGLIN_BACKWARD, 1024),
+                                              apart_problem(at, LOGLIN_GATED_DELTA, LOGLIN_FORWARD)};
     (void)snprintf(at->subject, sizeof at->subject, "%s", gemm_subject);
-    at->problem = standard_problem(at, LOGLIN_MAMBA2, LOGLIN_FORWARD, 1024);
+    at->problem = problems[0];
     at->share_before = 0;
-    at->share_of = share;
-    loglin_candidates_of_gemm(&at->info, &at->known, at->options.quick != 0, at->options.seed, &at->candidates);
-    const loglin_search_result result = search_stage(at, 1, 3, false);
+    at->share_of = share / 2;
+    loglin_candidates_of_gemm(&at->info, &at->gemm, &at->known, at->options.seed, &at->candidates);
+    loglin_search_result result = search_stage(at, 1, RUNS, false);
+    const loglin_configuration own = at->candidates.items[0], choice = at->candidates.items[result.winner];
+    bool is_own = result.winner == 0;
+    at->candidates = (loglin_candidates){.items = {choice, own}, .count = 2};
+    for (unsigned i = 1; i < CLASSES && result.complete && !is_own; i++) {
+        at->problem = problems[i];
+        at->share_before += at->share_of;
+        at->share_of = share / 2 / (CLASSES - 1);
+        const loglin_search_result other = search_stage(at, 1 + i, RUNS, false);
+        result.complete = other.complete;
+        is_own = other.winner == 1;
+    }
+    result.ms = is_own ? result.first_ms : result.ms;
+    result.winner = is_own ? 1 : 0;
+    at->problem = problems[0];
     return conclude(at, LOGLIN_ENTRY_GEMM, &result, over);
 }
 
-/* CLBlast's parameters as they were tuned before, by this version on this driver. */
-static bool recall_gemm(tuner *at) {
+/* Were CLBlast's parameters tuned before, by this version on this driver? */
+static bool has_gemm(const tuner *at) {
     for (size_t i = 0; i < at->known.count; i++) {
         const loglin_entry *entry = &at->known.entries[i];
         if (entry->kind == LOGLIN_ENTRY_GEMM && memcmp(&entry->stamp, &at->stamp, sizeof at->stamp) == 0) {
-            at->gemm = entry->configuration.gemm;
             return true;
         }
     }
@@ -372,11 +402,9 @@ static size_t list_standard(const tuner *at, loglin_problem problems[MAX_PROBLEM
             }
         }
     }
-    for (int which = 0; which < 4 && at->options.quick == 0; which++) { /* every head its own q and k */
-        problems[count] = standard_problem(at, which % 2 != 0 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2,
-                                           which / 2 != 0 ? LOGLIN_BACKWARD : LOGLIN_FORWARD, 1024);
-        problems[count].groups = problems[count].heads;
-        problems[count++].dim_k = 64;
+    for (int which = 0; which < 4 && at->options.quick == 0; which++) {
+        problems[count++] = apart_problem(at, which % 2 != 0 ? LOGLIN_GATED_DELTA : LOGLIN_MAMBA2,
+                                          which / 2 != 0 ? LOGLIN_BACKWARD : LOGLIN_FORWARD);
     }
     return count;
 }
@@ -385,9 +413,12 @@ static const loglin_engine engines[] = {LOGLIN_ENGINE_BLAS, LOGLIN_ENGINE_FUSED}
 
 enum { ENGINE_COUNT = sizeof engines / sizeof engines[0] };
 
+/* In a quick run on a CPU blas must be asked for: CLBlast compiles for minutes, and is many times slower than fused. */
 static bool is_searched(const tuner *at, const loglin_problem *problem, loglin_engine engine) {
-    const bool asked = problem->engine == LOGLIN_ENGINE_AUTO || problem->engine == engine;
-    return asked && (at->options.engine == LOGLIN_ENGINE_AUTO || at->options.engine == engine);
+    const bool is_brief = at->options.quick != 0 && at->info.type == CL_DEVICE_TYPE_CPU;
+    const loglin_engine asked = problem->engine != LOGLIN_ENGINE_AUTO ? problem->engine : at->options.engine;
+    const bool fits = at->options.engine == LOGLIN_ENGINE_AUTO || at->options.engine == engine;
+    return fits && (asked == engine || (asked == LOGLIN_ENGINE_AUTO && !(is_brief && engine == LOGLIN_ENGINE_BLAS)));
 }
 
 /* A guess at a search's time, for the share that it is of all. */
@@ -454,8 +485,8 @@ static bool uses_blas(const tuner *at, const loglin_problem *problems, size_t co
 }
 
 static loglin_status run(tuner *at, const loglin_problem *problems, size_t count) {
-    const bool recalled = at->options.problems != NULL && recall_gemm(at);
-    const double share = !recalled && uses_blas(at, problems, count) ? 0.3 : 0;
+    const bool keeps_gemm = at->options.quick != 0 || (at->options.problems != NULL && has_gemm(at));
+    const double share = !keeps_gemm && uses_blas(at, problems, count) ? 0.3 : 0;
     bool over = false;
     tune_peak(at);
     RETURN_IF_ERROR(at->status);
@@ -528,7 +559,9 @@ static loglin_status prepare(tuner *at) {
     at->stamp = loglin_stamp_of(&at->info);
     at->results.identity = loglin_identity_of(&at->info);
     RETURN_IF_ERROR(loglin_tuning_merge(at->cache, &at->results)); /* before long work: can results be kept? */
-    return loglin_tuning_load(at->cache, &at->results.identity, &at->known);
+    RETURN_IF_ERROR(loglin_tuning_load(at->cache, &at->results.identity, &at->known));
+    at->gemm = loglin_tuning_gemm(at->cache, &at->info);
+    return LOGLIN_OK;
 }
 
 static loglin_status prepare_and_run(tuner *at, cl_device_id id) {

@@ -150,8 +150,8 @@ void loglin_knowledge_free(loglin_knowledge *knowledge);
 loglin_choice loglin_knowledge_choose(const loglin_knowledge *knowledge, const loglin_problem *problem,
                                       loglin_engine engine);
 
-/* CLBlast's parameters for a device. */
-loglin_gemm_parameters loglin_tuning_gemm(const loglin_device *device);
+/* CLBlast's parameters for a device; cache may be NULL. */
+loglin_gemm_parameters loglin_tuning_gemm(const char *cache, const loglin_device_info *info);
 
 /* The n-th file of src/plan/tuned, with a final NUL that *length does not count; NULL beyond the last.  Generated. */
 const char *loglin_built_in_tuning(size_t n, size_t *length);
