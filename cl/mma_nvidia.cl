@@ -52,6 +52,18 @@ float2 unpack(uint x) {
 #endif
 }
 
+/* Level scales as they are stored, in floats or in the storage of v: so they are copied to local memory. */
+#if WEIGHT_STORAGE == 0
+typedef float stored_scale;
+float scale_of(stored_scale x) { return x; }
+#else
+typedef ushort stored_scale;
+float scale_of(stored_scale x) { return unpack(x).x; }
+#endif
+
+/* How many of them are copied at once. */
+#define SCALE_PIECE (16 / (uint)sizeof(stored_scale))
+
 /* Both products of two pairs, rounded. */
 uint multiply_pairs(uint x, uint y) {
     uint z;
@@ -110,11 +122,11 @@ void copy_4(__local void *to, const __global void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(local_address(to)), "l"(from) : "memory");
 }
 
-/* Starts copying a float, or clears it. */
-void copy_wanted_4(__local void *to, const __global void *from, int wanted) {
+/* Starts copying some of 4 bytes, and clears the rest. */
+void copy_some_of_4(__local void *to, const __global void *from, uint bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                  :
-                 : "r"(local_address(to)), "l"(from), "r"(wanted ? 4 : 0)
+                 : "r"(local_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
 

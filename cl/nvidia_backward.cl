@@ -48,6 +48,7 @@
 #define CHUNK_LEVEL 8 /* level of the chunk before */
 #define SLOTS (CHUNK_LEVELS > 0 ? CHUNK_LEVELS : 1)
 #define SCALES_ROW (SLOTS | 1)
+#define BOX_SCALES (NB_SCALES + SCALE_PIECE) /* a chunk's level scales, from a multiple of 16 bytes on */
 
 /* States are stored divided by this, for half's range. */
 #define STATE_UNIT (STORAGE == 1 ? 64.0f : 1.0f)
@@ -63,8 +64,8 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
-/* Level scales come as boxes: floats in rows of multiples of 16 bytes, and of a head not fewer than a chunk has. */
-#define SCALE_BOXES (WGMMA && WEIGHT_STORAGE == 0 && HEADS * LEVELS % 4 == 0 && LEVELS >= CHUNK_LEVEL)
+/* Level scales come as boxes: in rows of multiples of 16 bytes, and of a head not fewer than a chunk has. */
+#define SCALE_BOXES (WGMMA && HEADS * LEVELS % (WEIGHT_STORAGE == 0 ? 4 : 8) == 0 && LEVELS >= CHUNK_LEVEL)
 
 #if WGMMA
 __global heads_map *map_of(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, uint i) {
@@ -106,11 +107,11 @@ uint4 load_piece(const __global ushort *x) {
 }
 
 /* A level scale to local memory; zero where it is not wanted. */
-void fetch_scale(__local float *to, const __global weight *from, ulong at, int wanted) {
+void fetch_scale(__local stored_scale *to, const __global weight *from, ulong at, int wanted) {
 #if WEIGHT_STORAGE == 0
-    copy_wanted_4(to, from + at, wanted);
+    copy_some_of_4(to, from + at, wanted ? 4 : 0);
 #else
-    *to = wanted ? load_weight(from, at) : 0.0f;
+    *to = wanted ? ((const __global stored_scale *)from)[at] : (stored_scale)0;
 #endif
 }
 
@@ -253,7 +254,7 @@ nb_since(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         map_heads(map_of(call, ws, ws_offset, NB_MAP_D_O), d_o + d_o_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, 1);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_DV), dv + dv_offset, sizes, 2, 16, NB_COLUMNS, 1);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_SCALES), level_scales + level_scales_offset,
-                  (uint4)(sizes.xy, 1, HEADS * LEVELS), 4, NB_CHUNK, NB_BOX_SCALES, 0);
+                  (uint4)(sizes.xy, 1, HEADS * LEVELS), sizeof(stored_scale), NB_CHUNK, BOX_SCALES, 0);
     }
 #endif
     __global float2 *since = (__global float2 *)place(ws, ws_offset, call.since) + get_group_id(0) * (call.chunks + 1);

@@ -35,7 +35,8 @@
 
 /*
  * Maps for copies of boxes (heads_map in mma_nvidia.cl): of v and dO, 64 columns of a chunk; of dv, those of 16 tokens; of the
- * level scales, twelve of a chunk's tokens from a multiple of four on, among which are a head's eight inside a chunk.
+ * level scales of a chunk's tokens, from a multiple of 16 bytes on, twelve floats or sixteen others, among which are a head's
+ * eight inside a chunk.
  */
 #define NB_MAP_V 0
 #define NB_MAP_D_O 1
@@ -43,8 +44,8 @@
 #define NB_MAP_SCALES 3
 #define NB_MAPS 4
 
-/* Level scales that a token has in local memory: those of a box, or the eight inside a chunk. */
-#define NB_BOX_SCALES 12
+/* Bytes that a token's level scales have in local memory at most: in a box, of floats; and those inside a chunk. */
+#define NB_BOX_BYTES 48
 #define NB_SCALES 8
 
 typedef struct loglin_nvidia_gradients {

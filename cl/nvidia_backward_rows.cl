@@ -14,6 +14,9 @@
 #define ROW_PARTS (ROW_HEADS * TILES_V) /* of dO, 64 columns each */
 #define ROW_LEVELS (LEVELS > CHUNK_LEVEL ? LEVELS - CHUNK_LEVEL : 0) /* above a chunk, also those that do not exist */
 #define ROW_AHEAD (NB_ROW_STAGES - 1) /* states that are asked for before the first one is needed */
+#define SCALES_OF_WORD (4 / (uint)sizeof(stored_scale))
+#define SCALE_WORDS ((SLOTS + 2 * SCALES_OF_WORD - 2) / SCALES_OF_WORD) /* of a row's level scales */
+#define WORDS_ROW (SCALE_WORDS | 1)
 
 uint lowest_bit(uint bits) { return 31 - clz(bits & (0 - bits)); }
 
@@ -101,17 +104,18 @@ void release_state(const row_ring *ring, uint turn) {
 /*
  * What a warp has in local memory: of the part that it works on and of the next one dO, of their heads the gates, level scales
  * and decays, times scale, from a level's block to the chunk; and what a head's turns give.  Rows, columns and levels that do
- * not exist are zeros from the start.
+ * not exist are zeros from the start.  Level scales come in words, so a row of 16 bits may start with one that is not its own.
  */
 typedef struct row_warp {
     uint4 d_o[2][16 * 8];
     float2 gates[2][16];
-    float scales[2][16 * SCALES_ROW];
+    uint scales[2][16 * WORDS_ROW];
+    uint odd; /* the first row's level scales start in the middle of a word */
     float kept[2][SLOTS];
     float gradients[16 * SCALES_ROW]; /* of level scales */
 } row_warp;
 
-/* Where an item of a warp copies from: row lane / 8 of the warp, columns 8 (lane % 8).. or level lane % 8. */
+/* Where an item of a warp copies from: row lane / 8 of the warp, columns 8 (lane % 8).. or word lane % 8 of level scales. */
 typedef struct row_source {
     const __global ushort *d_o;
     const __global weight *level_scales; /* from the level of the chunk before */
@@ -120,6 +124,12 @@ typedef struct row_source {
     int rows; /* that there are */
     uint n, chunks;
 } row_source;
+
+/* A row's level scales. */
+const __local stored_scale *row_scales(const __local row_warp *of, uint h, uint row) {
+    const __local stored_scale *words = (const __local stored_scale *)&of->scales[h % 2][row * WORDS_ROW];
+    return words + (SCALES_OF_WORD == 1 ? 0 : (of->odd + (row * HEADS + h) * LEVELS) % 2);
+}
 
 /* Starts copying a part. */
 void fetch_part(__local row_warp *to, row_source from, uint part, int aligned) {
@@ -145,13 +155,16 @@ void fetch_part(__local row_warp *to, row_source from, uint part, int aligned) {
     if (tile > 0) {
         return;
     }
+    const ulong scales = (ulong)(from.level_scales + h * LEVELS), before = scales / sizeof(stored_scale) % SCALES_OF_WORD;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #pragma unroll
-        for (uint j = 0; j < SLOTS; j += 8) {
-            if (j + lane % 8 < SLOTS && 4 * i < from.rows) {
-                fetch_scale(&to->scales[h % 2][(lane / 8 + 4 * i) * SCALES_ROW + lane % 8 + j], from.level_scales,
-                            h * LEVELS + i * (4 * HEADS * LEVELS) + j, 1);
+        for (uint j = 0; j < SCALE_WORDS; j += 8) {
+            const uint word = j + lane % 8, end = SLOTS + (uint)before, first = word * SCALES_OF_WORD;
+            if (first < end && 4 * i < from.rows) {
+                copy_some_of_4(&to->scales[h % 2][(lane / 8 + 4 * i) * WORDS_ROW + word],
+                               (const __global uint *)(scales & ~(ulong)3) + i * (4 * HEADS * LEVELS / SCALES_OF_WORD) + j,
+                               min(end - first, SCALES_OF_WORD) * (uint)sizeof(stored_scale));
             }
         }
     }
@@ -224,8 +237,7 @@ void store_head(__local row_warp *from, row_results to, uint h, float row_dot) {
         float sum = 0.0f;
 #pragma unroll
         for (uint row = 0; row < 16; row++) {
-            const uint i = row * SCALES_ROW + lane;
-            sum = fma(from->gradients[i], from->scales[h % 2][i], sum);
+            sum = fma(from->gradients[row * SCALES_ROW + lane], scale_of(row_scales(from, h, row)[lane]), sum);
         }
         to.level_dots[((ulong)h * to.chunks * CHUNK_LEVELS + lane) * NB_LEVEL_DOTS] = sum;
     }
@@ -282,16 +294,16 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
     for (uint i = 0; i < (first_n < last_n ? 2 : 1); i++) {
         const uint n = i == 0 ? last_n : first_n, first = n * NB_CHUNK + 16 * warp;
         const ulong first_row = ((ulong)b * call.length + first) * HEADS + first_head;
-        const ulong copied_row = first_row + lane / 8 * HEADS, level_at = copied_row * LEVELS + CHUNK_LEVEL + lane % 8;
+        const ulong copied_row = first_row + lane / 8 * HEADS, level_at = copied_row * LEVELS + CHUNK_LEVEL;
         const int rows = (int)call.length - (int)(first + lane / 8);
         const row_source source = {
             d_o + d_o_offset + copied_row * DIM_V + lane % 8 * 8,
-            level_scales + level_scales_offset + level_at,
+            level_scales + level_scales_offset + level_at + lane % 8 * SCALES_OF_WORD,
             (const __global float2 *)place(ws, ws_offset, call.gates) + first_bh * padded + first,
             (const __global float *)place(ws, ws_offset, call.kept) + (first_bh * call.chunks + n) * CHUNK_LEVELS,
             rows, n, call.chunks};
         const row_results results = {
-            dlevel_scales ? dlevel_scales + dlevel_scales_offset + level_at : dlevel_scales,
+            dlevel_scales ? dlevel_scales + dlevel_scales_offset + level_at + lane % 8 : dlevel_scales,
             (__global float *)place(ws, ws_offset, call.dots) + first_bh * padded + first + own,
             (__global float *)place(ws, ws_offset, call.level_dots) +
                 (first_bh * call.chunks + n) * CHUNK_LEVELS * NB_LEVEL_DOTS + warp,
@@ -299,6 +311,10 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 #pragma unroll 1
         for (uint word = lane; word < sizeof(row_warp) / 4; word += 32) {
             ((__local uint *)mine)[word] = 0;
+        }
+        meet_in_warp();
+        if (lane == 0) {
+            mine->odd = (uint)((ulong)source.level_scales / sizeof(stored_scale) % 2);
         }
         meet_in_warp();
         if (n > 0) {
@@ -325,7 +341,8 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 #pragma unroll 1
         for (uint part = 0; n > 0 && part < ROW_PARTS; part++) {
             const uint h = part / TILES_V, tile = part % TILES_V;
-            const __local float *kept = mine->kept[h % 2], *scales = mine->scales[h % 2] + r * SCALES_ROW;
+            const __local float *kept = mine->kept[h % 2];
+            const __local stored_scale *scales = row_scales(mine, h, r);
             wait_for_copies();
             meet_in_warp();
             const float upper_decay = row_decay(mine->gates[h % 2][r]);
@@ -342,7 +359,8 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 float4 product[8];
                 multiply_queries(product, q, state);
                 const float upper = kept[j] * upper_decay, lower = kept[j] * lower_decay;
-                const float upper_scale = scales[j], lower_scale = scales[8 * SCALES_ROW + j];
+                const float upper_scale = scale_of(scales[j]);
+                const float lower_scale = scale_of(scales[8 * WORDS_ROW * SCALES_OF_WORD + j]);
                 const uint upper_pair = pack(upper * upper_scale, upper * upper_scale);
                 const uint lower_pair = pack(lower * lower_scale, lower * lower_scale);
                 uint4 a[4];

@@ -17,7 +17,7 @@
 #define FETCHING_ITEM 96 /* a warp that has few blocks */
 #define QUERY_DOTS 12
 #define SQUARE_GROUPS (NV_K > 64 ? 3 : 2) /* warpgroups that have squares of dk */
-#define TOKEN_SCALES (SCALE_BOXES ? NB_BOX_SCALES : NB_SCALES) /* from a token's level scales to the next one's */
+#define TOKEN_SCALES (SCALE_BOXES ? BOX_SCALES : NB_SCALES) /* from a token's level scales to the next one's */
 #define ROW_STEP (NB_TILE_ITEMS / (8 * TILES_V)) /* rows of v that are fetched at once */
 
 /* Two neighbouring numbers. */
@@ -90,7 +90,7 @@ uint4 weigh_far(const float4 ds[2], uint4 product, float4 dp[2], const float2 qu
 
 /* The diagonal: keys and queries are the same 16 tokens.  dots: [level][query]; scales: [query][level]. */
 uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], const __local float2 *gates,
-                 const __local float *scales, float2 *key_dots, __local float *dots) {
+                 const __local stored_scale *scales, float2 *key_dots, __local float *dots) {
     const uint r = lane / 4, p = lane % 4;
     const float2 products[4] = {unpack(product.x), unpack(product.y), unpack(product.z), unpack(product.w)};
     const float2 keys[2] = {gates[r], gates[r + 8]};
@@ -101,7 +101,7 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
         for (uint e = 0; e < 2; e++) {
             const uint t = 8 * half_q + 2 * p + e;
             const float2 query = gates[t];
-            const float scale = scales[TOKEN_SCALES * t + bit_length(r ^ (2 * p + e))];
+            const float scale = scale_of(scales[TOKEN_SCALES * t + bit_length(r ^ (2 * p + e))]);
             /* The keys of the same eight, up to the query. */
             const float near_ds = half_q == 0 ? (e == 0 ? ds[0].x : ds[0].y) : (e == 0 ? ds[1].z : ds[1].w);
             const float near_product = half_q == 0 ? (e == 0 ? products[0].x : products[0].y)
@@ -119,7 +119,8 @@ uint4 weigh_near(uint lane, const float4 ds[2], uint4 product, float4 dp[2], con
                 /* The eight before. */
                 const float far_ds = e == 0 ? ds[1].x : ds[1].y;
                 const float far_product = e == 0 ? products[2].x : products[2].y;
-                const float far_kept = decay_between(query, keys[0]), far_scale = scales[TOKEN_SCALES * t + 4];
+                const float far_kept = decay_between(query, keys[0]);
+                const float far_scale = scale_of(scales[TOKEN_SCALES * t + 4]);
                 const float far_gradient = far_ds * far_kept * far_scale;
                 sums[e] = far_ds * far_product * far_kept;
                 w[4 + e] = far_product * far_kept * far_scale;
@@ -384,14 +385,14 @@ typedef struct tile_place {
  * dots, and writes the queries' sums.  scales: of the block's level.
  */
 void add_block(uint lane, const float4 ds[2], uint key, uint query, uint4 product, float4 dp[2],
-               const float2 query_weight[2], const __local float *scales, float2 key_weight, float2 *key_dots,
+               const float2 query_weight[2], const __local stored_scale *scales, float2 key_weight, float2 *key_dots,
                __local uint4 *weights, __local float *queries) {
     float2 query_scale[2];
     float sums[4];
 #pragma unroll
     for (uint e = 0; e < 2; e++) {
-        const __local float *own = scales + TOKEN_SCALES * (query + 8 * e + 2 * (lane % 4));
-        query_scale[e] = (float2)(own[0], own[TOKEN_SCALES]);
+        const __local stored_scale *own = scales + TOKEN_SCALES * (query + 8 * e + 2 * (lane % 4));
+        query_scale[e] = (float2)(scale_of(own[0]), scale_of(own[TOKEN_SCALES]));
     }
     const uint4 a = weigh_far(ds, product, dp, query_weight, query_scale, key_weight, key_dots, sums);
     store_a(lane, weights, a, key % NB_TILE, query % NB_TILE);
@@ -403,7 +404,7 @@ void add_block(uint lane, const float4 ds[2], uint key, uint query, uint4 produc
  * weighed.
  */
 void add_across(uint lane, uint own, const __local tile_inputs *in, const __local uint4 *products, float4 gradients[8],
-                const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
+                const __local stored_scale *scales, __local uint4 *weights, __local tile_dots *dots) {
     const uint key = 16 * own, r = lane / 4;
     const float2 key_weight = (float2)(in->factors[2][key + r], in->factors[2][key + r + 8]);
     float2 key_dots = (float2)(0.0f);
@@ -432,7 +433,7 @@ uint next_keys(uint sixteen) { return sixteen == 3 ? 0 : sixteen; }
 uint next_queries(uint sixteen) { return sixteen == 3 ? 3 : sixteen + 1; }
 
 void add_behind(uint lane, const float4 ds[2], uint tile, uint keys, uint queries, const __local tile_inputs *in,
-                const __local uint4 *products, float4 dp[2], const __local float *scales, float2 *key_dots,
+                const __local uint4 *products, float4 dp[2], const __local stored_scale *scales, float2 *key_dots,
                 __local uint4 *weights, __local tile_dots *dots) {
     const uint key = NB_TILE * tile + 16 * keys, query = NB_TILE * tile + 16 * queries, r = lane / 4;
     const uint level = 4 + bit_length(keys ^ queries), slot = level == 5 ? 5 : 6 + keys;
@@ -445,7 +446,7 @@ void add_behind(uint lane, const float4 ds[2], uint tile, uint keys, uint querie
 }
 
 void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *in, const __local uint4 *products,
-                float4 gradients[8], const __local float *scales, __local uint4 *weights, __local tile_dots *dots) {
+                float4 gradients[8], const __local stored_scale *scales, __local uint4 *weights, __local tile_dots *dots) {
     const uint first = NB_TILE * tile, token = first + 16 * sixteen;
     float4 near[2], next[2];
     float2 key_dots = (float2)(0.0f), next_dots = key_dots;
@@ -471,20 +472,20 @@ void add_inside(uint lane, uint tile, uint sixteen, const __local tile_inputs *i
 }
 
 /* Where a head's level scales start. */
-const __local float *scales_of(const __local float scales[TILE_STAGES + 1][TOKEN_SCALES * NB_CHUNK],
-                               const __local tile_place *at, int h, int boxes) {
-    return scales[h % (TILE_STAGES + 1)] + (boxes ? (at->first_head + h) * LEVELS % 4 : 0);
+const __local stored_scale *scales_of(const __local stored_scale scales[TILE_STAGES + 1][TOKEN_SCALES * NB_CHUNK],
+                                      const __local tile_place *at, int h, int boxes) {
+    return scales[h % (TILE_STAGES + 1)] + (boxes ? (at->first_head + h) * LEVELS % SCALE_PIECE : 0);
 }
 
 /*
  * The gradients of the level scales, and what is summed up for dg.  A warp has 32 tokens, an item a level of eight of these, so
  * that neighbours write next to each other; then it has the sum of one token.
  */
-void finish_head(const __local tile_dots *dots, const __local float *scales, const __local tile_place *at, uint h,
+void finish_head(const __local tile_dots *dots, const __local stored_scale *scales, const __local tile_place *at, uint h,
                  uint warp, uint lane) {
     const uint level = lane % 8, first = 32 * warp + lane / 8, slot = level < 7 ? level : 8;
     const __local float *x = dots->queries + slot * CHUNK_ROW + first;
-    const __local float *scale = scales + TOKEN_SCALES * first + level;
+    const __local stored_scale *scale = scales + TOKEN_SCALES * first + level;
     const int rows = at->dlevel_scales && level < LEVELS ? at->rows - (int)first : 0;
     __global weight *to = at->dlevel_scales + (rows > 0 ? first * (HEADS * LEVELS) + h * LEVELS + level : 0);
     float shares[8];
@@ -498,7 +499,7 @@ void finish_head(const __local tile_dots *dots, const __local float *scales, con
             gradient += x[4 * i + 2 * CHUNK_ROW] + x[4 * i + 3 * CHUNK_ROW];
         }
         gradient = level < 4 || ((first + 4 * i) >> (level - 1) & 1) != 0 ? gradient : 0.0f;
-        shares[i] = gradient * scale[4 * TOKEN_SCALES * i];
+        shares[i] = gradient * scale_of(scale[4 * TOKEN_SCALES * i]);
         if ((int)(4 * i) < rows) {
             store_weight(to + i * (4 * HEADS * LEVELS), 0, gradient);
         }
@@ -528,7 +529,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     __local uint4 products[3][COLUMN_TILE] __attribute__((aligned(1024))); /* q k^T, in the order of its items */
     __local uint4 weights[3][COLUMN_TILE] __attribute__((aligned(1024))); /* (P M)^T */
     /* Of the head that is fetched, worked on, and finished; the first two are one where there is room for one head only. */
-    __local float scales_at[TILE_STAGES + 1][TOKEN_SCALES * NB_CHUNK] __attribute__((aligned(128)));
+    __local stored_scale scales_at[TILE_STAGES + 1][TOKEN_SCALES * NB_CHUNK] __attribute__((aligned(128)));
     __local tile_dots dots_at[TILE_STAGES];
 #if WGMMA
     __local arrivals here[TILE_STAGES];
@@ -649,7 +650,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 fetch_both(to->v[0], to->d_o[0], at->v + (ulong)wanted * DIM_V, at->d_o + (ulong)wanted * DIM_V, rows,
                            item, aligned & 1);
             }
-            __local float *to_scales = scales_at[wanted % (TILE_STAGES + 1)];
+            __local stored_scale *to_scales = scales_at[wanted % (TILE_STAGES + 1)];
             if (!scale_boxes) {
                 const __global weight *scales_from =
                     at->level_scales + (first_row * (HEADS * LEVELS) + wanted * LEVELS + level);
@@ -673,8 +674,8 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
                 }
                 if (scale_boxes) {
                     copy_box(to_scales, &at->maps[NB_MAP_SCALES],
-                             (uint4)(at->sequence, at->first, 0, head * LEVELS / 4 * 4), NB_CHUNK * TOKEN_SCALES * 4,
-                             arrived);
+                             (uint4)(at->sequence, at->first, 0, head * LEVELS / SCALE_PIECE * SCALE_PIECE),
+                             NB_CHUNK * TOKEN_SCALES * sizeof(stored_scale), arrived);
                 }
                 for (uint i = 0; has_adjoint && i < TILES_V; i++) {
                     copy_bulk(to->adjoint[i], at->adjoints + (wanted * TILES_V + i) * at->adjoint_stride, STATE * 16,
@@ -711,7 +712,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         arrivals_wait(&here[h % TILE_STAGES], h / TILE_STAGES % 2);
 #endif
         __local tile_dots *dots = &dots_at[h % TILE_STAGES];
-        const __local float *scales = scales_of(scales_at, at, h, scale_boxes);
+        const __local stored_scale *scales = scales_of(scales_at, at, h, scale_boxes);
         if (part == 2) {
             add_across(lane, own, in, products[2], gradients, scales, weights[2], dots);
             tile_publish();

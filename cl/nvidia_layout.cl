@@ -29,7 +29,7 @@
 
 /*
  * Maps for copies of boxes (heads_map in mma_nvidia.cl), of a segment's tokens: of 64 columns of values; of level scales, as
- * many as a row of them has in local memory, from a multiple of four on.
+ * many as a row of them has in local memory, from a multiple of 16 bytes on.
  */
 #define NV_MAP_V 0
 #define NV_MAP_SCALES 1

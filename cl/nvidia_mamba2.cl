@@ -34,8 +34,9 @@
 #define TILES_V ((DIM_V + NV_TILE_V - 1) / NV_TILE_V)
 #define ITEMS (HEADS / GROUPS * TILES_V) /* of a group */
 #define NV_SUPER (1 << NV_SUPER_BITS)
-/* Floats of a row of level weights: as they come, in 16 bytes; its place takes half a row of o in the end. */
-#define SCALES_ROW (USED > 10 ? (USED + 6) / 4 * 4 : 16)
+/* A row of level scales: as they come, in 16 bytes; its place takes half a row of o in the end. */
+#define LEAST_SCALES_ROW ((USED + 2 * SCALE_PIECE - 2) / SCALE_PIECE * SCALE_PIECE)
+#define SCALES_ROW (LEAST_SCALES_ROW > 4 * SCALE_PIECE ? LEAST_SCALES_ROW : 4 * SCALE_PIECE)
 #define SEGMENT_LEVEL 9 /* of the segment before one; then come larger blocks */
 
 /* States are stored divided by this, for half's range. */
@@ -62,8 +63,8 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
     return (__global char *)(((ulong)(ws + offset) + 15) & ~(ulong)15) + at;
 }
 
-/* With wgmma, values and level scales come as boxes where these are floats in rows of multiples of 16 bytes. */
-#define BOXES (WGMMA && WEIGHT_STORAGE == 0 && HEADS * LEVELS % 4 == 0)
+/* With wgmma, values and level scales come as boxes where rows of these are multiples of 16 bytes. */
+#define BOXES (WGMMA && HEADS * LEVELS % (WEIGHT_STORAGE == 0 ? 4 : 8) == 0)
 
 #if BOXES
 __global heads_map *map_of(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, uint i) {
@@ -246,7 +247,7 @@ nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         map_heads(map_of(call, ws, ws_offset, NV_MAP_V), v + v_offset, (uint4)(call.batch, call.length, HEADS, DIM_V), 2,
                   NV_SEGMENT, NV_TILE_V, 1);
         map_heads(map_of(call, ws, ws_offset, NV_MAP_SCALES), level_scales + level_scales_offset,
-                  (uint4)(call.batch, call.length, 1, HEADS * LEVELS), 4, NV_SEGMENT, SCALES_ROW, 0);
+                  (uint4)(call.batch, call.length, 1, HEADS * LEVELS), sizeof(stored_scale), NV_SEGMENT, SCALES_ROW, 0);
     }
 #endif
     if (id >= 3 * records) {

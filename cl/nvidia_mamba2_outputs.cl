@@ -4,10 +4,10 @@
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
 /*
- * 128 items start copying the level weights of a segment's rows.  Floats come in whole 16 bytes, so a row starts with as
+ * 128 items start copying the level scales of a segment's rows.  Floats come in whole 16 bytes, so a row starts with as
  * many floats as stand before its own in their 16 bytes: scales_shift.
  */
-void fetch_scales(__local float *scales, const __global weight *level_scales, int rows, uint item) {
+void fetch_scales(__local stored_scale *scales, const __global weight *level_scales, int rows, uint item) {
     const uint piece = item % 8;
     const int first = (int)(item / 8);
 #if WEIGHT_STORAGE == 0
@@ -23,27 +23,31 @@ void fetch_scales(__local float *scales, const __global weight *level_scales, in
         x += 16 * (HEADS * LEVELS) * 4;
     }
 #else
+    const __global stored_scale *x = (const __global stored_scale *)level_scales;
     for (int i = first; i < rows; i += 16) {
         for (uint level = piece; level < USED; level += 8) {
-            scales[i * SCALES_ROW + level] = load_weight(level_scales, (ulong)i * (HEADS * LEVELS) + level);
+            scales[i * SCALES_ROW + level] = x[(ulong)i * (HEADS * LEVELS) + level];
         }
     }
 #endif
 }
 
-uint scales_shift(const __global weight *level_scales, uint row) {
-    return WEIGHT_STORAGE == 0 ? ((uint)(ulong)level_scales / 4 + row * (uint)(HEADS * LEVELS)) % 4 : 0;
+/* Boxes come in whole 16 bytes, too. */
+uint scales_shift(const __global weight *level_scales, uint row, int boxes) {
+    const uint at = (uint)(ulong)level_scales / sizeof(stored_scale) + row * (uint)(HEADS * LEVELS);
+    return WEIGHT_STORAGE == 0 || boxes ? at % SCALE_PIECE : 0;
 }
 
 /* What weighs the rows r and r + 8 of a warp's 16. */
 typedef struct warp_rows {
-    const __local float *upper_scales, *lower_scales; /* their level weights */
+    const __local stored_scale *upper_scales, *lower_scales; /* their level scales */
     float upper, lower;                               /* their decays from the tile's start */
 } warp_rows;
 
 /* The weights of one level, decayed by `kept` before the tile; in pairs of storage. */
 float2 row_weights(warp_rows rows, uint level, float kept) {
-    return (float2)(rows.upper_scales[level] * (kept * rows.upper), rows.lower_scales[level] * (kept * rows.lower));
+    return (float2)(scale_of(rows.upper_scales[level]) * (kept * rows.upper),
+                    scale_of(rows.lower_scales[level]) * (kept * rows.lower));
 }
 uint2 row_pairs(warp_rows rows, uint level, float kept) {
     const float2 x = row_weights(rows, level, kept);
@@ -61,9 +65,9 @@ uint4 weigh_diagonal(uint4 product, warp_rows rows, const __local float *sums) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int level = bit_length(r ^ (2 * p + e));
-        weight[e] = rows.upper_scales[level] * decay(early - left[e]);
-        weight[2 + e] = rows.lower_scales[4] * decay(late - left[e]);
-        weight[4 + e] = rows.lower_scales[level] * decay(late - right[e]);
+        weight[e] = scale_of(rows.upper_scales[level]) * decay(early - left[e]);
+        weight[2 + e] = scale_of(rows.lower_scales[4]) * decay(late - left[e]);
+        weight[4 + e] = scale_of(rows.lower_scales[level]) * decay(late - right[e]);
     }
     return (uint4)(pack(is_past[0] ? a.x * weight[0] : 0.0f, is_past[1] ? a.y * weight[1] : 0.0f),
                    pack(b.x * weight[2], b.y * weight[3]), 0u,
@@ -213,7 +217,7 @@ typedef struct outputs_place {
  * FETCH_ITEMS work-items, of number id, start to copy what an item of work has of its own: values, level weights, gates.
  * With wgmma the gates come in bulk, and all of them arrive at `here`.
  */
-void fetch_item(__local uint4 *values, __local half_gates *gates, __local float *scales,
+void fetch_item(__local uint4 *values, __local half_gates *gates, __local stored_scale *scales,
 #if WGMMA
                 __local arrivals *here,
 #endif
@@ -242,14 +246,15 @@ void fetch_item(__local uint4 *values, __local half_gates *gates, __local float 
 
 #if BOXES
 /* One item starts them, if there is such an item of work; its place is empty. */
-void fetch_boxes(__local uint4 *values, __local half_gates *gates, __local float *scales, __local arrivals *here,
+void fetch_boxes(__local uint4 *values, __local half_gates *gates, __local stored_scale *scales, __local arrivals *here,
                  const __local outputs_place *at, uint item, uint count) {
     if (item < count) {
         const uint head = item / TILES_V, tile = item % TILES_V;
         copy_box(values, &at->maps[NV_MAP_V], (uint4)(at->b, at->token, at->head + head, tile * NV_TILE_V),
                  NV_SEGMENT * NV_TILE_V * 2, here);
-        copy_box(scales, &at->maps[NV_MAP_SCALES], (uint4)(at->b, at->token, 0, (at->head + head) * LEVELS / 4 * 4),
-                 NV_SEGMENT * SCALES_ROW * 4, here);
+        copy_box(scales, &at->maps[NV_MAP_SCALES],
+                 (uint4)(at->b, at->token, 0, (at->head + head) * LEVELS / SCALE_PIECE * SCALE_PIECE),
+                 NV_SEGMENT * SCALES_ROW * sizeof(stored_scale), here);
         copy_bulk(gates, at->gates + (ulong)head * at->segments * 2, 2 * NV_GATES, here);
     }
 }
@@ -344,7 +349,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local uint4 cross[64 * 32];
 #endif
     __local half_gates gates_at[2][2] __attribute__((aligned(16)));
-    __local float scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(128)));
+    __local stored_scale scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(128)));
     __local float kept[NV_OUTPUT_COUNT][NV_SEGMENTS_BITS]; /* decay from a block of segments to this one, times scale */
     __local uint ends[NV_SEGMENTS_BITS], levels[NV_SEGMENTS_BITS]; /* the blocks' last segments, and levels */
 #if WGMMA
@@ -353,9 +358,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local arrivals record_here;                /* q k^T */
 #endif
     const uint item = get_local_id(0);
-#if WGMMA
     const int boxes = BOXES && (aligned & 5) == 5;
-#endif
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
     const ulong id = get_group_id(0);
     const uint bundle = id % bundles, rest = id / bundles, group = rest % GROUPS, b = rest / GROUPS % call.batch;
@@ -498,9 +501,10 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         wait_for_copies();
         barrier(CLK_LOCAL_MEM_FENCE);
 #endif
-        const __local float *scales = scales_at[n % 2] + row * SCALES_ROW, *sums = gates[part].sums + row % NV_HALF;
-        const warp_rows rows = {scales + scales_shift(scales_from, row),
-                                scales + 8 * SCALES_ROW + scales_shift(scales_from, row + 8), decay(sums[0]),
+        const __local stored_scale *scales = scales_at[n % 2] + row * SCALES_ROW;
+        const __local float *sums = gates[part].sums + row % NV_HALF;
+        const warp_rows rows = {scales + scales_shift(scales_from, row, boxes),
+                                scales + 8 * SCALES_ROW + scales_shift(scales_from, row + 8, boxes), decay(sums[0]),
                                 decay(sums[8])};
 #if !NV_CROSS_LOCAL
         const __global uint4 *cross = at->record + CROSS_TILES;

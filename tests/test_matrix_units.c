@@ -141,6 +141,30 @@ Test(matrix_units, backward_options) {
     }
 }
 
+/* Level scales of 16 bits, as boxes where there are eight heads, else a row starts anywhere in its words. */
+Test(matrix_units, scales_of_16_bits) {
+    static const struct {
+        size_t heads, offset, extra;
+    } shapes[] = {{8, 0, 0}, {8, 1, 0}, {3, 0, 0}, {3, 1, 0}, {8, 0, 3}};
+    for (size_t i = 0; i < some(sizeof shapes / sizeof shapes[0]); i++) {
+        for (int dtype = has_boundaries() ? LOGLIN_F16 : LOGLIN_BF16; dtype <= LOGLIN_BF16; dtype++) {
+            const support_case c = {.dtype = (loglin_dtype)dtype,
+                                    .weight_dtype = (loglin_dtype)dtype,
+                                    .length = 700,
+                                    .heads = shapes[i].heads,
+                                    .groups = 1,
+                                    .dim_k = 128,
+                                    .dim_v = 64,
+                                    .offset = shapes[i].offset,
+                                    .extra_levels = shapes[i].extra};
+            expect_pass(support_check_forward(&c));
+            expect_launched(support_check_forward, c.op);
+            expect_pass(support_check_backward(&c));
+            expect_launched(support_check_backward, c.op);
+        }
+    }
+}
+
 /* The delta rule: tokens across the boundaries of chunks, levels that end together, slices of V. */
 Test(matrix_units, delta_lengths) {
     static const size_t lengths[] = {640, 1, 63, 64, 65, 129, 200, 448, 513};

@@ -92,8 +92,9 @@ typedef struct loglin_bench_load {
     cl_mem mem[LOGLIN_BENCH_MAX_SETS][LOGLIN_BENCH_TENSORS]; /* outputs: in set 0 only */
 } loglin_bench_load;
 
-/* Elements of a token, and bytes of an element. */
+/* Elements of a token; their type, and bytes. */
 size_t loglin_cli_bench_width(const loglin_problem *problem, loglin_bench_tensor tensor);
+loglin_dtype loglin_cli_bench_dtype(const loglin_problem *problem, loglin_bench_tensor tensor);
 size_t loglin_cli_bench_element(const loglin_problem *problem, loglin_bench_tensor tensor);
 
 /* *load must be zero before; loglin_cli_bench_load_close is due in any case. */

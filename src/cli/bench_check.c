@@ -46,10 +46,9 @@ static loglin_status read_sequence(loglin_bench_machine *machine, const loglin_b
 /* `count` elements of token t from element `at` of it on. */
 static void read_row(const sequence *s, loglin_bench_tensor tensor, size_t t, size_t at, size_t count, float *row) {
     static const loglin_tensor_dtype types[] = {LOGLIN_TENSOR_F32, LOGLIN_TENSOR_F16, LOGLIN_TENSOR_BF16};
-    const size_t element = loglin_cli_bench_element(s->problem, tensor);
+    const loglin_tensor_dtype type = types[loglin_cli_bench_dtype(s->problem, tensor)];
     const size_t first = t * loglin_cli_bench_width(s->problem, tensor) + at;
-    loglin_tensor_to_float(element == 4 ? LOGLIN_TENSOR_F32 : types[s->problem->dtype],
-                           (const char *)s->data[tensor] + first * element, count, row);
+    loglin_tensor_to_float(type, (const char *)s->data[tensor] + first * loglin_tensor_dtype_size(type), count, row);
 }
 
 static double read_one(const sequence *s, loglin_bench_tensor tensor, size_t t, size_t at) {

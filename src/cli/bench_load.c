@@ -36,13 +36,23 @@ size_t loglin_cli_bench_width(const loglin_problem *problem, loglin_bench_tensor
     }
 }
 
-static bool is_float(loglin_bench_tensor tensor) {
-    return tensor == LOGLIN_BENCH_G || tensor == LOGLIN_BENCH_LEVEL_SCALES || tensor == LOGLIN_BENCH_BETA ||
-           tensor == LOGLIN_BENCH_DG || tensor == LOGLIN_BENCH_DLEVEL_SCALES || tensor == LOGLIN_BENCH_DBETA;
+loglin_dtype loglin_cli_bench_dtype(const loglin_problem *problem, loglin_bench_tensor tensor) {
+    switch (tensor) {
+    case LOGLIN_BENCH_G:
+    case LOGLIN_BENCH_DG:
+        return LOGLIN_F32;
+    case LOGLIN_BENCH_LEVEL_SCALES:
+    case LOGLIN_BENCH_BETA:
+    case LOGLIN_BENCH_DLEVEL_SCALES:
+    case LOGLIN_BENCH_DBETA:
+        return problem->weight_dtype;
+    default:
+        return problem->dtype;
+    }
 }
 
 size_t loglin_cli_bench_element(const loglin_problem *problem, loglin_bench_tensor tensor) {
-    return is_float(tensor) || problem->dtype == LOGLIN_F32 ? 4 : 2;
+    return loglin_cli_bench_dtype(problem, tensor) == LOGLIN_F32 ? 4 : 2;
 }
 
 static bool is_used(const loglin_problem *problem, loglin_bench_tensor tensor) {
@@ -160,11 +170,14 @@ static loglin_status make_input(loglin_bench_machine *machine, const loglin_prob
     if (tensor == LOGLIN_BENCH_K) {
         low = -key;
         high = key;
-    } else if (is_float(tensor)) {
-        low = tensor == LOGLIN_BENCH_G ? gate : 0.0F;
-        high = tensor == LOGLIN_BENCH_G ? 0.0F : 1.0F;
+    } else if (tensor == LOGLIN_BENCH_G) {
+        low = gate;
+        high = 0.0F;
+    } else if (tensor == LOGLIN_BENCH_LEVEL_SCALES || tensor == LOGLIN_BENCH_BETA) {
+        low = 0.0F;
+        high = 1.0F;
     }
-    return loglin_cli_bench_random_buffer(machine, tensor_names[tensor], is_float(tensor) ? LOGLIN_F32 : p->dtype,
+    return loglin_cli_bench_random_buffer(machine, tensor_names[tensor], loglin_cli_bench_dtype(p, tensor),
                                           p->batch * p->length * loglin_cli_bench_width(p, tensor), low, high, mem);
 }
 

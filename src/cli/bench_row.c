@@ -87,7 +87,7 @@ static bool partner_problem(const loglin_bench_row *row, loglin_problem *problem
         problem->engine = LOGLIN_ENGINE_BLAS;
         return true;
     case LOGLIN_BENCH_F32:
-        problem->dtype = LOGLIN_F32;
+        problem->dtype = problem->weight_dtype = LOGLIN_F32;
         return true;
     case LOGLIN_BENCH_GROWTH:
         problem->length /= 16;

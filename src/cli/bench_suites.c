@@ -85,41 +85,47 @@ const loglin_bench_suite loglin_cli_bench_cpu = {
 
 /* ---- The paper's kernel benchmark: times on one H100 ------------------------------------------------------------- */
 
-#define PAPER(LENGTH, DTYPE, PHASES)                                                                                   \
+/* In 16 bits level scales and beta are, too, as the byte counts of the figures have them; FLOAT_SCALES: floats. */
+#define PAPER(LENGTH, DTYPE, WEIGHT_DTYPE, PHASES)                                                                     \
     {                                                                                                                  \
-        .dtype = (DTYPE), .batch = 2, .length = (LENGTH), .heads = 48, .groups = 1, .dim_k = 128, .dim_v = 64,         \
-        .phases = (PHASES)                                                                                             \
+        .dtype = (DTYPE), .weight_dtype = (WEIGHT_DTYPE), .batch = 2, .length = (LENGTH), .heads = 48, .groups = 1,    \
+        .dim_k = 128, .dim_v = 64, .phases = (PHASES)                                                                  \
     }
+#define PAPER_BF16(LENGTH, PHASES) PAPER(LENGTH, LOGLIN_BF16, LOGLIN_BF16, PHASES)
+#define PAPER_F16(LENGTH, PHASES) PAPER(LENGTH, LOGLIN_F16, LOGLIN_F16, PHASES)
+#define FLOAT_SCALES(LENGTH, PHASES) PAPER(LENGTH, LOGLIN_BF16, LOGLIN_F32, PHASES)
 #define PAPER_DELTA(LENGTH, HEADS, DIM_K, DIM_V, PHASES)                                                               \
     {                                                                                                                  \
-        .op = LOGLIN_GATED_DELTA, .dtype = LOGLIN_BF16, .batch = 2, .length = (LENGTH), .heads = (HEADS),              \
-        .groups = (HEADS), .dim_k = (DIM_K), .dim_v = (DIM_V), .phases = (PHASES)                                      \
+        .op = LOGLIN_GATED_DELTA, .dtype = LOGLIN_BF16, .weight_dtype = LOGLIN_BF16, .batch = 2, .length = (LENGTH),   \
+        .heads = (HEADS), .groups = (HEADS), .dim_k = (DIM_K), .dim_v = (DIM_V), .phases = (PHASES)                    \
     }
 #define LONG                                                                                                           \
     {                                                                                                                  \
-        .dtype = LOGLIN_BF16, .batch = 1, .length = 1 << 20, .heads = 8, .groups = 1, .dim_k = 128, .dim_v = 64,       \
-        .phases = LOGLIN_FORWARD                                                                                       \
+        .dtype = LOGLIN_BF16, .weight_dtype = LOGLIN_BF16, .batch = 1, .length = 1 << 20, .heads = 8, .groups = 1,     \
+        .dim_k = 128, .dim_v = 64, .phases = LOGLIN_FORWARD                                                            \
     }
 
 static const loglin_bench_row paper_rows[] = {
-    {"forward-2048", LOGLIN_BENCH_TIME, PAPER(2048, LOGLIN_BF16, LOGLIN_FORWARD), .required = 0.09, .aim = 0.08},
-    {"both-2048", LOGLIN_BENCH_TIME, PAPER(2048, LOGLIN_BF16, BOTH), .required = 0.45, .aim = 0.35},
-    {"forward-8192", LOGLIN_BENCH_TIME, PAPER(8192, LOGLIN_BF16, LOGLIN_FORWARD), .required = 0.28, .aim = 0.22},
-    {"both-8192", LOGLIN_BENCH_TIME, PAPER(8192, LOGLIN_BF16, BOTH), .required = 1.1, .aim = 0.80},
-    {"forward-16384", LOGLIN_BENCH_TIME, PAPER(16384, LOGLIN_BF16, LOGLIN_FORWARD), .required = 0.52, .aim = 0.40},
-    {"both-16384", LOGLIN_BENCH_TIME, PAPER(16384, LOGLIN_BF16, BOTH), .required = 2.0, .aim = 1.5},
-    {"forward-65536", LOGLIN_BENCH_TIME, PAPER(65536, LOGLIN_BF16, LOGLIN_FORWARD), .required = 2.1, .aim = 1.6},
-    {"both-65536", LOGLIN_BENCH_TIME, PAPER(65536, LOGLIN_BF16, BOTH), .required = 8.0, .aim = 6.0},
-    {"forward-131072", LOGLIN_BENCH_TIME, PAPER(131072, LOGLIN_BF16, LOGLIN_FORWARD), .required = 4.2, .aim = 3.2},
-    {"both-131072", LOGLIN_BENCH_TIME, PAPER(131072, LOGLIN_BF16, BOTH), .required = 16, .aim = 12},
+    {"forward-2048", LOGLIN_BENCH_TIME, PAPER_BF16(2048, LOGLIN_FORWARD), .required = 0.09, .aim = 0.08},
+    {"both-2048", LOGLIN_BENCH_TIME, PAPER_BF16(2048, BOTH), .required = 0.45, .aim = 0.35},
+    {"forward-8192", LOGLIN_BENCH_TIME, PAPER_BF16(8192, LOGLIN_FORWARD), .required = 0.28, .aim = 0.22},
+    {"both-8192", LOGLIN_BENCH_TIME, PAPER_BF16(8192, BOTH), .required = 1.1, .aim = 0.80},
+    {"forward-16384", LOGLIN_BENCH_TIME, PAPER_BF16(16384, LOGLIN_FORWARD), .required = 0.52, .aim = 0.40},
+    {"both-16384", LOGLIN_BENCH_TIME, PAPER_BF16(16384, BOTH), .required = 2.0, .aim = 1.5},
+    {"forward-65536", LOGLIN_BENCH_TIME, PAPER_BF16(65536, LOGLIN_FORWARD), .required = 2.1, .aim = 1.6},
+    {"both-65536", LOGLIN_BENCH_TIME, PAPER_BF16(65536, BOTH), .required = 8.0, .aim = 6.0},
+    {"forward-131072", LOGLIN_BENCH_TIME, PAPER_BF16(131072, LOGLIN_FORWARD), .required = 4.2, .aim = 3.2},
+    {"both-131072", LOGLIN_BENCH_TIME, PAPER_BF16(131072, BOTH), .required = 16, .aim = 12},
     {"forward-1048576", LOGLIN_BENCH_TIME, LONG, .required = 0},
     {"delta-forward-8192", LOGLIN_BENCH_TIME, PAPER_DELTA(8192, 16, 128, 128, LOGLIN_FORWARD), .required = 1.2,
      .aim = 0.75},
     {"delta-both-8192", LOGLIN_BENCH_TIME, PAPER_DELTA(8192, 16, 128, 128, BOTH), .required = 6.0, .aim = 4.0},
     {"model-delta-forward-16384", LOGLIN_BENCH_TIME, PAPER_DELTA(16384, 6, 192, 384, LOGLIN_FORWARD), .required = 0},
     {"model-delta-both-16384", LOGLIN_BENCH_TIME, PAPER_DELTA(16384, 6, 192, 384, BOTH), .required = 0},
-    {"f16-forward-16384", LOGLIN_BENCH_TIME, PAPER(16384, LOGLIN_F16, LOGLIN_FORWARD), .required = 0},
-    {"f16-both-16384", LOGLIN_BENCH_TIME, PAPER(16384, LOGLIN_F16, BOTH), .required = 0},
+    {"f16-forward-16384", LOGLIN_BENCH_TIME, PAPER_F16(16384, LOGLIN_FORWARD), .required = 0},
+    {"f16-both-16384", LOGLIN_BENCH_TIME, PAPER_F16(16384, BOTH), .required = 0},
+    {"float-scales-forward-16384", LOGLIN_BENCH_TIME, FLOAT_SCALES(16384, LOGLIN_FORWARD), .required = 0},
+    {"float-scales-both-16384", LOGLIN_BENCH_TIME, FLOAT_SCALES(16384, BOTH), .required = 0},
     {"step-64", LOGLIN_BENCH_COPY, STEP(LOGLIN_BF16, 64, 48), .required = 0.70, .position = 8192, .steps = 8},
     {"step-1", LOGLIN_BENCH_STEP_TIME, STEP(LOGLIN_BF16, 1, 48), .required = 15, .position = 8192, .steps = 512},
 };

@@ -169,7 +169,8 @@ static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *
     const size_t states = schedule->stages * 64 * row;
     const size_t products = (72 + (size_t)(schedule->cross_local ? 64 : 0)) * tile;
     const size_t levels = loglin_num_levels(problem->length);
-    const size_t scales = NV_SEGMENT * (levels > 10 ? (levels + 6) / 4 * 4 : 16) * sizeof(float);
+    const size_t scale = problem->weight_dtype == LOGLIN_F32 ? sizeof(float) : 2, piece = 16 / scale;
+    const size_t pieces = (levels + 2 * piece - 2) / piece, scales = NV_SEGMENT * (pieces > 4 ? pieces : 4) * 16;
     const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + schedule->stages * 12 + 128;
     return values + states + products + 2 * scales + (size_t)4 * NV_GATES + tables;
 }

@@ -218,7 +218,7 @@ static size_t tiles_bytes(const backward_shape *shape) {
     const size_t chunk = NB_CHUNK, row = (size_t)NB_COLUMNS * 2, tile = NB_TILE * row,
                  level = (chunk + 4) * sizeof(float);
     const size_t head = shape->tiles_v * (2 * chunk + shape->padded_k) * row + chunk * sizeof(float[6]);
-    const size_t scales = chunk * (shape->wgmma ? NB_BOX_SCALES : NB_SCALES) * sizeof(float);
+    const size_t scales = chunk * (shape->wgmma ? NB_BOX_BYTES : NB_SCALES * sizeof(float));
     const size_t dots = 12 * level + sizeof(float[3][NB_TILE]) + sizeof(float[2][16]);
     const size_t others = 512; /* places and arrivals */
     return shape->tile_stages * (head + scales + dots) + scales + chunk * shape->padded_k * 2 + 6 * tile + others;
