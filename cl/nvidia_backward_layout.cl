@@ -44,8 +44,7 @@
 #define NB_MAP_SCALES 3
 #define NB_MAPS 4
 
-/* Bytes that a token's level scales have in local memory at most: in a box, of floats; and those inside a chunk. */
-#define NB_BOX_BYTES 48
+/* A token's level scales inside a chunk. */
 #define NB_SCALES 8
 
 typedef struct loglin_nvidia_gradients {

@@ -259,6 +259,18 @@ void store_head(__local row_warp *from, row_results to, uint h, float row_dot) {
     meet_in_warp();
 }
 
+/* What a work-group has: found anew where it is wanted, for there are few registers. */
+typedef struct row_group {
+    uint block, group, b, last_n;
+} row_group;
+
+row_group find_group(const loglin_nvidia_gradients call) {
+    const uint id = anew((uint)get_group_id(0)), of_chunk = id / (ROW_BLOCKS * GROUPS);
+    const row_group found = {id % ROW_BLOCKS, id / ROW_BLOCKS % GROUPS, of_chunk % call.batch,
+                             call.chunks - 1 - of_chunk / call.batch};
+    return found;
+}
+
 __kernel __attribute__((reqd_work_group_size(NB_ITEMS, 1, 1))) void
 nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, const __global ushort *d_o,
         ulong d_o_offset, const __global weight *level_scales, ulong level_scales_offset,
@@ -270,18 +282,17 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 #endif
     const uint lane = warp_lane(), warp = same_in_warp(get_local_id(0) / 32), r = lane / 4, p = lane % 4;
     const uint own = r + p % 2 * 8; /* the row whose dots the item gets */
-    const ulong id = get_group_id(0), padded = (ulong)call.chunks * NB_CHUNK;
-    const uint block = id % ROW_BLOCKS, group = id / ROW_BLOCKS % GROUPS, b = id / (ROW_BLOCKS * GROUPS) % call.batch;
-    const uint last_n = call.chunks - 1 - id / (ROW_BLOCKS * GROUPS) / call.batch, first_n = call.chunks - 1 - last_n;
-    const uint first_head = group * GROUP_HEADS + block * ROW_HEADS;
-    const ulong bg = (ulong)b * GROUPS + group, first_bh = (ulong)b * HEADS + first_head;
+    const ulong padded = (ulong)call.chunks * NB_CHUNK;
+    const row_group at = find_group(call);
+    const uint last_n = at.last_n, first_n = call.chunks - 1 - last_n;
     __local row_warp *mine = &warps[warp];
     row_ring ring = {stages,
 #if WGMMA
                      full, empty,
 #endif
                      (const __global uint4 *)place(ws, ws_offset, call.states) +
-                         first_bh * TILES_V * call.chunks * STATE,
+                         ((ulong)at.b * HEADS + at.group * GROUP_HEADS + at.block * ROW_HEADS) *
+                             (TILES_V * STATE * (ulong)call.chunks),
                      call.chunks, last_n, 0, last_n, first_n < last_n ? first_n : 0};
 
     start_ring(&ring);
@@ -293,7 +304,10 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
 #pragma unroll 1
     for (uint i = 0; i < (first_n < last_n ? 2 : 1); i++) {
         const uint n = i == 0 ? last_n : first_n, first = n * NB_CHUNK + 16 * warp;
-        const ulong first_row = ((ulong)b * call.length + first) * HEADS + first_head;
+        const row_group of = find_group(call);
+        const uint first_head = of.group * GROUP_HEADS + of.block * ROW_HEADS;
+        const ulong first_bh = (ulong)of.b * HEADS + first_head;
+        const ulong first_row = ((ulong)of.b * call.length + first) * HEADS + first_head;
         const ulong copied_row = first_row + lane / 8 * HEADS, level_at = copied_row * LEVELS + CHUNK_LEVEL;
         const int rows = (int)call.length - (int)(first + lane / 8);
         const row_source source = {
@@ -321,7 +335,7 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
             fetch_part(mine, source, 0, (int)aligned);
         }
         const __global uint *queries = (const __global uint *)place(ws, ws_offset, call.queries) +
-                                       (bg * padded + first + r) * (NV_K / 2) + p;
+                                       (((ulong)of.b * GROUPS + of.group) * padded + first + r) * (NV_K / 2) + p;
         uint4 q[ROW_TILES][4];
 #pragma unroll
         for (uint step = 0; step < K_STEPS; step++) {
@@ -393,8 +407,10 @@ nb_rows(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset,
                 release_state(&ring, turn);
             }
         }
-        __global float *to = (__global float *)place(ws, ws_offset, call.row_parts) +
-                             ((((ulong)block * call.batch + b) * GROUPS + group) * padded + first + r) * NV_K + 2 * p;
+        const row_group done = find_group(call);
+        __global float *to =
+            (__global float *)place(ws, ws_offset, call.row_parts) +
+            ((((ulong)done.block * call.batch + done.b) * GROUPS + done.group) * padded + first + r) * NV_K + 2 * p;
 #pragma unroll
         for (uint m = 0; m < ROW_TILES; m++) {
 #pragma unroll

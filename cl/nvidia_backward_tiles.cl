@@ -368,10 +368,10 @@ typedef struct tile_dots {
 typedef struct tile_place {
     const __global ushort *v, *d_o;
     const __global weight *level_scales;
-    const __global uint4 *gates, *factors, *adjoints;
+    const __global uint4 *gates, *factors, *adjoints, *queries;
     __global ushort *dv;
     __global weight *dlevel_scales;
-    __global float *dots;
+    __global float *dots, *query_parts, *key_parts;
 #if WGMMA
     const __global heads_map *maps;
 #endif
@@ -553,6 +553,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     if (item == 0) {
         const ulong bh = (ulong)b * HEADS + first_head, tokens = bh * padded + first;
         const ulong row = ((ulong)b * call.length + first) * HEADS + first_head;
+        const ulong parts = (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K;
         place_of_group = (tile_place){
             v + v_offset + row * DIM_V,
             d_o + d_o_offset + row * DIM_V,
@@ -560,10 +561,13 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
             (const __global uint4 *)place(ws, ws_offset, call.gates) + tokens / 2,
             (const __global uint4 *)place(ws, ws_offset, call.factors) + tokens,
             (const __global uint4 *)place(ws, ws_offset, call.adjoints) + (bh * TILES_V * call.chunks + n) * STATE,
+            (const __global uint4 *)place(ws, ws_offset, call.queries) + (bg * padded + first) * K_PIECES,
             dv + dv_offset + row * DIM_V,
             dlevel_scales ? dlevel_scales + dlevel_scales_offset + row * LEVELS : dlevel_scales,
             (__global float *)place(ws, ws_offset, call.dots) +
                 (NB_DOTS - 1) * (ulong)call.batch * HEADS * padded + tokens,
+            (__global float *)place(ws, ws_offset, call.query_parts) + parts,
+            (__global float *)place(ws, ws_offset, call.key_parts) + parts,
 #if WGMMA
             map_of(call, ws, ws_offset, 0),
 #endif
@@ -586,10 +590,9 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         tile_publish();
     }
 #endif
-    const __global uint4 *queries_from = (const __global uint4 *)place(ws, ws_offset, call.queries) +
-                                         (bg * padded + first) * K_PIECES;
+    barrier(CLK_LOCAL_MEM_FENCE);
     fetch_chunk(keys, (const __global uint4 *)place(ws, ws_offset, call.keys) + (bg * padded + first) * K_PIECES);
-    fetch_chunk(queries, queries_from);
+    fetch_chunk(queries, at->queries);
     /* No query is before its key; nothing comes from behind the last chunk. */
     for (uint i = 0; part < 2 && i < own; i++) {
         store_a(lane, weights[part], (uint4)(0), 16 * own, 16 * i);
@@ -786,7 +789,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 
     /* What all heads have added up to. */
     barrier(CLK_LOCAL_MEM_FENCE);
-    fetch_chunk(queries, queries_from);
+    fetch_chunk(queries, at->queries);
     if (part == 2) {
 #pragma unroll
         for (uint i = 0; i < 4; i++) {
@@ -808,8 +811,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
     barrier(CLK_LOCAL_MEM_FENCE);
     const uint column = part == 2 ? NV_K - 64 : 0;
     const __local uint4 *own_queries = queries + column / 64 * CHUNK_TILE, *own_keys = keys + column / 64 * CHUNK_TILE;
-    __global float *to = (__global float *)place(ws, ws_offset, call.key_parts) +
-                         (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K + column;
+    __global float *to = at->key_parts + column;
     if (part != 1 && part < SQUARE_GROUPS) {
         add_keys(square, products[0], own_queries);
         add_keys(square, products[2], own_queries + COLUMN_TILE);
@@ -823,8 +825,7 @@ nb_tiles(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
         add_keys(rest, products[1], own_queries + COLUMN_TILE);
         store_rows(to + NB_TILE * NV_K, rest);
     }
-    to = (__global float *)place(ws, ws_offset, call.query_parts) +
-         (((ulong)block * call.batch * GROUPS + bg) * padded + first) * NV_K + column;
+    to = at->query_parts + column;
     if (part != 1 && part < SQUARE_GROUPS) {
         tile_clear(square);
         add_queries(square, products[0], own_keys);

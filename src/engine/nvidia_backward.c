@@ -47,6 +47,7 @@ typedef struct backward_shape {
     size_t sum_turns;               /* heads and tiles of V of a work-group of the sums */
     size_t row_heads, block_heads;  /* heads of a work-group of rows, of tiles */
     size_t row_blocks, head_blocks; /* of a group */
+    size_t scale_bytes;             /* of a level scale */
     size_t tile_stages;             /* heads that a work-group of the tiles has room for */
     bool wgmma;
 } backward_shape;
@@ -94,6 +95,7 @@ static backward_shape find_shape(const loglin_device *device, const loglin_probl
         .tiles_v = ceil_div(problem->dim_v, NB_COLUMNS),
         .chunks = ceil_div(problem->length, NB_CHUNK),
         .unit_bits = unit_bits,
+        .scale_bytes = problem->weight_dtype == LOGLIN_F32 ? 4 : 2,
     };
     for (size_t last = shape.chunks - 1; last > 0; last /= 2) {
         shape.chunk_levels++;
@@ -218,9 +220,9 @@ static size_t tiles_bytes(const backward_shape *shape) {
     const size_t chunk = NB_CHUNK, row = (size_t)NB_COLUMNS * 2, tile = NB_TILE * row,
                  level = (chunk + 4) * sizeof(float);
     const size_t head = shape->tiles_v * (2 * chunk + shape->padded_k) * row + chunk * sizeof(float[6]);
-    const size_t scales = chunk * (shape->wgmma ? NB_BOX_BYTES : NB_SCALES * sizeof(float));
+    const size_t scales = chunk * (NB_SCALES * shape->scale_bytes + (shape->wgmma ? 16 : 0));
     const size_t dots = 12 * level + sizeof(float[3][NB_TILE]) + sizeof(float[2][16]);
-    const size_t others = 512; /* places and arrivals */
+    const size_t others = 640; /* places and arrivals */
     return shape->tile_stages * (head + scales + dots) + scales + chunk * shape->padded_k * 2 + 6 * tile + others;
 }
 
