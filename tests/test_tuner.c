@@ -534,6 +534,15 @@ Test(tuner, parameters_that_lose_a_class_are_not_taken) {
     }
 }
 
+/* And of two that lose nowhere, the one that wins more in all classes together is. */
+Test(tuner, parameters_are_chosen_by_several_classes) {
+    set_worker("*'\"op\":0'*'\"phases\":1'*'[64,4,16,'*) answer 5;;\n"
+               "*'\"op\":0'*'\"phases\":1'*'[64,8,16,'*) answer 6;;\n"
+               "*'[64,8,16,'*) answer 5;;");
+    const run at = tune(&BLAS, (run){0});
+    cr_expect(at.complete && at.best_ms == 6 && strstr(at.best, "gemm=64/8/16") != NULL, "%s", at.best);
+}
+
 /* A quick run takes CLBlast's parameters as they are, and on a CPU nothing of its engine unless it is asked for. */
 Test(tuner, a_quick_run_leaves_blas_alone) {
     set_worker("*'\"engine\":1'*'[64,4,16,'*) answer 1;;\n*'\"engine\":2'*) answer 5;;");

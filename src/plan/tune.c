@@ -16,7 +16,7 @@
 #include <time.h>
 #include <xxhash.h>
 
-enum { MAX_PROBLEMS = 64 };
+enum { MAX_PROBLEMS = 64, MAX_SUBJECT_PROBLEMS = 4 };
 
 static const char gemm_subject[] = "CLBlast";
 static const double usual_limit = 180; /* seconds: a cold compilation of CLBlast takes 25 on a slow CPU */
@@ -39,8 +39,9 @@ typedef struct tuner {
     loglin_status status;          /* of what no candidate is to blame for */
     /* What is being searched. */
     char subject[LOGLIN_CLASS_NAME_SIZE];
-    unsigned stage; /* of the subject's searches */
-    loglin_problem problem;
+    unsigned stage;                                /* of the subject's searches */
+    loglin_problem problems[MAX_SUBJECT_PROBLEMS]; /* that it is measured on */
+    size_t problem_count;
     loglin_candidates candidates;
     size_t last_default; /* the candidates up to this one are defaults */
     double share_before, share_of;
@@ -170,32 +171,74 @@ static loglin_reply try_candidate(tuner *at, size_t candidate, const char *key, 
     return ask(at, again, request, 2 * limit);
 }
 
-static loglin_request request_for(const tuner *at, loglin_request_kind kind) {
-    loglin_request request = {.kind = kind, .device = at->place, .problem = at->problem};
+static void tell_problem(tuner *at, const loglin_configuration *configuration) {
+    at->event.problem = at->problems[0];
+    at->event.problem.engine = configuration->engine;
+    at->event.problem.chunk = configuration->values[LOGLIN_TUNABLE_CHUNK];
+}
+
+static loglin_request request_for(const tuner *at, loglin_request_kind kind, const loglin_problem *problem) {
+    loglin_request request = {.kind = kind, .device = at->place, .problem = *problem};
     (void)snprintf(request.name, sizeof request.name, "%s", at->info.name);
     return request;
+}
+
+/* The candidate on one of the subject's problems. */
+static loglin_reply measure_one(tuner *at, size_t candidate, const char *subject, size_t problem, unsigned round,
+                                unsigned runs) {
+    char key[340];
+    (void)snprintf(key, sizeof key, "%s: stage %u round %u of %u, problem %zu", subject, at->stage, round, runs,
+                   problem);
+    loglin_request request = request_for(at, LOGLIN_REQUEST_TIME, &at->problems[problem]);
+    request.configuration = at->candidates.items[candidate];
+    request.runs = runs;
+    const loglin_reply reply = try_candidate(at, candidate, key, &request);
+    if (reply.outcome == LOGLIN_OUTCOME_FAILED && strcmp(reply.reason, "refused") != 0) {
+        remember_failure(at, subject, &reply);
+    }
+    return reply;
+}
+
+static int ascending(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Of the samples of `count` problems the geometric mean: of their least times, of the next ones, and so on. */
+static void add_sample(loglin_sample *mean, loglin_sample of, size_t problem, size_t count) {
+    qsort(of.ms, of.runs, sizeof of.ms[0], ascending);
+    mean->runs = problem == 0 || of.runs < mean->runs ? of.runs : mean->runs;
+    for (unsigned i = 0; i < mean->runs; i++) {
+        mean->ms[i] = (problem == 0 ? 1 : mean->ms[i]) * pow(of.ms[i], 1 / (double)count);
+    }
+}
+
+/* On all problems of the subject; in the first round of many candidates one problem has to do. */
+static loglin_reply measure_all(tuner *at, size_t candidate, const char *subject, unsigned round, unsigned runs) {
+    const size_t count = round == 0 && at->candidates.count > 2 ? 1 : at->problem_count;
+    loglin_reply reply = {.outcome = LOGLIN_OUTCOME_OK};
+    loglin_sample mean = {.runs = 0};
+    for (size_t problem = 0; problem < count && reply.outcome == LOGLIN_OUTCOME_OK; problem++) {
+        reply = measure_one(at, candidate, subject, problem, round, runs);
+        add_sample(&mean, reply.sample, problem, count);
+    }
+    reply.sample = mean;
+    return reply;
 }
 
 static loglin_outcome measure(void *context, size_t candidate, unsigned round, unsigned runs, loglin_sample *sample) {
     tuner *at = context;
     const loglin_configuration *configuration = &at->candidates.items[candidate];
-    char text[LOGLIN_CANDIDATE_TEXT_SIZE], subject[264], key[320];
+    char text[LOGLIN_CANDIDATE_TEXT_SIZE], subject[264];
     loglin_candidate_text(configuration, text);
     (void)snprintf(subject, sizeof subject, "%s: %s", at->subject, text);
-    (void)snprintf(key, sizeof key, "%s: stage %u round %u of %u", subject, at->stage, round, runs);
-    loglin_request request = request_for(at, LOGLIN_REQUEST_TIME);
-    request.configuration = *configuration;
-    request.runs = runs;
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_FAILED};
     const loglin_entry *failure = known_failure(at, subject);
     if (failure != NULL) {
         (void)snprintf(reply.reason, sizeof reply.reason, "%.15s", failure->reason);
         (void)snprintf(reply.detail, sizeof reply.detail, "%s when it was tried before", reply.reason);
     } else {
-        reply = try_candidate(at, candidate, key, &request);
-        if (reply.outcome == LOGLIN_OUTCOME_FAILED && strcmp(reply.reason, "refused") != 0) {
-            remember_failure(at, subject, &reply);
-        }
+        reply = measure_all(at, candidate, subject, round, runs);
     }
     *sample = reply.sample;
     if (reply.outcome == LOGLIN_OUTCOME_FAILED) {
@@ -207,9 +250,7 @@ static loglin_outcome measure(void *context, size_t candidate, unsigned round, u
         at->event.detail = reply.detail;
         at->event.ms = sample->runs > 0 ? loglin_sample_time(sample) : 0;
         at->event.spread = sample->runs > 0 ? loglin_sample_spread(sample) : 0;
-        at->event.problem = at->problem;
-        at->event.problem.engine = configuration->engine;
-        at->event.problem.chunk = configuration->values[LOGLIN_TUNABLE_CHUNK];
+        tell_problem(at, configuration);
         const bool stop = tell(at) != 0;
         at->event.candidate = at->event.outcome = at->event.detail = NULL;
         if (stop) {
@@ -251,7 +292,7 @@ static loglin_status add_result(tuner *at, loglin_entry_kind kind, const loglin_
                           .tuned_at = (int64_t)time(NULL)};
     if (kind == LOGLIN_ENTRY_CLASS) {
         loglin_problem filled;
-        RETURN_IF_ERROR(loglin_problem_validate(&at->problem, &filled));
+        RETURN_IF_ERROR(loglin_problem_validate(&at->problems[0], &filled));
         entry.class = loglin_class_of(&filled);
     }
     return loglin_tuning_add(&at->results, &entry);
@@ -270,9 +311,7 @@ static loglin_status finish(tuner *at, loglin_entry_kind kind, const loglin_sear
     at->event.ms = result->found ? result->ms : 0;
     at->event.spread = result->found ? result->spread : 0;
     at->event.default_ms = result->first_ms;
-    at->event.problem = at->problem;
-    at->event.problem.engine = choice->engine;
-    at->event.problem.chunk = choice->values[LOGLIN_TUNABLE_CHUNK];
+    tell_problem(at, choice);
     at->event.finished = 1;
     *over = tell(at) != 0;
     at->event.finished = 0;
@@ -333,7 +372,7 @@ static loglin_problem apart_problem(const tuner *at, loglin_op op, loglin_phase 
 static void tune_peak(tuner *at) {
     (void)snprintf(at->subject, sizeof at->subject, "peak");
     at->event = (loglin_tune_event){.share = 0};
-    const loglin_request request = request_for(at, LOGLIN_REQUEST_PEAK);
+    const loglin_request request = request_for(at, LOGLIN_REQUEST_PEAK, &(loglin_problem){.batch = 0});
     const loglin_reply reply = ask(at, "peak", &request, at->options.candidate_limit);
     if (reply.outcome == LOGLIN_OUTCOME_OK) {
         at->event.gflops = reply.gflops;
@@ -344,35 +383,39 @@ static void tune_peak(tuner *at) {
 }
 
 /*
- * One class chooses CLBlast's parameters for the whole device.  In each of the others CLBlast's own challenge the choice, and
- * if they win there, they win: nowhere is a choice to be slower.
+ * CLBlast's parameters hold for the whole device, so they are chosen by several classes together, in the geometric mean; in
+ * each of these CLBlast's own then challenge the choice, and if they win there, they win: nowhere is a choice to be slower.
  */
 static loglin_status tune_gemm(tuner *at, double share, bool *over) {
-    enum { CLASSES = 4, RUNS = 3 };
-    const loglin_problem problems[CLASSES] = {standard_problem(at, LOGLIN_MAMBA2, LOGLIN_FORWARD, 1024),
-                                              standard_problem(at, LOGLIN_MAMBA2, LOGLIN_BACKWARD, 1024),
-                                              standard_problem(at, LOGLIN_GATED_DELTA, LOGLIN_BACKWARD, 1024),
-                                              apart_problem(at, LOGLIN_GATED_DELTA, LOGLIN_FORWARD)};
+    enum { CLASSES = MAX_SUBJECT_PROBLEMS, RUNS = 3 };
+    const loglin_problem classes[CLASSES] = {standard_problem(at, LOGLIN_MAMBA2, LOGLIN_FORWARD, 1024),
+                                             standard_problem(at, LOGLIN_MAMBA2, LOGLIN_BACKWARD, 1024),
+                                             standard_problem(at, LOGLIN_GATED_DELTA, LOGLIN_BACKWARD, 1024),
+                                             apart_problem(at, LOGLIN_GATED_DELTA, LOGLIN_FORWARD)};
     (void)snprintf(at->subject, sizeof at->subject, "%s", gemm_subject);
-    at->problem = problems[0];
+    memcpy(at->problems, classes, sizeof classes);
+    at->problem_count = CLASSES;
     at->share_before = 0;
-    at->share_of = share / 2;
+    at->share_of = 0.75 * share;
     loglin_candidates_of_gemm(&at->info, &at->gemm, &at->known, at->options.seed, &at->candidates);
     loglin_search_result result = search_stage(at, 1, RUNS, false);
     const loglin_configuration own = at->candidates.items[0], choice = at->candidates.items[result.winner];
     bool is_own = result.winner == 0;
     at->candidates = (loglin_candidates){.items = {choice, own}, .count = 2};
-    for (unsigned i = 1; i < CLASSES && result.complete && !is_own; i++) {
-        at->problem = problems[i];
+    at->problem_count = 1;
+    for (unsigned i = 0; i < CLASSES && result.complete && !is_own; i++) {
+        at->problems[0] = classes[i];
         at->share_before += at->share_of;
-        at->share_of = share / 2 / (CLASSES - 1);
-        const loglin_search_result other = search_stage(at, 1 + i, RUNS, false);
+        at->share_of = 0.05 * share;
+        const loglin_search_result other = search_stage(at, 2 + i, RUNS, false);
         result.complete = other.complete;
         is_own = other.winner == 1;
     }
+    at->problems[0] = classes[0];
+    at->share_before = share;
+    at->share_of = 0;
     result.ms = is_own ? result.first_ms : result.ms;
     result.winner = is_own ? 1 : 0;
-    at->problem = problems[0];
     return conclude(at, LOGLIN_ENTRY_GEMM, &result, over);
 }
 
@@ -447,7 +490,7 @@ static loglin_status tune_class(tuner *at, loglin_engine engine, const loglin_cl
     at->share_before += at->share_of;
     if (result.found && result.complete && at->status == LOGLIN_OK) {
         const loglin_configuration best = at->candidates.items[result.winner];
-        loglin_candidates_near(&best, at->info.type, (loglin_phase)at->problem.phases, quick, &at->candidates);
+        loglin_candidates_near(&best, at->info.type, (loglin_phase)at->problems[0].phases, quick, &at->candidates);
         loglin_candidates_of_class(&at->known, class, &best, &at->candidates);
         result = search_stage(at, 2, runs, false);
     }
@@ -460,15 +503,16 @@ static loglin_status tune_classes(tuner *at, const loglin_problem *problems, siz
     for (size_t i = 0; i < count * ENGINE_COUNT && !*over; i++) {
         const loglin_engine engine = engines[i % ENGINE_COUNT];
         loglin_problem filled;
-        at->problem = problems[i / ENGINE_COUNT];
-        if (!is_searched(at, &at->problem, engine)) {
+        at->problems[0] = problems[i / ENGINE_COUNT];
+        at->problem_count = 1;
+        if (!is_searched(at, &at->problems[0], engine)) {
             continue;
         }
-        RETURN_IF_ERROR(loglin_problem_validate(&at->problem, &filled));
+        RETURN_IF_ERROR(loglin_problem_validate(&at->problems[0], &filled));
         const loglin_class class = loglin_class_of(&filled);
         loglin_class_name(&class, at->subject, sizeof at->subject);
         at->share_before = share;
-        at->share_of = rest * cost_of(&at->problem, engine) / whole;
+        at->share_of = rest * cost_of(&at->problems[0], engine) / whole;
         share += at->share_of;
         RETURN_IF_ERROR(tune_class(at, engine, &class, over));
     }
