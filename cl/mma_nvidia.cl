@@ -505,8 +505,7 @@ void arrivals_publish(void) { asm volatile("fence.proxy.async.shared::cta;" : : 
 #if WGMMA
 /*
  * Where x[b][token][head][column] lies, for bulk copies of a head's tokens and columns, a box: opaque, made by map_heads, also
- * in a launch before.  A box starts at a multiple of 16 bytes.  It comes token by token, with zeros for what is not in x;
- * "tile": 64 columns of 16 bits, whose pieces come to places as above.
+ * in a launch before.  A box starts at a multiple of 16 bytes.  It comes token by token, with zeros for what is not in x.
  */
 typedef struct heads_map {
     ulong words[16];
@@ -522,9 +521,14 @@ typedef struct heads_map {
 #define MAP_STRIDE(i, bytes)                                                                                           \
     asm volatile(MAP_SET("global_stride", "b64", #i ", %1") : : "l"(map), "l"((ulong)(bytes)) : "memory")
 
+/* Rows of a box as they are; 32 columns of 16 bits, piece c of row r at place c ^ r / 2 % 4; 64, at c ^ r % 8, as a tile. */
+#define BOX_PLAIN 0
+#define BOX_HALF_TILE 2
+#define BOX_TILE 3
+
 /* All strides are multiples of 16 bytes, as is x.  sizes: of batch, tokens, heads, columns; an element has 4 bytes, or 2. */
 void map_heads(__global heads_map *map, const __global void *x, uint4 sizes, uint bytes, uint tokens, uint columns,
-               int is_tile) {
+               int kind) {
     const ulong head = (ulong)sizes.w * bytes, token = head * sizes.z;
     for (uint i = 0; i < 16; i++) {
         map->words[i] = 0;
@@ -546,8 +550,10 @@ void map_heads(__global heads_map *map, const __global void *x, uint4 sizes, uin
     } else {
         asm volatile(MAP_SET("elemtype", "b32", "1") : : "l"(map) : "memory");
     }
-    if (is_tile) {
+    if (kind == BOX_TILE) {
         asm volatile(MAP_SET("swizzle_mode", "b32", "3") : : "l"(map) : "memory");
+    } else if (kind == BOX_HALF_TILE) {
+        asm volatile(MAP_SET("swizzle_mode", "b32", "2") : : "l"(map) : "memory");
     }
     asm volatile("fence.proxy.tensormap::generic.release.gpu;" : : : "memory");
 }

@@ -250,11 +250,11 @@ nb_since(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset
 #if WGMMA
     if (get_global_id(0) == 0) {
         const uint4 sizes = (uint4)(call.batch, call.length, HEADS, DIM_V);
-        map_heads(map_of(call, ws, ws_offset, NB_MAP_V), v + v_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, 1);
-        map_heads(map_of(call, ws, ws_offset, NB_MAP_D_O), d_o + d_o_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, 1);
-        map_heads(map_of(call, ws, ws_offset, NB_MAP_DV), dv + dv_offset, sizes, 2, 16, NB_COLUMNS, 1);
+        map_heads(map_of(call, ws, ws_offset, NB_MAP_V), v + v_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, BOX_TILE);
+        map_heads(map_of(call, ws, ws_offset, NB_MAP_D_O), d_o + d_o_offset, sizes, 2, NB_CHUNK, NB_COLUMNS, BOX_TILE);
+        map_heads(map_of(call, ws, ws_offset, NB_MAP_DV), dv + dv_offset, sizes, 2, 16, NB_COLUMNS, BOX_TILE);
         map_heads(map_of(call, ws, ws_offset, NB_MAP_SCALES), level_scales + level_scales_offset,
-                  (uint4)(sizes.xy, 1, HEADS * LEVELS), sizeof(stored_scale), NB_CHUNK, BOX_SCALES, 0);
+                  (uint4)(sizes.xy, 1, HEADS * LEVELS), sizeof(stored_scale), NB_CHUNK, BOX_SCALES, BOX_PLAIN);
     }
 #endif
     __global float2 *since = (__global float2 *)place(ws, ws_offset, call.since) + get_group_id(0) * (call.chunks + 1);

@@ -29,11 +29,12 @@
 
 /*
  * Maps for copies of boxes (heads_map in mma_nvidia.cl), of a segment's tokens: of 64 columns of values; of level scales, as
- * many as a row of them has in local memory, from a multiple of 16 bytes on.
+ * many as a row of them has in local memory, from a multiple of 16 bytes on; and of 16 tokens of o, 32 columns.
  */
 #define NV_MAP_V 0
 #define NV_MAP_SCALES 1
-#define NV_MAPS 2
+#define NV_MAP_O 2
+#define NV_MAPS 3
 
 /* A call.  Places in the workspace are bytes from its start. */
 typedef struct loglin_nvidia_call {

@@ -66,6 +66,9 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
 /* With wgmma, values and level scales come as boxes where rows of these are multiples of 16 bytes. */
 #define BOXES (WGMMA && HEADS * LEVELS % (WEIGHT_STORAGE == 0 ? 4 : 8) == 0)
 
+/* And o goes back as boxes, half of its columns from where a warp's level scales were, where these are not floats. */
+#define O_BOXES (BOXES && WEIGHT_STORAGE != 0)
+
 #if BOXES
 __global heads_map *map_of(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, uint i) {
     return (__global heads_map *)(((ulong)place(ws, ws_offset, call.maps) + 127) & ~(ulong)127) + i;
@@ -237,17 +240,18 @@ __kernel __attribute__((reqd_work_group_size(NV_PREPARE_ITEMS, 1, 1))) void
 nvidia_prepare(const loglin_nvidia_call call, __global float *ws, ulong ws_offset, const __global ushort *q,
                ulong q_offset, const __global ushort *k, ulong k_offset, const __global float *g, ulong g_offset,
                const __global ushort *v, ulong v_offset, const __global weight *level_scales, ulong level_scales_offset,
-               uint aligned) {
+               const __global ushort *o, ulong o_offset, uint aligned) {
     __local uint4 rows[2 * NV_HALF * NV_K / 8];
     __local uint4 *queries = rows, *keys = rows + NV_HALF * NV_K / 8;
     const uint item = get_local_id(0), lane = warp_lane(), warp = same_in_warp(item / 32);
     const ulong id = get_group_id(0), records = (ulong)call.batch * GROUPS * call.segments;
 #if BOXES
     if (id == 3 * records && item == 0) {
-        map_heads(map_of(call, ws, ws_offset, NV_MAP_V), v + v_offset, (uint4)(call.batch, call.length, HEADS, DIM_V), 2,
-                  NV_SEGMENT, NV_TILE_V, 1);
+        const uint4 sizes = (uint4)(call.batch, call.length, HEADS, DIM_V);
+        map_heads(map_of(call, ws, ws_offset, NV_MAP_V), v + v_offset, sizes, 2, NV_SEGMENT, NV_TILE_V, BOX_TILE);
+        map_heads(map_of(call, ws, ws_offset, NV_MAP_O), o + o_offset, sizes, 2, 16, NV_TILE_V / 2, BOX_HALF_TILE);
         map_heads(map_of(call, ws, ws_offset, NV_MAP_SCALES), level_scales + level_scales_offset,
-                  (uint4)(call.batch, call.length, 1, HEADS * LEVELS), sizeof(stored_scale), NV_SEGMENT, SCALES_ROW, 0);
+                  (uint4)(sizes.xy, 1, HEADS * LEVELS), sizeof(stored_scale), NV_SEGMENT, SCALES_ROW, BOX_PLAIN);
     }
 #endif
     if (id >= 3 * records) {

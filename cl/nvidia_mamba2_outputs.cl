@@ -170,10 +170,18 @@ void store_piece(__global ushort *o, uint4 x, int wanted, int aligned) {
     }
 }
 
-/*
- * Stores the warp's 16 rows at o, 32 columns at a time through `space`, 16 rows of 64 bytes, whose pieces of 16 bytes
- * change places so that they lie in different banks.
- */
+/* Rounds 32 columns of the warp's 16 rows; their pieces of 16 bytes change places so that they lie in different banks. */
+void round_columns(uint lane, __local uint *to, const float4 c[4]) {
+    const uint r = lane / 4, p = lane % 4;
+#pragma unroll
+    for (uint j = 0; j < 4; j++) {
+        __local uint *pair = &to[16 * r + 4 * (j ^ (r / 2 % 4)) + p];
+        pair[0] = pack(c[j].x, c[j].y);
+        pair[8 * 16] = pack(c[j].z, c[j].w);
+    }
+}
+
+/* Stores the warp's 16 rows at o, 32 columns at a time through `space`, 16 rows of 64 bytes. */
 void store_rows(__global ushort *o, __local uint *space, const float4 c[8], int rows, int columns, int aligned) {
     const uint lane = anew(get_local_id(0)) % 32, r = lane / 4, p = lane % 4, turn = r / 2 % 4;
     o += (ulong)r * (HEADS * DIM_V) + 8 * p;
@@ -181,12 +189,7 @@ void store_rows(__global ushort *o, __local uint *space, const float4 c[8], int 
 #pragma unroll
     for (uint i = 0; i < 2; i++) {
         meet_in_warp(); /* what was there is read */
-#pragma unroll
-        for (uint j = 0; j < 4; j++) {
-            __local uint *pair = &space[16 * r + 4 * (j ^ turn) + p];
-            pair[0] = pack(c[4 * i + j].x, c[4 * i + j].y);
-            pair[8 * 16] = pack(c[4 * i + j].z, c[4 * i + j].w);
-        }
+        round_columns(lane, space, c + 4 * i);
         meet_in_warp();
         const uint4 upper = pieces[0], lower = pieces[8 * 4];
         const int has_columns = (int)(32 * i + 8 * p) < columns;
@@ -256,6 +259,23 @@ void fetch_boxes(__local uint4 *values, __local half_gates *gates, __local store
                  (uint4)(at->b, at->token, 0, (at->head + head) * LEVELS / SCALE_PIECE * SCALE_PIECE),
                  NV_SEGMENT * SCALES_ROW * sizeof(stored_scale), here);
         copy_bulk(gates, at->gates + (ulong)head * at->segments * 2, 2 * NV_GATES, here);
+    }
+}
+#endif
+
+#if O_BOXES
+/* Starts to store the warp's 16 rows, from `row` of the segment on, through two places of 16 rows of 64 bytes. */
+void store_boxes(const __local outputs_place *at, uint item, uint row, __local uint *left, __local uint *right,
+                 const float4 c[8]) {
+    const uint lane = anew(get_local_id(0)) % 32, head = item / TILES_V, column = item % TILES_V * NV_TILE_V;
+    meet_in_warp(); /* what was there is read */
+    round_columns(lane, left, c);
+    round_columns(lane, right, c + 4);
+    arrivals_publish();
+    meet_in_warp();
+    if (lane == 0) {
+        store_box(&at->maps[NV_MAP_O], (uint4)(at->b, at->token + row, at->head + head, column), left);
+        store_box(&at->maps[NV_MAP_O], (uint4)(at->b, at->token + row, at->head + head, column + 32), right);
     }
 }
 #endif
@@ -349,7 +369,10 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local uint4 cross[64 * 32];
 #endif
     __local half_gates gates_at[2][2] __attribute__((aligned(16)));
-    __local stored_scale scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(128)));
+    __local stored_scale scales_at[2][NV_SEGMENT * SCALES_ROW] __attribute__((aligned(O_BOXES ? 1024 : 128)));
+#if O_BOXES
+    __local uint o_at[NV_OUTPUT_ITEMS / 32][256] __attribute__((aligned(1024)));
+#endif
     __local float kept[NV_OUTPUT_COUNT][NV_SEGMENTS_BITS]; /* decay from a block of segments to this one, times scale */
     __local uint ends[NV_SEGMENTS_BITS], levels[NV_SEGMENTS_BITS]; /* the blocks' last segments, and levels */
 #if WGMMA
@@ -359,6 +382,9 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
 #endif
     const uint item = get_local_id(0);
     const int boxes = BOXES && (aligned & 5) == 5;
+#if O_BOXES
+    const int o_boxes = aligned == 7;
+#endif
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
     const ulong id = get_group_id(0);
     const uint bundle = id % bundles, rest = id / bundles, group = rest % GROUPS, b = rest / GROUPS % call.batch;
@@ -373,6 +399,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     if (boxes && item % 32 == 0) { /* who may fetch */
         use_map(map_of(call, ws, ws_offset, NV_MAP_V));
         use_map(map_of(call, ws, ws_offset, NV_MAP_SCALES));
+        use_map(map_of(call, ws, ws_offset, NV_MAP_O));
     }
 #endif
     __local outputs_place place_of_segment; /* not in registers, of which there are few */
@@ -521,6 +548,19 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         }
 #endif
 
+#if O_BOXES
+        /* The boxes of the item before have been read: its place is free. */
+        if (o_boxes && n > 0 && lane == 0) {
+            const uint before = (n - 1) % 2;
+            wait_for_stores();
+            if (arrive_last(&item_free[before])) {
+                arrivals_wait(&item_free[before], (n - 1) / 2 % 2);
+                fetch_boxes(values_at[before], gates_at[before], scales_at[before], &item_here[before], at,
+                            first_item + n + 1, first_item + count);
+            }
+        }
+#endif
+
         /* The blocks of segments before this one. */
         const float half_kept = gates[part].tiles[tile_of_half].x;
         const float block_kept = part == 0 ? half_kept : half_kept * gates[0].whole.y;
@@ -551,6 +591,13 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             }
         }
         const uint of_group = first_item + anew(number), head = of_group / TILES_V, tile = of_group % TILES_V;
+#if O_BOXES
+        if (o_boxes) {
+            store_boxes(at, of_group, 16 * warp, (__local uint *)&scales_at[n % 2][16 * warp * SCALES_ROW],
+                        o_at[item / 32], c);
+            continue;
+        }
+#endif
         store_rows(at->o + (ulong)(16 * warp) * (HEADS * DIM_V) + head * DIM_V + tile * NV_TILE_V,
                    (__local uint *)&scales_at[n % 2][16 * warp * SCALES_ROW], c, at->tokens - (int)(16 * warp),
                    DIM_V - (int)tile * NV_TILE_V, aligned & 2);
@@ -570,6 +617,9 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         }
 #endif
     }
+#if WGMMA
+    wait_for_stores();
+#endif
 }
 
 /* ---- final ------------------------------------------------------------------------------------------------------- */

@@ -82,7 +82,7 @@ nvidia_probe(const __global uint4 *a, const __global uint4 *b, __global float *p
     if (item == 0) {
         arrivals_start(arrived, 1);
         arrivals_publish();
-        map_heads(map, b, (uint4)(1, 32, 2, 64), 2, 32, 64, 1);
+        map_heads(map, b, (uint4)(1, 32, 2, 64), 2, 32, 64, BOX_TILE);
         use_map(map);
         copy_box(rows_of_a, map, (uint4)(0, 0, 1, 0), 32 * 128, arrived);
     }

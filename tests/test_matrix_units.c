@@ -6,6 +6,8 @@
 #include "support_criterion.h"
 #include "support_limits.h"
 
+#include "engine/nvidia.h"
+
 #include <string.h>
 
 static bool has_boundaries(void) {
@@ -25,6 +27,17 @@ static void expect_launched(check_function *check, loglin_op op) {
     const char *backward = op == LOGLIN_GATED_DELTA ? "nvidia_delta_keys" : "nb_prepare";
     const char *kernel = check == support_check_backward ? backward : forward;
     cr_expect(!has_boundaries() || support_launches(kernel, 0) > 0, "%s was not launched", kernel);
+}
+
+/* Without wgmma everything is right still, and half as fast, so it is noticed here alone: devices 9.x have it. */
+Test(matrix_units, wgmma_passes_its_trial_run) {
+    const cl_device_info compute_capability_major = 0x4000; /* CL_DEVICE_COMPUTE_CAPABILITY_MAJOR_NV */
+    cl_uint major = 0;
+    (void)clGetDeviceInfo(support_open()->id, compute_capability_major, sizeof major, &major, NULL);
+    for (int dtype = LOGLIN_F16; has_boundaries() && major == 9 && dtype <= LOGLIN_BF16; dtype++) {
+        cr_expect_eq(loglin_nvidia_probe_wgmma(support_open()->device, (loglin_dtype)dtype, 1 << 16), LOGLIN_OK, "%s",
+                     loglin_last_error());
+    }
 }
 
 static void expect_16_bit_of(check_function *check, support_case c) {

@@ -172,7 +172,8 @@ static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *
     const size_t scale = problem->weight_dtype == LOGLIN_F32 ? sizeof(float) : 2, piece = 16 / scale;
     const size_t pieces = (levels + 2 * piece - 2) / piece, scales = NV_SEGMENT * (pieces > 4 ? pieces : 4) * 16;
     const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + schedule->stages * 12 + 128;
-    return values + states + products + 2 * scales + (size_t)4 * NV_GATES + tables;
+    const size_t rounded = schedule->wgmma && scale == 2 ? (size_t)NV_OUTPUT_ITEMS * 32 : 0; /* half of o */
+    return values + states + products + 2 * scales + (size_t)4 * NV_GATES + rounded + tables;
 }
 
 /*
@@ -277,8 +278,9 @@ static loglin_status enqueue(const loglin_engine_state *state, loglin_nvidia_run
                                 (cl_uint)loglin_nvidia_is_aligned(call->in.level_scales) << 2;
     const loglin_nvidia_argument sums = {state->call.segments * sizeof(float), NULL};
     const bool has_final = call->final.values.mem != NULL;
-    const loglin_buffer prepare_buffers[] = {call->in.q, call->in.k, call->in.g, call->in.v, call->in.level_scales};
-    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_PREPARE], prepare_buffers, 5,
+    const loglin_buffer prepare_buffers[] = {call->in.q, call->in.k, call->in.g, call->in.v, call->in.level_scales,
+                                             call->o};
+    RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_PREPARE], prepare_buffers, 6,
                                          &(loglin_nvidia_argument){sizeof qk_aligned, &qk_aligned}, NULL));
     RETURN_IF_ERROR(loglin_nvidia_launch(run, &kernels[KERNEL_STATES], &call->in.v, 1,
                                          &(loglin_nvidia_argument){sizeof v_aligned, &v_aligned}, NULL));
