@@ -201,7 +201,7 @@ void store_rows(__global ushort *o, __local uint *space, const float4 c[8], int 
 /* The first half's work-items copy what an item of work has of its own: they have less to do otherwise. */
 #define FETCH_ITEMS 256
 
-/* A work-group's segment: where its parts start, of the first item of its group. */
+/* A work-group's segment: where its parts start, of the first item of its group; and which items it has. */
 typedef struct outputs_place {
     const __global ushort *v;
     __global ushort *o;
@@ -210,6 +210,7 @@ typedef struct outputs_place {
     const __global uint4 *nodes, *record;
     uint segments; /* of the sequence */
     int tokens;    /* of the segment */
+    uint first_item, count, blocks; /* blocks: of segments before this one */
 #if BOXES
     const __global heads_map *maps;
     uint b, token, head; /* sequence, first token in it, and first head */
@@ -248,10 +249,11 @@ void fetch_item(__local uint4 *values, __local half_gates *gates, __local stored
 #define BOX_COPIES 3
 
 #if BOXES
-/* One item starts them, if there is such an item of work; its place is empty. */
+/* One item starts them, if the work-group has an item of work of number n; its place is empty. */
 void fetch_boxes(__local uint4 *values, __local half_gates *gates, __local stored_scale *scales, __local arrivals *here,
-                 const __local outputs_place *at, uint item, uint count) {
-    if (item < count) {
+                 const __local outputs_place *at, uint n) {
+    const uint item = at->first_item + n;
+    if (n < at->count) {
         const uint head = item / TILES_V, tile = item % TILES_V;
         copy_box(values, &at->maps[NV_MAP_V], (uint4)(at->b, at->token, at->head + head, tile * NV_TILE_V),
                  NV_SEGMENT * NV_TILE_V * 2, here);
@@ -259,6 +261,15 @@ void fetch_boxes(__local uint4 *values, __local half_gates *gates, __local store
                  (uint4)(at->b, at->token, 0, (at->head + head) * LEVELS / SCALE_PIECE * SCALE_PIECE),
                  NV_SEGMENT * SCALES_ROW * sizeof(stored_scale), here);
         copy_bulk(gates, at->gates + (ulong)head * at->segments * 2, 2 * NV_GATES, here);
+    }
+}
+
+/* This warp is done with number n; the last one starts copies of the next but one to its place. */
+void replace_boxes(__local uint4 *values, __local half_gates *gates, __local stored_scale *scales, __local arrivals *here,
+                   __local arrivals *is_free, const __local outputs_place *at, uint n) {
+    if (warp_lane() == 0 && arrive_last(is_free)) {
+        arrivals_wait(is_free, n / 2 % 2);
+        fetch_boxes(values, gates, scales, here, at, n + 2);
     }
 }
 #endif
@@ -291,7 +302,6 @@ typedef struct stage_ring {
     __local arrivals *full, *empty;
 #endif
     const __local uint *ends; /* last segments of the blocks of segments before this one */
-    uint first_item, count, blocks;
 } stage_ring;
 
 #define STAGES_OF_BLOCK (K_BLOCK / 64)
@@ -301,17 +311,17 @@ typedef struct stage_ring {
  * is such a one: of an item come K_BLOCK rows of all blocks, then the next.
  */
 void fetch_stage(stage_ring ring, uint n, uint item, uint index, const __local outputs_place *at) {
-    const uint per_k_block = ring.blocks * STAGES_OF_BLOCK, per_item = ring.blocks * (NV_K / 64);
-    for (; item < ring.count && index >= per_item; item++) {
+    const uint per_k_block = at->blocks * STAGES_OF_BLOCK, per_item = at->blocks * (NV_K / 64);
+    for (; item < at->count && index >= per_item; item++) {
         index -= per_item;
     }
-    if (item < ring.count) {
+    if (item < at->count) {
         uint rows = 0; /* 64 at a time */
         for (; NV_K > K_BLOCK && index >= per_k_block; rows += STAGES_OF_BLOCK) {
             index -= per_k_block;
         }
         rows += index % STAGES_OF_BLOCK;
-        const uint node = (ring.first_item + item) * at->segments + ring.ends[index / STAGES_OF_BLOCK];
+        const uint node = (at->first_item + item) * at->segments + ring.ends[index / STAGES_OF_BLOCK];
         const __global uint4 *from = at->nodes + (ulong)node * STATE + rows * STAGE;
         __local uint4 *to = ring.stages + n % NV_STAGES * STAGE;
 #if WGMMA
@@ -381,10 +391,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     __local arrivals record_here;                /* q k^T */
 #endif
     const uint item = get_local_id(0);
-    const int boxes = BOXES && (aligned & 5) == 5;
-#if O_BOXES
-    const int o_boxes = aligned == 7;
-#endif
+    const int boxes = BOXES && (O_BOXES ? aligned == 7 : (aligned & 5) == 5);
     const uint bundles = (ITEMS + NV_OUTPUT_COUNT - 1) / NV_OUTPUT_COUNT;
     const ulong id = get_group_id(0);
     const uint bundle = id % bundles, rest = id / bundles, group = rest % GROUPS, b = rest / GROUPS % call.batch;
@@ -414,6 +421,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             record,
             call.segments,
             (int)min(call.length - segment * NV_SEGMENT, (uint)NV_SEGMENT),
+            first_item, count, blocks,
 #if BOXES
             map_of(call, ws, ws_offset, 0),
             b,
@@ -435,7 +443,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
 #if WGMMA
                              full, empty,
 #endif
-                             ends, first_item, count, blocks};
+                             ends};
 #if WGMMA
     if (item < NV_STAGES) {
         arrivals_start(&full[item], 1);
@@ -464,7 +472,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
 #if BOXES
     if (boxes && item < 64 && item % 32 == 0) {
         const uint n = item / 32;
-        fetch_boxes(values_at[n], gates_at[n], scales_at[n], &item_here[n], at, first_item + n, first_item + count);
+        fetch_boxes(values_at[n], gates_at[n], scales_at[n], &item_here[n], at, n);
     }
 #endif
     if (!boxes && item < FETCH_ITEMS) {
@@ -504,24 +512,25 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     arrivals_wait(&record_here, 0);
 #endif
     uint stage = 0;
-    for (uint number = 0; number < count; number++) {
+    for (uint number = 0; number < at->count; number++) {
         /* A chunk takes the longer the later it is: the warpgroups change chunks 0 and 3, 1 and 2, from item to item. */
         const uint n = anew(number), id = item ^ (n % 2 * 384), lane = id % 32, warp = id / 32;
         const uint part = warp / 8, tile_of_half = warp % 8; /* the warp's 16 rows */
         const uint row = 16 * warp + lane / 4;               /* in the segment */
         const __local half_gates *gates = gates_at[n % 2];
-        const __global weight *scales_from = at->level_scales + (first_item + n) / TILES_V * LEVELS;
+        const __global weight *scales_from = at->level_scales + (at->first_item + n) / TILES_V * LEVELS;
 #if WGMMA
         arrivals_wait(&item_here[n % 2], n / 2 % 2);
         if (!boxes) {
             tile_publish();
         }
-        if (!boxes && id < FETCH_ITEMS && n + 1 < count) {
+        if (!boxes && id < FETCH_ITEMS && n + 1 < at->count) {
             const uint next = (n + 1) % 2;
             if (n > 0) {
                 arrivals_wait(&item_free[next], (n - 1) / 2 % 2);
             }
-            fetch_item(values_at[next], gates_at[next], scales_at[next], &item_here[next], at, first_item + n + 1, id,
+            fetch_item(values_at[next], gates_at[next], scales_at[next], &item_here[next], at,
+                       at->first_item + n + 1, id,
                        aligned & 1);
         }
 #else
@@ -542,22 +551,19 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                   at->record + part * RECORD + tile_of_half * K_STEPS * 32);
 #if !WGMMA
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (id < FETCH_ITEMS && n + 1 < count) {
-            fetch_item(values_at[0], gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, first_item + n + 1, id,
+        if (id < FETCH_ITEMS && n + 1 < at->count) {
+            fetch_item(values_at[0], gates_at[(n + 1) % 2], scales_at[(n + 1) % 2], at, at->first_item + n + 1, id,
                        aligned & 1);
         }
 #endif
 
 #if O_BOXES
         /* The boxes of the item before have been read: its place is free. */
-        if (o_boxes && n > 0 && lane == 0) {
+        if (boxes && n > 0) {
             const uint before = (n - 1) % 2;
             wait_for_stores();
-            if (arrive_last(&item_free[before])) {
-                arrivals_wait(&item_free[before], (n - 1) / 2 % 2);
-                fetch_boxes(values_at[before], gates_at[before], scales_at[before], &item_here[before], at,
-                            first_item + n + 1, first_item + count);
-            }
+            replace_boxes(values_at[before], gates_at[before], scales_at[before], &item_here[before], &item_free[before],
+                          at, n - 1);
         }
 #endif
 
@@ -590,9 +596,9 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                 }
             }
         }
-        const uint of_group = first_item + anew(number), head = of_group / TILES_V, tile = of_group % TILES_V;
+        const uint of_group = at->first_item + anew(number), head = of_group / TILES_V, tile = of_group % TILES_V;
 #if O_BOXES
-        if (o_boxes) {
+        if (boxes) {
             store_boxes(at, of_group, 16 * warp, (__local uint *)&scales_at[n % 2][16 * warp * SCALES_ROW],
                         o_at[item / 32], c);
             continue;
@@ -606,14 +612,14 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
             arrivals_publish(); /* what was read and written here, before boxes come */
         }
         meet_in_warp();
-        if (lane == 0 && arrive_last(&item_free[n % 2])) {
 #if BOXES
-            if (boxes) {
-                arrivals_wait(&item_free[n % 2], n / 2 % 2);
-                fetch_boxes(values_at[n % 2], gates_at[n % 2], scales_at[n % 2], &item_here[n % 2], at, first_item + n + 2,
-                            first_item + count);
-            }
+        if (boxes) {
+            replace_boxes(values_at[n % 2], gates_at[n % 2], scales_at[n % 2], &item_here[n % 2], &item_free[n % 2], at, n);
+            continue;
+        }
 #endif
+        if (lane == 0) {
+            arrive(&item_free[n % 2]);
         }
 #endif
     }
