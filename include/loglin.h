@@ -310,7 +310,8 @@ typedef struct loglin_tune_options {
      */
     const loglin_problem *problems;
     size_t problem_count;
-    int quick;              /* not 0: few classes and candidates, for less than two minutes on two cores */
+    int quick;              /* not 0: few classes and candidates, for less than two minutes on two cores; CLBlast's
+                             * parameters stay, and on a CPU blas is tuned only if `engine` or a problem names it */
     int resume;             /* not 0: measurements that an interrupted run of the same kind has made are not repeated */
     loglin_engine engine;   /* LOGLIN_ENGINE_AUTO: each that takes a problem */
     double time_limit;      /* seconds after which none begins; 0: none (quick: 105; 10 s later none goes on) */
