@@ -5,7 +5,7 @@
 
 /*
  * 128 items start copying the level scales of a segment's rows.  Floats come in whole 16 bytes, so a row starts with as
- * many floats as stand before its own in their 16 bytes: scales_shift.
+ * many floats as stand before its own in their 16 bytes: scales_shift.  Those of 16 bits are copied one by one.
  */
 void fetch_scales(__local stored_scale *scales, const __global weight *level_scales, int rows, uint item) {
     const uint piece = item % 8;
@@ -41,7 +41,7 @@ uint scales_shift(const __global weight *level_scales, uint row, int boxes) {
 /* What weighs the rows r and r + 8 of a warp's 16. */
 typedef struct warp_rows {
     const __local stored_scale *upper_scales, *lower_scales; /* their level scales */
-    float upper, lower;                               /* their decays from the tile's start */
+    float upper, lower;                                      /* their decays from the tile's start */
 } warp_rows;
 
 /* The weights of one level, decayed by `kept` before the tile; in pairs of storage. */
@@ -241,6 +241,9 @@ void fetch_item(__local uint4 *values, __local half_gates *gates, __local stored
     if (id == FETCH_ITEMS - 128) {
         copy_bulk(gates, gates_from, 2 * NV_GATES, here);
     }
+    if (!aligned || WEIGHT_STORAGE != 0) {
+        mem_fence(CLK_LOCAL_MEM_FENCE); /* of what was stored: arrive_with_copies orders copies alone */
+    }
     arrive_with_copies(here);
 #endif
 }
@@ -406,7 +409,9 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
     if (boxes && item % 32 == 0) { /* who may fetch */
         use_map(map_of(call, ws, ws_offset, NV_MAP_V));
         use_map(map_of(call, ws, ws_offset, NV_MAP_SCALES));
-        use_map(map_of(call, ws, ws_offset, NV_MAP_O));
+        if (O_BOXES) {
+            use_map(map_of(call, ws, ws_offset, NV_MAP_O));
+        }
     }
 #endif
     __local outputs_place place_of_segment; /* not in registers, of which there are few */
@@ -608,11 +613,11 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
                    (__local uint *)&scales_at[n % 2][16 * warp * SCALES_ROW], c, at->tokens - (int)(16 * warp),
                    DIM_V - (int)tile * NV_TILE_V, aligned & 2);
 #if WGMMA
-        if (boxes) {
+        if (!O_BOXES && boxes) {
             arrivals_publish(); /* what was read and written here, before boxes come */
         }
         meet_in_warp();
-#if BOXES
+#if BOXES && !O_BOXES
         if (boxes) {
             replace_boxes(values_at[n % 2], gates_at[n % 2], scales_at[n % 2], &item_here[n % 2], &item_free[n % 2], at, n);
             continue;
@@ -623,7 +628,7 @@ nvidia_outputs(const loglin_nvidia_call call, __global float *ws, ulong ws_offse
         }
 #endif
     }
-#if WGMMA
+#if O_BOXES
     wait_for_stores();
 #endif
 }

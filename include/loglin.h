@@ -287,9 +287,10 @@ typedef struct loglin_tune_event {
     const char *candidate; /* what has just been measured; NULL: only time has passed */
     const char *outcome;   /* "ok", or why not: refused, wrong, hung, crashed; NULL without a candidate */
     const char *detail;    /* of the candidate, in words, may be empty; finished: why there is no choice; else NULL */
-    double ms, spread;     /* of the candidate, or (finished) of the choice */
+    double ms, spread;     /* of the candidate, or (finished) of the choice; "CLBlast": the geometric mean of some
+                            * classes, in the first round of the first one alone */
     double default_ms; /* finished: of the engine's untuned default, measured alternately with the choice; 0: fails */
-    const char *best;  /* the fastest of the subject so far; the choice where finished; NULL: none yet */
+    const char *best;  /* the fastest of the round so far; the choice where finished; NULL: none yet */
     double best_ms;
     double gflops, gbytes;        /* "peak": the device's rates, 1e9 operations and bytes a second */
     loglin_problem problem;       /* what was measured, its engine and chunk those of the candidate */

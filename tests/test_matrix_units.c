@@ -8,6 +8,7 @@
 
 #include "engine/nvidia.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 static bool has_boundaries(void) {
@@ -29,14 +30,19 @@ static void expect_launched(check_function *check, loglin_op op) {
     cr_expect(!has_boundaries() || support_launches(kernel, 0) > 0, "%s was not launched", kernel);
 }
 
-/* Without wgmma everything is right still, and half as fast, so it is noticed here alone: devices 9.x have it. */
+/*
+ * Without wgmma everything is right still, and half as fast, so it is noticed here alone: devices 9.x have it, unless it is
+ * not wanted.
+ */
 Test(matrix_units, wgmma_passes_its_trial_run) {
     const cl_device_info compute_capability_major = 0x4000; /* CL_DEVICE_COMPUTE_CAPABILITY_MAJOR_NV */
+    const char *options = getenv("LOGLIN_BUILD_OPTIONS");
+    const bool wanted = options == NULL || strstr(options, "NV_NO_WGMMA") == NULL;
     cl_uint major = 0;
     (void)clGetDeviceInfo(support_open()->id, compute_capability_major, sizeof major, &major, NULL);
     for (int dtype = LOGLIN_F16; has_boundaries() && major == 9 && dtype <= LOGLIN_BF16; dtype++) {
-        cr_expect_eq(loglin_nvidia_probe_wgmma(support_open()->device, (loglin_dtype)dtype, 1 << 16), LOGLIN_OK, "%s",
-                     loglin_last_error());
+        cr_expect_eq(loglin_nvidia_probe_wgmma(support_open()->device, (loglin_dtype)dtype, 1 << 16),
+                     wanted ? LOGLIN_OK : LOGLIN_UNSUPPORTED, "%s", loglin_last_error());
     }
 }
 
@@ -154,20 +160,21 @@ Test(matrix_units, backward_options) {
     }
 }
 
-/* Level scales of 16 bits, as boxes where there are eight heads, else a row starts anywhere in its words. */
+/* Level scales of 16 bits, as boxes where there are eight heads, as o is then, else a row starts anywhere in its words. */
 Test(matrix_units, scales_of_16_bits) {
     static const struct {
-        size_t heads, offset, extra;
-    } shapes[] = {{8, 0, 0}, {8, 1, 0}, {3, 0, 0}, {3, 1, 0}, {8, 0, 3}};
+        size_t heads, groups, v, offset, extra;
+    } shapes[] = {{8, 1, 64, 0, 0}, {8, 1, 64, 1, 0}, {3, 1, 64, 0, 0}, {3, 1, 64, 1, 0}, {8, 2, 96, 0, 3}};
     for (size_t i = 0; i < some(sizeof shapes / sizeof shapes[0]); i++) {
         for (int dtype = has_boundaries() ? LOGLIN_F16 : LOGLIN_BF16; dtype <= LOGLIN_BF16; dtype++) {
             const support_case c = {.dtype = (loglin_dtype)dtype,
                                     .weight_dtype = (loglin_dtype)dtype,
+                                    .batch = shapes[i].groups,
                                     .length = 700,
                                     .heads = shapes[i].heads,
-                                    .groups = 1,
+                                    .groups = shapes[i].groups,
                                     .dim_k = 128,
-                                    .dim_v = 64,
+                                    .dim_v = shapes[i].v,
                                     .offset = shapes[i].offset,
                                     .extra_levels = shapes[i].extra};
             expect_pass(support_check_forward(&c));

@@ -260,20 +260,34 @@ Test(tuner, goes_on_where_an_engine_has_no_candidate) {
     cr_expect(at.finished == 1 && at.best_ms == 4 && at.default_ms == 0, "%zu: %g", at.finished, at.best_ms);
 }
 
-/* Stopped behind any measurement, a run that goes on repeats none. */
-Test(tuner, resumes_behind_every_measurement) {
-    set_worker("*'\"values\":[128'*) answer 5;;");
-    const run whole = tune(&FUSED, (run){0});
+/* Stopped behind any measurement, or every `step`th, a run that goes on repeats none. */
+static void expect_resumed(loglin_tune_options options, size_t step) {
+    options.resume = 0;
+    const run whole = tune(&options, (run){0});
     const size_t total = asked();
-    cr_expect(whole.complete && whole.best_ms == 5);
-    for (size_t stop = 1; stop < whole.measured; stop++) {
-        const size_t before = asked();
-        const run first = tune(&FUSED, (run){.stop_measured = stop});
+    cr_expect(whole.complete && whole.best_ms == 5, "%g", whole.best_ms);
+    for (size_t stop = 1; stop < whole.measured; stop += step) {
+        support_remove_cache();
+        make_places();
+        set_worker("*'\"values\":[128'*|*'[64,4,16,'*) answer 5;;");
+        options.resume = 0;
+        const run first = tune(&options, (run){.stop_measured = stop});
         cr_expect_not(first.complete);
-        const run second = tune(&FUSED_RESUMED, (run){0});
-        cr_expect(second.complete && second.best_ms == 5 && strcmp(second.best, whole.best) == 0);
-        cr_expect_eq(asked() - before, total, "stopped at %zu: %zu asked, expected %zu", stop, asked() - before, total);
+        options.resume = 1;
+        const run second = tune(&options, (run){0});
+        cr_expect(second.complete && second.best_ms == 5 && strcmp(second.best, whole.best) == 0, "%s", second.best);
+        cr_expect_eq(asked(), total, "stopped at %zu: %zu asked, expected %zu", stop, asked(), total);
     }
+}
+
+Test(tuner, resumes_behind_every_measurement) {
+    set_worker("*'\"values\":[128'*|*'[64,4,16,'*) answer 5;;");
+    expect_resumed(FUSED, 1);
+}
+
+Test(tuner, resumes_a_run_with_blas) {
+    set_worker("*'\"values\":[128'*|*'[64,4,16,'*) answer 5;;");
+    expect_resumed(BLAS, 5);
 }
 
 /* Stopped again and again within one and the same measurement, it is not taken for one that hangs. */
@@ -541,6 +555,18 @@ Test(tuner, parameters_are_chosen_by_several_classes) {
                "*'[64,8,16,'*) answer 5;;");
     const run at = tune(&BLAS, (run){0});
     cr_expect(at.complete && at.best_ms == 6 && strstr(at.best, "gemm=64/8/16") != NULL, "%s", at.best);
+}
+
+/* A class that the device refuses, for want of memory, has no say. */
+Test(tuner, parameters_are_chosen_by_the_classes_that_are_taken) {
+    set_worker("*'\"op\":1'*'\"phases\":2'*) refused;;\n*'[64,4,16,'*) answer 5;;");
+    run at = tune(&BLAS, (run){0});
+    cr_expect(at.complete && at.best_ms == 5 && strstr(at.best, "gemm=64/4/16") != NULL, "%s", at.best);
+    support_remove_cache();
+    make_places();
+    set_worker("*'\"engine\":1'*) refused;;");
+    at = tune(&BLAS, (run){0});
+    cr_expect(at.complete && at.finished == 0 && at.without == 2, "%zu, %zu", at.finished, at.without);
 }
 
 /* A quick run takes CLBlast's parameters as they are, and on a CPU nothing of its engine unless it is asked for. */

@@ -85,7 +85,7 @@ const loglin_bench_suite loglin_cli_bench_cpu = {
 
 /* ---- The paper's kernel benchmark: times on one H100 ------------------------------------------------------------- */
 
-/* In 16 bits level scales and beta are, too, as the byte counts of the figures have them; FLOAT_SCALES: floats. */
+/* Level scales and beta have the rows' type, as the byte counts of the figures have them; FLOAT_SCALES, and steps: floats. */
 #define PAPER(LENGTH, DTYPE, WEIGHT_DTYPE, PHASES)                                                                     \
     {                                                                                                                  \
         .dtype = (DTYPE), .weight_dtype = (WEIGHT_DTYPE), .batch = 2, .length = (LENGTH), .heads = 48, .groups = 1,    \

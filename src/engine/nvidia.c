@@ -171,8 +171,9 @@ static size_t local_bytes(const loglin_problem *problem, const nvidia_schedule *
     const size_t levels = loglin_num_levels(problem->length);
     const size_t scale = problem->weight_dtype == LOGLIN_F32 ? sizeof(float) : 2, piece = 16 / scale;
     const size_t pieces = (levels + 2 * piece - 2) / piece, scales = NV_SEGMENT * (pieces > 4 ? pieces : 4) * 16;
-    const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + schedule->stages * 12 + 128;
-    const size_t rounded = schedule->wgmma && scale == 2 ? (size_t)NV_OUTPUT_ITEMS * 32 : 0; /* half of o */
+    const size_t tables = (schedule->output_count + 2) * NV_SEGMENTS_BITS * 4 + schedule->stages * 16 + 192;
+    const bool o_boxes = schedule->wgmma && scale == 2 && problem->heads * problem->levels % 8 == 0;
+    const size_t rounded = o_boxes ? (size_t)NV_OUTPUT_ITEMS * 32 : 0; /* half of o */
     return values + states + products + 2 * scales + (size_t)4 * NV_GATES + rounded + tables;
 }
 

@@ -72,13 +72,13 @@ static loglin_gemm_parameters draw_parameters(uint64_t *random) {
     return made;
 }
 
-void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_gemm_parameters *present,
+void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_gemm_parameters *built_in,
                                const loglin_tuning *known, uint64_t seed, loglin_candidates *candidates) {
     const size_t random_count = info->type == CL_DEVICE_TYPE_CPU ? 6 : 24;
     const loglin_configuration untuned = loglin_configuration_default(LOGLIN_ENGINE_BLAS);
     candidates->count = 0;
     add(candidates, &untuned);
-    add_gemm(info, present, candidates);
+    add_gemm(info, built_in, candidates);
     for (size_t i = 0; i < known->count; i++) {
         if (known->entries[i].kind == LOGLIN_ENTRY_GEMM) {
             add_gemm(info, &known->entries[i].configuration.gemm, candidates);

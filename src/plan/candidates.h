@@ -13,16 +13,16 @@ typedef struct loglin_candidates {
 } loglin_candidates;
 
 /*
- * CLBlast's parameters on the blas engine: its own, those of plans so far, what `known` holds of this device (stale or
- * not), some that have won somewhere, and random ones from the seed.
+ * CLBlast's parameters on the blas engine: its own, those that are built in for the device, what `known` holds of it (stale
+ * or not), some that have won somewhere, and random ones from the seed.
  */
-void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_gemm_parameters *present,
+void loglin_candidates_of_gemm(const loglin_device_info *info, const loglin_gemm_parameters *built_in,
                                const loglin_tuning *known, uint64_t seed, loglin_candidates *candidates);
 
 /*
  * An engine's chunk sizes, with CLBlast set as given.  The first candidate is the untuned default, for the blas engine
- * with CLBlast's own parameters; the default's values with the given ones come second if they differ.  quick: what needs
- * no compiling.
+ * with CLBlast's own parameters; the default's values with the given ones come second if they differ.  quick: those that
+ * win somewhere.
  */
 void loglin_candidates_of_engine(loglin_engine engine, const loglin_gemm_parameters *gemm, bool quick,
                                  loglin_candidates *candidates);

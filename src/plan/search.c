@@ -42,6 +42,24 @@ double loglin_sample_spread(const loglin_sample *sample) {
     return quantile(sample, 0.25) - quantile(sample, 0);
 }
 
+loglin_sample loglin_sample_mean(const loglin_sample *samples, size_t count) {
+    loglin_sample mean = {.runs = samples[0].runs};
+    for (size_t n = 0; n < count; n++) {
+        mean.runs = samples[n].runs < mean.runs ? samples[n].runs : mean.runs;
+    }
+    for (unsigned i = 0; i < mean.runs; i++) {
+        mean.ms[i] = 1;
+    }
+    for (size_t n = 0; n < count; n++) {
+        loglin_sample sorted = samples[n];
+        qsort(sorted.ms, sorted.runs, sizeof sorted.ms[0], ascending);
+        for (unsigned i = 0; i < mean.runs; i++) {
+            mean.ms[i] *= pow(sorted.ms[i], 1 / (double)count);
+        }
+    }
+    return mean;
+}
+
 /* ---- Rounds ------------------------------------------------------------------------------------------------------ */
 
 /* A candidate in a round. */
@@ -99,6 +117,7 @@ static void shuffle(race *at, uint64_t *random) {
 /* Measures all that are in the race, sorts them, and drops those that failed. */
 static void run_round(race *at, unsigned runs) {
     size_t good = 0;
+    at->best.ms = INFINITY;
     for (size_t i = 0; i < at->count && !at->stopped; i++) {
         loglin_sample sample;
         runner entered = at->runners[i];
@@ -181,6 +200,7 @@ static bool fight(race *at, size_t challenger, bool backwards, loglin_sample all
 
 static void settle(race *at, loglin_search_result *result) {
     loglin_sample all[CONTESTANTS] = {{.runs = 0}};
+    at->best.ms = INFINITY;
     const size_t rival = rival_of(at->search), challenger = at->count > 0 ? at->runners[0].candidate : rival;
     bool won = fight(at, challenger, false, all);
     won = fight(at, won ? challenger : rival, true, all) && won;
@@ -191,6 +211,7 @@ static void settle(race *at, loglin_search_result *result) {
     result->ms = loglin_sample_time(winner);
     result->spread = loglin_sample_spread(winner);
     result->first_ms = first->runs > 0 ? loglin_sample_time(first) : 0;
+    result->first_spread = first->runs > 0 ? loglin_sample_spread(first) : 0;
 }
 
 loglin_search_result loglin_search_run(const loglin_search *search) {

@@ -35,7 +35,7 @@ typedef struct loglin_search {
     bool yardstick; /* candidate 0 is one; there is a candidate 1 */
     /* Runs a candidate so many times.  `round` tells measurements of one candidate apart. */
     loglin_outcome (*measure)(void *context, size_t candidate, unsigned round, unsigned runs, loglin_sample *sample);
-    /* A share of the search is done, 0 to 1; `best` is the fastest so far.  May be NULL. */
+    /* A share of the search is done, 0 to 1; `best` is the fastest of the round so far.  May be NULL. */
     void (*advance)(void *context, double share, size_t best, double ms);
     void *context;
 } loglin_search;
@@ -46,6 +46,7 @@ typedef struct loglin_search_result {
     size_t winner;     /* candidate 0 (1 with a yardstick) unless a challenger has won */
     double ms, spread; /* the winner's time and spread, by its samples in the duels */
     double first_ms;   /* candidate 0's time in the duels; 0 if it failed or there were none */
+    double first_spread;
 } loglin_search_result;
 
 loglin_search_result loglin_search_run(const loglin_search *search);
@@ -56,6 +57,9 @@ loglin_search_result loglin_search_run(const loglin_search *search);
  */
 double loglin_sample_time(const loglin_sample *sample);
 double loglin_sample_spread(const loglin_sample *sample);
+
+/* The geometric mean of some samples, at least one: of their least times, of the next ones, and so on. */
+loglin_sample loglin_sample_mean(const loglin_sample *samples, size_t count);
 
 /* The next number of a sequence that the state fixes. */
 uint64_t loglin_search_random(uint64_t *state);

@@ -19,7 +19,7 @@
 enum { MAX_PROBLEMS = 64, MAX_SUBJECT_PROBLEMS = 4 };
 
 static const char gemm_subject[] = "CLBlast";
-static const double usual_limit = 180; /* seconds: a cold compilation of CLBlast takes 25 on a slow CPU */
+static const double usual_limit = 180; /* seconds: a cold compilation of CLBlast takes up to 123 on a slow CPU */
 static const double quick_limit = 105; /* seconds, after which a quick run begins nothing */
 static const double quick_grace = 10; /* seconds more, after which it gives up what is in flight: two minutes are all */
 
@@ -130,7 +130,7 @@ static loglin_status note(tuner *at, const char *key, const char *key_hung, cons
 /* Asks a child, with the journal told before and after. */
 static loglin_reply ask(tuner *at, const char *key, const loglin_request *request, double limit) {
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_STOPPED};
-    char key_hung[440];
+    char key_hung[480];
     (void)snprintf(key_hung, sizeof key_hung, "%s: %g s", key, limit);
     if (loglin_journal_find(at->journal, key, &reply) || loglin_journal_find(at->journal, key_hung, &reply)) {
         return reply;
@@ -166,7 +166,7 @@ static loglin_reply try_candidate(tuner *at, size_t candidate, const char *key, 
     if (candidate > at->last_default || reply.outcome != LOGLIN_OUTCOME_FAILED || strcmp(reply.reason, "hung") != 0) {
         return reply;
     }
-    char again[400];
+    char again[440];
     (void)snprintf(again, sizeof again, "%s again", key);
     return ask(at, again, request, 2 * limit);
 }
@@ -184,12 +184,12 @@ static loglin_request request_for(const tuner *at, loglin_request_kind kind, con
 }
 
 /* The candidate on one of the subject's problems. */
-static loglin_reply measure_one(tuner *at, size_t candidate, const char *subject, size_t problem, unsigned round,
-                                unsigned runs) {
-    char key[340];
-    (void)snprintf(key, sizeof key, "%s: stage %u round %u of %u, problem %zu", subject, at->stage, round, runs,
-                   problem);
-    loglin_request request = request_for(at, LOGLIN_REQUEST_TIME, &at->problems[problem]);
+static loglin_reply measure_one(tuner *at, size_t candidate, const char *subject, const loglin_problem *problem,
+                                unsigned round, unsigned runs) {
+    char key[380];
+    (void)snprintf(key, sizeof key, "%s: stage %u round %u of %u, op %d phases %u K %zu", subject, at->stage, round,
+                   runs, (int)problem->op, problem->phases, problem->dim_k);
+    loglin_request request = request_for(at, LOGLIN_REQUEST_TIME, problem);
     request.configuration = at->candidates.items[candidate];
     request.runs = runs;
     const loglin_reply reply = try_candidate(at, candidate, key, &request);
@@ -199,30 +199,16 @@ static loglin_reply measure_one(tuner *at, size_t candidate, const char *subject
     return reply;
 }
 
-static int ascending(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Of the samples of `count` problems the geometric mean: of their least times, of the next ones, and so on. */
-static void add_sample(loglin_sample *mean, loglin_sample of, size_t problem, size_t count) {
-    qsort(of.ms, of.runs, sizeof of.ms[0], ascending);
-    mean->runs = problem == 0 || of.runs < mean->runs ? of.runs : mean->runs;
-    for (unsigned i = 0; i < mean->runs; i++) {
-        mean->ms[i] = (problem == 0 ? 1 : mean->ms[i]) * pow(of.ms[i], 1 / (double)count);
-    }
-}
-
 /* On all problems of the subject; in the first round of many candidates one problem has to do. */
 static loglin_reply measure_all(tuner *at, size_t candidate, const char *subject, unsigned round, unsigned runs) {
     const size_t count = round == 0 && at->candidates.count > 2 ? 1 : at->problem_count;
     loglin_reply reply = {.outcome = LOGLIN_OUTCOME_OK};
-    loglin_sample mean = {.runs = 0};
-    for (size_t problem = 0; problem < count && reply.outcome == LOGLIN_OUTCOME_OK; problem++) {
-        reply = measure_one(at, candidate, subject, problem, round, runs);
-        add_sample(&mean, reply.sample, problem, count);
+    loglin_sample samples[MAX_SUBJECT_PROBLEMS] = {{.runs = 0}};
+    for (size_t i = 0; i < count && reply.outcome == LOGLIN_OUTCOME_OK; i++) {
+        reply = measure_one(at, candidate, subject, &at->problems[i], round, runs);
+        samples[i] = reply.sample;
     }
-    reply.sample = mean;
+    reply.sample = loglin_sample_mean(samples, count);
     return reply;
 }
 
@@ -382,39 +368,66 @@ static void tune_peak(tuner *at) {
     }
 }
 
+/* Classes that differ in their products, by which CLBlast's parameters are chosen: those that the device does not refuse. */
+static void list_gemm_classes(tuner *at, unsigned runs) {
+    const loglin_problem classes[MAX_SUBJECT_PROBLEMS] = {
+        standard_problem(at, LOGLIN_MAMBA2, LOGLIN_FORWARD, 1024),
+        standard_problem(at, LOGLIN_MAMBA2, LOGLIN_BACKWARD, 1024),
+        standard_problem(at, LOGLIN_GATED_DELTA, LOGLIN_BACKWARD, 1024),
+        apart_problem(at, LOGLIN_GATED_DELTA, LOGLIN_FORWARD)};
+    at->candidates = (loglin_candidates){.items = {loglin_configuration_default(LOGLIN_ENGINE_BLAS)}, .count = 1};
+    at->event = (loglin_tune_event){.share = at->share_before};
+    at->last_default = 0;
+    at->stage = 0;
+    at->problem_count = 0;
+    char text[LOGLIN_CANDIDATE_TEXT_SIZE], subject[264];
+    loglin_candidate_text(&at->candidates.items[0], text);
+    (void)snprintf(subject, sizeof subject, "%s: %s", at->subject, text);
+    for (size_t i = 0; i < MAX_SUBJECT_PROBLEMS; i++) {
+        const bool failed = known_failure(at, subject) != NULL; /* a refusal is none */
+        const loglin_reply reply = failed ? (loglin_reply){.outcome = LOGLIN_OUTCOME_FAILED}
+                                          : measure_one(at, 0, subject, &classes[i], 0, runs);
+        if (reply.outcome != LOGLIN_OUTCOME_FAILED || strcmp(reply.reason, "refused") != 0) {
+            at->problems[at->problem_count++] = classes[i];
+        }
+    }
+    if (at->problem_count == 0) { /* so it is told why there is no choice */
+        at->problems[at->problem_count++] = classes[0];
+    }
+}
+
 /*
  * CLBlast's parameters hold for the whole device, so they are chosen by several classes together, in the geometric mean; in
  * each of these CLBlast's own then challenge the choice, and if they win there, they win: nowhere is a choice to be slower.
  */
 static loglin_status tune_gemm(tuner *at, double share, bool *over) {
-    enum { CLASSES = MAX_SUBJECT_PROBLEMS, RUNS = 3 };
-    const loglin_problem classes[CLASSES] = {standard_problem(at, LOGLIN_MAMBA2, LOGLIN_FORWARD, 1024),
-                                             standard_problem(at, LOGLIN_MAMBA2, LOGLIN_BACKWARD, 1024),
-                                             standard_problem(at, LOGLIN_GATED_DELTA, LOGLIN_BACKWARD, 1024),
-                                             apart_problem(at, LOGLIN_GATED_DELTA, LOGLIN_FORWARD)};
+    const unsigned runs = 3;
+    const loglin_gemm_parameters built_in = loglin_tuning_gemm(NULL, &at->info);
     (void)snprintf(at->subject, sizeof at->subject, "%s", gemm_subject);
-    memcpy(at->problems, classes, sizeof classes);
-    at->problem_count = CLASSES;
     at->share_before = 0;
     at->share_of = 0.75 * share;
-    loglin_candidates_of_gemm(&at->info, &at->gemm, &at->known, at->options.seed, &at->candidates);
-    loglin_search_result result = search_stage(at, 1, RUNS, false);
+    list_gemm_classes(at, runs);
+    loglin_candidates_of_gemm(&at->info, &built_in, &at->known, at->options.seed, &at->candidates);
+    loglin_search_result result = search_stage(at, 1, runs, false);
     const loglin_configuration own = at->candidates.items[0], choice = at->candidates.items[result.winner];
+    const loglin_problem first = at->problems[0];
+    const size_t count = at->problem_count;
     bool is_own = result.winner == 0;
     at->candidates = (loglin_candidates){.items = {choice, own}, .count = 2};
     at->problem_count = 1;
-    for (unsigned i = 0; i < CLASSES && result.complete && !is_own; i++) {
-        at->problems[0] = classes[i];
+    for (unsigned i = 0; i < count && result.complete && !is_own; i++) {
+        at->problems[0] = i == 0 ? first : at->problems[i];
         at->share_before += at->share_of;
-        at->share_of = 0.05 * share;
-        const loglin_search_result other = search_stage(at, 2 + i, RUNS, false);
+        at->share_of = 0.06 * share;
+        const loglin_search_result other = search_stage(at, 2 + i, runs, false);
         result.complete = other.complete;
-        is_own = other.winner == 1;
+        is_own = other.winner == 1 && result.first_ms > 0;
     }
-    at->problems[0] = classes[0];
+    at->problems[0] = first;
     at->share_before = share;
     at->share_of = 0;
     result.ms = is_own ? result.first_ms : result.ms;
+    result.spread = is_own ? result.first_spread : result.spread;
     result.winner = is_own ? 1 : 0;
     return conclude(at, LOGLIN_ENTRY_GEMM, &result, over);
 }
