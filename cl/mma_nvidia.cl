@@ -61,8 +61,8 @@ typedef ushort stored_scale;
 float scale_of(stored_scale x) { return unpack(x).x; }
 #endif
 
-/* How many of them are copied at once. */
-#define SCALE_PIECE (16 / (uint)sizeof(stored_scale))
+/* How many of them are in 16 bytes, which are copied at once. */
+#define SCALE_PIECE (WEIGHT_STORAGE == 0 ? 4u : 8u)
 
 /* Both products of two pairs, rounded. */
 uint multiply_pairs(uint x, uint y) {

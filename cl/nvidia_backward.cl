@@ -65,7 +65,7 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
 }
 
 /* Level scales come as boxes: in rows of multiples of 16 bytes, and of a head not fewer than a chunk has. */
-#define SCALE_BOXES (WGMMA && HEADS * LEVELS % (WEIGHT_STORAGE == 0 ? 4 : 8) == 0 && LEVELS >= CHUNK_LEVEL)
+#define SCALE_BOXES (WGMMA && HEADS * LEVELS % SCALE_PIECE == 0 && LEVELS >= CHUNK_LEVEL)
 
 #if WGMMA
 __global heads_map *map_of(const loglin_nvidia_gradients call, __global float *ws, ulong ws_offset, uint i) {

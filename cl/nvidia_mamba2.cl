@@ -64,7 +64,7 @@ __global char *place(__global float *ws, ulong offset, ulong at) {
 }
 
 /* With wgmma, values and level scales come as boxes where rows of these are multiples of 16 bytes. */
-#define BOXES (WGMMA && HEADS * LEVELS % (WEIGHT_STORAGE == 0 ? 4 : 8) == 0)
+#define BOXES (WGMMA && HEADS * LEVELS % SCALE_PIECE == 0)
 
 /* And o goes back as boxes, half of its columns from where a warp's level scales were, where these are not floats. */
 #define O_BOXES (BOXES && WEIGHT_STORAGE != 0)

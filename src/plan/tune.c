@@ -416,7 +416,7 @@ static loglin_status tune_gemm(tuner *at, double share, bool *over) {
     at->candidates = (loglin_candidates){.items = {choice, own}, .count = 2};
     at->problem_count = 1;
     for (unsigned i = 0; i < count && result.complete && !is_own; i++) {
-        at->problems[0] = i == 0 ? first : at->problems[i];
+        at->problems[0] = at->problems[i];
         at->share_before += at->share_of;
         at->share_of = 0.06 * share;
         const loglin_search_result other = search_stage(at, 2 + i, runs, false);
